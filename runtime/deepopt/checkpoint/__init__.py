@@ -1,0 +1,1 @@
+"""State of layers on disk: shards, manifests, commits, resharding, final weights."""

@@ -1,0 +1,123 @@
+"""The plan: which rank holds which layers, and in which order it works. Pure data.
+
+Ranks of the whole job: `rank = data_index * pipeline_size + pipeline_rank`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from deepopt.errors import PlanError
+from deepopt.schedule.ir import Placement, PlacementKind, group_bounds, place
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A complete answer to "who does what".
+
+    Args:
+        plan_id: +1 with each plan of a job.
+        layer_names: all layers in chain order.
+        boundaries: index of the first layer of each stage; starts with 0, strictly ascending.
+        placement: line, v or mirror.
+        schedule: name of a builder in `schedule.builders`.
+        pipeline_size: ranks of one pipeline replica.
+        data_size: number of replicas.
+        num_microbatches: micro-batches of one step, over all replicas.
+        num_groups: gradient groups of one step, over all replicas.
+    """
+
+    plan_id: int
+    layer_names: tuple[str, ...]
+    boundaries: tuple[int, ...]
+    placement: PlacementKind
+    schedule: str
+    pipeline_size: int
+    data_size: int
+    num_microbatches: int
+    num_groups: int
+
+    def __post_init__(self) -> None:
+        edges = (*self.boundaries, len(self.layer_names))
+        if (
+            not self.boundaries
+            or edges[0] != 0
+            or any(a >= b for a, b in zip(edges, edges[1:], strict=False))
+        ):
+            raise PlanError(
+                f"stage boundaries {list(self.boundaries)} do not cut "
+                f"{len(self.layer_names)} layers into non-empty stages",
+                remedy="start with 0, ascend strictly, and stay below the number of layers",
+            )
+        copies = 2 if self.placement is PlacementKind.MIRROR and self.pipeline_size > 1 else 1
+        if self.num_groups % (copies * self.data_size):
+            raise PlanError(
+                f"{self.num_groups} gradient groups cannot be shared by {self.data_size} "
+                f"replica(s) of {copies} direction(s)",
+                remedy=f"set training.groups to a multiple of {copies * self.data_size} "
+                "(fixed at the first launch), or choose another placement or parallel.data",
+            )
+
+    @property
+    def num_stages(self) -> int:
+        """Number of stages."""
+        return len(self.boundaries)
+
+    @property
+    def world_size(self) -> int:
+        """Workers of the whole job."""
+        return self.pipeline_size * self.data_size
+
+    def stage_layers(self, stage: int) -> range:
+        """Indices of the layers of a stage."""
+        edges = (*self.boundaries, len(self.layer_names))
+        return range(edges[stage], edges[stage + 1])
+
+    def make_placement(self) -> Placement:
+        """Stages on pipeline ranks.
+
+        Raises:
+            PlanError: the number of stages does not fit the placement.
+        """
+        per_rank = max(1, self.num_stages // self.pipeline_size)
+        placement = place(
+            self.placement, num_ranks=self.pipeline_size, stages_per_rank=per_rank
+        )
+        if placement.num_stages != self.num_stages:
+            raise PlanError(
+                f"placement {self.placement} on {self.pipeline_size} ranks has "
+                f"{placement.num_stages} stages, the plan cuts {self.num_stages}"
+            )
+        return placement
+
+    def replica_groups(self, data_index: int) -> tuple[tuple[int, int], ...]:
+        """Global micro-batch ranges of the groups that one replica owns."""
+        bounds = group_bounds(self.num_microbatches, self.num_groups)
+        per_replica = self.num_groups // self.data_size
+        return bounds[data_index * per_replica : (data_index + 1) * per_replica]
+
+    def fingerprint(self) -> str:
+        """Hash of everything but `plan_id`."""
+        fields = self.to_json()
+        del fields["plan_id"]
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:32]
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON-ready data."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Plan:
+        """From what `to_json` gave."""
+        return cls(
+            **{
+                **fields,
+                "layer_names": tuple(fields["layer_names"]),
+                "boundaries": tuple(fields["boundaries"]),
+                "placement": PlacementKind(fields["placement"]),
+            }
+        )

@@ -1,0 +1,106 @@
+"""Names of everything in a run directory, and nothing else: who writes what, in one place.
+
+| file | writer |
+|---|---|
+| job.yaml, model.json, plan.json | the command line, before anything starts; plan.json again by the head |
+| supervisor.json, logs/supervisor.log | the supervisor |
+| journal.jsonl, status.json, metrics.jsonl, events.jsonl | the head alone |
+| requests/*.json | `deepopt stop` and whoever asks; the supervisor reads and removes them |
+| logs/rank-N.log, trace/, checkpoints/*.tmp | workers |
+| final/ | worker 0, after the last checkpoint |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class RunDirectory:
+    """Paths inside one run directory.
+
+    Args:
+        root: the run directory; need not exist yet.
+    """
+
+    root: Path
+
+    @property
+    def job(self) -> Path:
+        """The resolved job: every key, defaults included."""
+        return self.root / "job.yaml"
+
+    @property
+    def model(self) -> Path:
+        """The model skeleton: layers, parameter names and shapes, tied weights."""
+        return self.root / "model.json"
+
+    @property
+    def plan(self) -> Path:
+        """The newest plan: stage boundaries, placement, schedule."""
+        return self.root / "plan.json"
+
+    @property
+    def supervisor(self) -> Path:
+        """Pid, start time and host of the supervisor."""
+        return self.root / "supervisor.json"
+
+    @property
+    def journal(self) -> Path:
+        """What the head decided, one fsynced JSON line a decision."""
+        return self.root / "journal.jsonl"
+
+    @property
+    def status(self) -> Path:
+        """The present state for people and scripts; replaced atomically."""
+        return self.root / "status.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON line a step; the last line of a step stands."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def events(self) -> Path:
+        """Typed events, one JSON line each."""
+        return self.root / "events.jsonl"
+
+    @property
+    def requests(self) -> Path:
+        """Requests to the head, one file each."""
+        return self.root / "requests"
+
+    @property
+    def logs(self) -> Path:
+        """Log files: supervisor.log, head.log, rank-N.log."""
+        return self.root / "logs"
+
+    @property
+    def traces(self) -> Path:
+        """Perfetto traces of chosen steps."""
+        return self.root / "trace"
+
+    @property
+    def tensorboard(self) -> Path:
+        """TensorBoard event files."""
+        return self.root / "tensorboard"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Checkpoints, one folder a step."""
+        return self.root / "checkpoints"
+
+    @property
+    def final(self) -> Path:
+        """Final weights under the model's original names."""
+        return self.root / "final"
+
+    @property
+    def report(self) -> Path:
+        """The closing report as JSON."""
+        return self.root / "report.json"
+
+    def rank_log(self, rank: int) -> Path:
+        """The log file of one worker, by its rank."""
+        return self.logs / f"rank-{rank}.log"

@@ -1,0 +1,1 @@
+"""The data plane: one worker process per GPU or CPU slot."""

@@ -1,0 +1,226 @@
+"""What head and workers say to each other: plain, frozen, picklable data without tensors.
+
+Every message from a worker carries its `Sender`; the head refuses one of another generation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from deepopt.checkpoint.manifest import ShardEntry
+from deepopt.config import JobConfig
+from deepopt.planner.plan import Plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sender:
+    """Who speaks: the fencing fields of every message.
+
+    Args:
+        job_id: the job.
+        generation: worker group the speaker belongs to.
+        plan_id: plan it works by.
+        rank: its rank in the world of that generation.
+        incarnation: uuid of its process.
+    """
+
+    job_id: str
+    generation: int
+    plan_id: int
+    rank: int
+    incarnation: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assignment:
+    """What the head tells a worker before it sets up.
+
+    Args:
+        sender: the identity the worker must use in its messages.
+        store_host: IP address of the TCPStore in the head.
+        store_port: its port.
+        job: the resolved job.
+        plan: who holds which layers.
+        run_dir: the run directory; the same path on every host.
+        checkpoint: folder of the committed checkpoint to load; None: initialise from the seed.
+        start_step: steps already done (0 for a new job); the first step run is start_step + 1.
+        last_step: run through this step.
+        node_ip: IP address of the worker's own host, for the transport.
+    """
+
+    sender: Sender
+    store_host: str
+    store_port: int
+    job: JobConfig
+    plan: Plan
+    run_dir: str
+    checkpoint: str | None
+    start_step: int
+    last_step: int
+    node_ip: str = "127.0.0.1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerReady:
+    """A worker has its layers and its process groups.
+
+    Args:
+        pid: process id on its host.
+        host: host name.
+        stages: stages it holds.
+        device: for example `cpu` or `cuda:0`.
+        setup_s: seconds by part (`import`, `rendezvous`, `build`, `load`).
+        peak_flops: the device's peak in FLOP/s; 0 when unknown.
+        peak_source: `job`, `table` or `measured`.
+    """
+
+    sender: Sender
+    pid: int
+    host: str
+    stages: tuple[int, ...]
+    device: str
+    setup_s: Mapping[str, float]
+    peak_flops: float
+    peak_source: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerTimes:
+    """Where one worker's step went, in seconds.
+
+    Args:
+        rank: the worker.
+        step_s: from the first action to the end of the update.
+        compute_s: inside forward and backward.
+        wait_s: waiting for a receive.
+        send_s: posting sends.
+        reduce_s: summing gradients over copies and replicas.
+        update_s: norm exchange, clipping and optimizer.
+    """
+
+    rank: int
+    step_s: float
+    compute_s: float
+    wait_s: float
+    send_s: float
+    reduce_s: float
+    update_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """One finished step; rank 0 alone sends it.
+
+    Args:
+        step: 1-based.
+        loss: mean over the step's micro-batches, full precision.
+        grad_norm: global norm before clipping.
+        learning_rate: used in this step.
+        tokens: tokens trained on in this step, all replicas.
+        step_time_s: wall time of the step on rank 0.
+        workers: times of every worker.
+        scalars: further figures for the metrics, by name.
+    """
+
+    sender: Sender
+    step: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    tokens: int
+    step_time_s: float
+    workers: tuple[WorkerTimes, ...]
+    scalars: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardsWritten:
+    """A worker's part of a checkpoint is on disk and fsynced.
+
+    Args:
+        step: step of the checkpoint.
+        shards: what it wrote.
+        data_state: state of a stream source, from rank 0 only; None for indexed sources.
+    """
+
+    sender: Sender
+    step: int
+    shards: tuple[ShardEntry, ...]
+    data_state: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointFailed:
+    """A worker could not write its part; training goes on.
+
+    Args:
+        step: step of the checkpoint.
+        reason: one line: file, error.
+    """
+
+    sender: Sender
+    step: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heartbeat:
+    """Sign of life, from a thread apart from training.
+
+    Args:
+        step: step in work.
+        progress: counter that grows with every action; stands still in a hang.
+        action: action in work, for example `2F5`; empty between steps.
+    """
+
+    sender: Sender
+    step: int
+    progress: int
+    action: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """Why a worker's run ended badly; returned by the worker, or made by the head for a dead one.
+
+    Args:
+        kind: `error` (its own), `peer` (a victim: a peer or link failed), `death` (process gone),
+            `hang` (no sign of life or of progress), `setup` (before the first step).
+        step: step in work; 0 before the first.
+        action: action in work, with stage, op and micro-batch; empty when between actions.
+        message: one line.
+        traceback: text; empty when there is none.
+        exit_code: exit code of the error class when `kind` is error.
+        remedy: next step, when the error named one.
+        pid: process id.
+        host: host name.
+    """
+
+    sender: Sender
+    kind: str
+    step: int
+    action: str
+    message: str
+    traceback: str = ""
+    exit_code: int = 5
+    remedy: str = ""
+    pid: int = 0
+    host: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunEnded:
+    """A worker's run ended as asked.
+
+    Args:
+        step: the last step whose update was applied.
+        reason: `finished` (last_step reached) or `stopped` (asked to).
+        op_times_s: median seconds by `STAGE OP`, for example `2F`, measured on this worker.
+    """
+
+    sender: Sender
+    step: int
+    reason: str
+    op_times_s: Mapping[str, float] = field(default_factory=dict)
