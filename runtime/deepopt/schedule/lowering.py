@@ -1,0 +1,188 @@
+"""From compute actions to what an executor runs: with explicit sends, receives and reductions.
+
+Pure. It does not look at time: a receive stands directly before its consumer, and the executor
+posts receives ahead of their turn by its own lookahead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from deepopt.schedule.ir import RECEIVE_OPS, SEND_OPS, Action, Direction, Op, Schedule
+
+Lowered = tuple[tuple[Action, ...], ...]
+"""Compute, send, receive and reduce actions per rank."""
+
+
+class Channel(NamedTuple):
+    """A one-way route whose messages keep their order: one communicator under NCCL.
+
+    Args:
+        source: sending rank.
+        target: receiving rank.
+        kind: Op.SEND_F for activations, Op.SEND_B for gradients.
+    """
+
+    source: int
+    target: int
+    kind: Op
+
+
+class Message(NamedTuple):
+    """One tensor in flight: what it is, independent of who sends it.
+
+    Args:
+        stage: the stage that made it.
+        kind: Op.SEND_F for its output, Op.SEND_B for the gradient of its input.
+        microbatch: index of the micro-batch.
+    """
+
+    stage: int
+    kind: Op
+    microbatch: int
+
+
+def lower(schedule: Schedule, *, reduce: bool) -> Lowered:
+    """Add sends, receives and reductions to a schedule.
+
+    A `SEND_F` or `SEND_B` stands right after the action that made the tensor and carries the
+    stage that made it; a `RECV_F` or `RECV_B` carries the stage that needs it, and stands
+    directly before its consumer, or earlier when another message of the same channel is sent
+    later but needed sooner, so that channels that ignore tags deliver in order. Nothing is sent
+    inside a rank.
+
+    Args:
+        schedule: compute actions; see `verify` for its rules.
+        reduce: add one REDUCE per held stage, right after the last gradient of that stage on
+            the rank. The ranks that hold one stage may reach it in different orders relative to
+            other stages, so it has to start an exchange, not to wait for one.
+    """
+    sent = _sent_order(schedule)
+    return tuple(
+        _lower_rank(schedule, rank=rank, sent=sent, reduce=reduce)
+        for rank in range(schedule.placement.num_ranks)
+    )
+
+
+def channel_of(schedule: Schedule, action: Action) -> tuple[Channel, Message]:
+    """The channel and the message of a send or receive action.
+
+    Args:
+        schedule: gives placement and directions.
+        action: a SEND_ or RECV_ action.
+    """
+    assert action.microbatch is not None, f"{action} has no micro-batch"
+    direction = schedule.directions[action.microbatch]
+    if action.op in SEND_OPS:
+        maker, kind = action.stage, action.op
+    else:
+        assert action.op in RECEIVE_OPS, f"{action} is neither a send nor a receive"
+        forward = action.op is Op.RECV_F
+        maker = action.stage - 1 if forward else action.stage + 1
+        kind = Op.SEND_F if forward else Op.SEND_B
+    user = maker + 1 if kind is Op.SEND_F else maker - 1
+    channel = Channel(
+        schedule.placement.rank_of(maker, direction),
+        schedule.placement.rank_of(user, direction),
+        kind,
+    )
+    return channel, Message(maker, kind, action.microbatch)
+
+
+def _input_of(schedule: Schedule, action: Action) -> Action | None:
+    """The receive that an action needs; None when its input is on its own rank."""
+    assert action.microbatch is not None, f"{action} has no micro-batch"
+    direction = schedule.directions[action.microbatch]
+    if action.op is Op.F and action.stage > 0:
+        other, op = action.stage - 1, Op.RECV_F
+    elif action.op in (Op.I, Op.B) and action.stage < schedule.placement.num_stages - 1:
+        other, op = action.stage + 1, Op.RECV_B
+    else:
+        return None
+    rank_of = schedule.placement.rank_of
+    if rank_of(other, direction) == rank_of(action.stage, direction):
+        return None
+    return Action(action.stage, op, action.microbatch)
+
+
+def _output_of(schedule: Schedule, action: Action) -> Action | None:
+    """The send that follows an action; None when its user is on its own rank."""
+    assert action.microbatch is not None, f"{action} has no micro-batch"
+    direction: Direction = schedule.directions[action.microbatch]
+    if action.op is Op.F and action.stage < schedule.placement.num_stages - 1:
+        other, op = action.stage + 1, Op.SEND_F
+    elif action.op in (Op.I, Op.B) and action.stage > 0:
+        other, op = action.stage - 1, Op.SEND_B
+    else:
+        return None
+    rank_of = schedule.placement.rank_of
+    if rank_of(other, direction) == rank_of(action.stage, direction):
+        return None
+    return Action(action.stage, op, action.microbatch)
+
+
+def _sent_order(schedule: Schedule) -> dict[Channel, dict[Message, int]]:
+    """Position of each message in its channel."""
+    sent: dict[Channel, dict[Message, int]] = {}
+    for row in schedule.actions:
+        for action in row:
+            if (send := _output_of(schedule, action)) is not None:
+                channel, message = channel_of(schedule, send)
+                order = sent.setdefault(channel, {})
+                order[message] = len(order)
+    return sent
+
+
+def _lower_rank(
+    schedule: Schedule,
+    *,
+    rank: int,
+    sent: Mapping[Channel, Mapping[Message, int]],
+    reduce: bool,
+) -> tuple[Action, ...]:
+    row = schedule.actions[rank]
+    receives = _receives_before(schedule, row, sent)
+    last_gradient: dict[int, int] = {}
+    for index, action in enumerate(row):
+        if action.op in (Op.W, Op.B):
+            last_gradient[action.stage] = index
+
+    def actions() -> Iterator[Action]:
+        for index, action in enumerate(row):
+            yield from receives.get(index, ())
+            yield action
+            if (send := _output_of(schedule, action)) is not None:
+                yield send
+            if reduce and last_gradient.get(action.stage) == index:
+                yield Action(action.stage, Op.REDUCE)
+        if reduce:  # a copy that saw no micro-batch still takes part in its stage's sum
+            for stage in schedule.placement.stages_of(rank):
+                if stage not in last_gradient:
+                    yield Action(stage, Op.REDUCE)
+
+    return tuple(actions())
+
+
+def _receives_before(
+    schedule: Schedule,
+    row: tuple[Action, ...],
+    sent: Mapping[Channel, Mapping[Message, int]],
+) -> dict[int, list[Action]]:
+    """Receives by the index of the action that they stand before, in channel order."""
+    by_channel: dict[Channel, list[tuple[int, int, Action]]] = {}
+    for index, action in enumerate(row):
+        if (receive := _input_of(schedule, action)) is not None:
+            channel, message = channel_of(schedule, receive)
+            place_in_channel = sent.get(channel, {}).get(message, len(row))
+            by_channel.setdefault(channel, []).append((place_in_channel, index, receive))
+    before: dict[int, list[Action]] = {}
+    for entries in by_channel.values():
+        earliest = len(row)
+        placed: list[tuple[int, Action]] = []
+        for _, index, receive in sorted(entries, reverse=True):
+            earliest = min(earliest, index)
+            placed.append((earliest, receive))
+        for index, receive in reversed(placed):
+            before.setdefault(index, []).append(receive)
+    return before
