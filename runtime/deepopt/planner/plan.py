@@ -12,7 +12,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from deepopt.errors import PlanError
-from deepopt.schedule.ir import Placement, PlacementKind, group_bounds, place
+from deepopt.schedule.ir import (
+    Direction,
+    Placement,
+    PlacementKind,
+    directions_of,
+    group_bounds,
+    place,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +106,31 @@ class Plan:
         bounds = group_bounds(self.num_microbatches, self.num_groups)
         per_replica = self.num_groups // self.data_size
         return bounds[data_index * per_replica : (data_index + 1) * per_replica]
+
+    def directions(self, data_index: int) -> tuple[Direction, ...]:
+        """The direction of each micro-batch of one replica."""
+        sizes = [end - start for start, end in self.replica_groups(data_index)]
+        return directions_of(sizes, num_directions=self.make_placement().num_directions)
+
+    def group_owners(self, stage: int) -> tuple[int, ...]:
+        """The world rank whose copy of a stage owns each gradient group, by group."""
+        placement = self.make_placement()
+        per_replica = self.num_groups // self.data_size
+        num_down = per_replica // placement.num_directions
+        owners = []
+        for group in range(self.num_groups):
+            replica, local = divmod(group, per_replica)
+            direction = Direction.DOWN if local < num_down else Direction.UP
+            owners.append(replica * self.pipeline_size + placement.rank_of(stage, direction))
+        return tuple(owners)
+
+    def holders(self, stage: int) -> tuple[int, ...]:
+        """The world ranks that hold a copy of a stage, in the order of their first group."""
+        return tuple(dict.fromkeys(self.group_owners(stage)))
+
+    def held_stages(self, rank: int) -> tuple[int, ...]:
+        """The stages a world rank holds, ascending."""
+        return self.make_placement().stages_of(rank % self.pipeline_size)
 
     def fingerprint(self) -> str:
         """Hash of everything but `plan_id`."""
