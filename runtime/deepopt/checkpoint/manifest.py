@@ -1,8 +1,35 @@
-"""The manifest of a checkpoint: pure data."""
+"""The manifest of a checkpoint: which file holds which part of which tensor. Pure data.
+
+It says whether a checkpoint is whole (`check_complete`) and whether its own text is undamaged
+(the digest in front of it). It reads no file and knows no tensor library; `store` does the former,
+`shard_file` the latter.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from math import prod
+from typing import Any, TypeVar
+
+from deepopt.errors import CheckpointError
+
+SCHEMA_VERSION = 1
+_PREFIX = '{"digest":"'
+_MIDDLE = '","manifest":'
+_SUFFIX = "}\n"
+_DIGEST_CHARACTERS = 32
+
+_T = TypeVar("_T")
+
+
+def new_digest() -> hashlib.blake2b:
+    """The 128-bit hash of shards and manifests."""
+    return hashlib.blake2b(digest_size=_DIGEST_CHARACTERS // 2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,6 +45,33 @@ class TensorSlice:
     global_shape: tuple[int, ...]
     offset: tuple[int, ...]
     extent: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        inside = len(self.global_shape) == len(self.offset) == len(self.extent) and all(
+            0 <= offset and 0 <= extent and offset + extent <= size
+            for size, offset, extent in zip(
+                self.global_shape, self.offset, self.extent, strict=True
+            )
+        )
+        if not inside:
+            raise CheckpointError(
+                f"slice at {self.offset} of {self.extent} does not lie inside "
+                f"the shape {self.global_shape}"
+            )
+
+    @classmethod
+    def whole(cls, shape: Sequence[int]) -> TensorSlice:
+        """The slice that is all of a tensor of that shape."""
+        return cls(global_shape=tuple(shape), offset=(0,) * len(shape), extent=tuple(shape))
+
+    def overlaps(self, other: TensorSlice) -> bool:
+        """Whether some element lies in both; two slices of one global shape."""
+        return all(
+            max(a, b) < min(a + length_a, b + length_b)
+            for a, length_a, b, length_b in zip(
+                self.offset, self.extent, other.offset, other.extent, strict=True
+            )
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,3 +93,244 @@ class ShardEntry:
     size_bytes: int
     digest: str
     tensors: dict[str, tuple[str, TensorSlice]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What a checkpoint is and what belongs to it.
+
+    Args:
+        job_id: the job.
+        step: optimizer steps done.
+        generation: worker group that wrote it.
+        plan: the plan's `to_json()`; its `layer_names` say which layers must be there.
+        plan_fingerprint: the plan's hash.
+        skeleton_fingerprint: the model skeleton's hash.
+        seed: the job's seed.
+        num_groups: gradient groups of one step; fixed at the first launch.
+        tokens_seen: tokens trained on so far; None when the data has no tokens.
+        data_fingerprint: hash of the data source; None when it has none.
+        data_state: state of a stream source; None for an indexed one.
+        created_at: date and time for people.
+        shards: every file.
+        schema_version: version of this layout.
+    """
+
+    job_id: str
+    step: int
+    generation: int
+    plan: dict[str, Any]
+    plan_fingerprint: str
+    skeleton_fingerprint: str
+    seed: int
+    num_groups: int
+    tokens_seen: int | None
+    data_fingerprint: str | None
+    data_state: dict[str, Any] | None
+    created_at: str
+    shards: tuple[ShardEntry, ...]
+    schema_version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        for name in ("plan", "data_state"):
+            object.__setattr__(self, name, _as_json(name, getattr(self, name)))
+
+    def to_json(self) -> str:
+        """The manifest as one JSON text that carries the digest of its own bytes."""
+        body = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return f"{_PREFIX}{_digest_of(body)}{_MIDDLE}{body}{_SUFFIX}"
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Parse what `to_json` gave.
+
+        Raises:
+            CheckpointError: a byte is missing, added or changed; another schema version; a field
+                is missing, unknown or of a wrong type.
+        """
+        body = _checked_body(text)
+        fields = json.loads(body)
+        if type(fields) is not dict:
+            raise CheckpointError(f"manifest: want an object, found {fields!r}")
+        version = fields.get("schema_version")
+        if type(version) is not int or version != SCHEMA_VERSION:
+            raise CheckpointError(
+                f"manifest: schema version {version!r}, this deepopt reads {SCHEMA_VERSION}",
+                remedy="use the deepopt version that wrote the checkpoint",
+            )
+        _check_names(fields, cls)
+        return cls(
+            job_id=_take(fields, "job_id", str),
+            step=_natural(fields, "step"),
+            generation=_natural(fields, "generation"),
+            plan=_take(fields, "plan", dict),
+            plan_fingerprint=_take(fields, "plan_fingerprint", str),
+            skeleton_fingerprint=_take(fields, "skeleton_fingerprint", str),
+            seed=_take(fields, "seed", int),
+            num_groups=_natural(fields, "num_groups"),
+            tokens_seen=_optional(fields, "tokens_seen", int),
+            data_fingerprint=_optional(fields, "data_fingerprint", str),
+            data_state=_optional(fields, "data_state", dict),
+            created_at=_take(fields, "created_at", str),
+            shards=tuple(_shard(entry) for entry in _take(fields, "shards", list)),
+            schema_version=version,
+        )
+
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """The layers that the plan knows, in chain order."""
+        names = _take(self.plan, "layer_names", list)
+        if not all(type(name) is str for name in names):
+            raise CheckpointError(f"manifest: layer_names must be strings, found {names!r}")
+        return tuple(names)
+
+    def shards_of(self, layer: str) -> tuple[ShardEntry, ...]:
+        """The files of one layer, in the manifest's order.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        shards = tuple(entry for entry in self.shards if entry.layer == layer)
+        if not shards:
+            raise CheckpointError(f"step {self.step} holds no layer {layer!r}")
+        return shards
+
+
+def check_complete(manifest: Manifest, layer_names: Iterable[str]) -> None:
+    """Check that exactly these layers are there and that each tensor is whole.
+
+    Args:
+        manifest: what was written.
+        layer_names: what must be there.
+
+    Raises:
+        CheckpointError: a layer is missing or unknown, a file is listed twice, or the slices of
+            a tensor leave a hole, overlap, or disagree about shape or dtype.
+    """
+    wanted = set(layer_names)
+    found = {entry.layer for entry in manifest.shards}
+    for what, names in (("lacks", wanted - found), ("has unknown", found - wanted)):
+        if names:
+            raise CheckpointError(f"step {manifest.step} {what} layers {sorted(names)}")
+    files = [entry.file for entry in manifest.shards]
+    if len(set(files)) != len(files):
+        twice = sorted({file for file in files if files.count(file) > 1})
+        raise CheckpointError(f"step {manifest.step} lists files twice: {twice}")
+    parts: dict[tuple[str, str], list[tuple[str, TensorSlice]]] = defaultdict(list)
+    for entry in manifest.shards:
+        for key, part in entry.tensors.items():
+            parts[entry.layer, key].append(part)
+    for (layer, key), held in parts.items():
+        where = f"step {manifest.step}, layer {layer!r}, {key}"
+        if len({dtype for dtype, _ in held}) > 1:
+            raise CheckpointError(f"{where}: dtypes differ: {[dtype for dtype, _ in held]}")
+        check_tiling(where, slices=[part for _, part in held])
+
+
+def check_tiling(where: str, *, slices: Sequence[TensorSlice]) -> None:
+    """Check that slices cover one tensor exactly.
+
+    Args:
+        where: what the slices belong to, for the message.
+        slices: at least one.
+
+    Raises:
+        CheckpointError: a hole, an overlap, or different global shapes.
+    """
+    shapes = {part.global_shape for part in slices}
+    if len(shapes) != 1:
+        raise CheckpointError(f"{where}: global shapes differ: {sorted(shapes)}")
+    for one, other in combinations(slices, 2):
+        if one.overlaps(other):
+            raise CheckpointError(f"{where}: slices overlap: {one} and {other}")
+    held = sum(prod(part.extent) for part in slices)
+    total = prod(shapes.pop())
+    if held != total:
+        raise CheckpointError(f"{where}: slices hold {held} of {total} elements")
+
+
+def _digest_of(body: str) -> str:
+    digest = new_digest()
+    digest.update(body.encode())
+    return digest.hexdigest()
+
+
+def _checked_body(text: str) -> str:
+    start = len(_PREFIX) + _DIGEST_CHARACTERS
+    body = text[start + len(_MIDDLE) : -len(_SUFFIX)]
+    digest = text[len(_PREFIX) : start]
+    if text != f"{_PREFIX}{digest}{_MIDDLE}{body}{_SUFFIX}":
+        raise CheckpointError("manifest is truncated or not a manifest")
+    if _digest_of(body) != digest:
+        raise CheckpointError(f"manifest is damaged: its text does not have digest {digest!r}")
+    return body
+
+
+def _as_json(name: str, value: dict[str, Any] | None) -> Any:
+    try:
+        return json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{name} cannot be written as JSON: {error}") from error
+
+
+def _check_names(fields: Mapping[str, Any], kind: type[Manifest | ShardEntry | TensorSlice]) -> None:
+    wanted = set(kind.__dataclass_fields__)
+    if set(fields) != wanted:
+        raise CheckpointError(
+            f"manifest: {kind.__name__} lacks {sorted(wanted - set(fields))}, "
+            f"has unknown {sorted(set(fields) - wanted)}"
+        )
+
+
+def _take(fields: Mapping[str, Any], name: str, kind: type[_T]) -> _T:
+    value = fields.get(name)
+    if type(value) is not kind:  # exactly: a bool is no count
+        raise CheckpointError(f"manifest: {name} must be {kind.__name__}, found {value!r}")
+    return value
+
+
+def _optional(fields: Mapping[str, Any], name: str, kind: type[_T]) -> _T | None:
+    return None if fields.get(name) is None else _take(fields, name, kind)
+
+
+def _natural(fields: Mapping[str, Any], name: str) -> int:
+    value = _take(fields, name, int)
+    if value < 0:
+        raise CheckpointError(f"manifest: {name} must not be negative, found {value}")
+    return value
+
+
+def _shard(value: Any) -> ShardEntry:
+    entry = _take({"shard": value}, "shard", dict)
+    _check_names(entry, ShardEntry)
+    file = _take(entry, "file", str)
+    if not file or "/" in file or file in (".", ".."):
+        raise CheckpointError(f"manifest: file must be a name inside the folder, found {file!r}")
+    return ShardEntry(
+        layer=_take(entry, "layer", str),
+        writer=_natural(entry, "writer"),
+        file=file,
+        size_bytes=_natural(entry, "size_bytes"),
+        digest=_take(entry, "digest", str),
+        tensors={key: _tensor(part) for key, part in _take(entry, "tensors", dict).items()},
+    )
+
+
+def _tensor(value: Any) -> tuple[str, TensorSlice]:
+    pair = _take({"tensor": value}, "tensor", list)
+    if len(pair) != 2 or type(pair[0]) is not str:
+        raise CheckpointError(f"manifest: tensor must be [dtype, slice], found {value!r}")
+    part = _take({"slice": pair[1]}, "slice", dict)
+    _check_names(part, TensorSlice)
+    return pair[0], TensorSlice(
+        global_shape=_shape(part, "global_shape"),
+        offset=_shape(part, "offset"),
+        extent=_shape(part, "extent"),
+    )
+
+
+def _shape(fields: Mapping[str, Any], name: str) -> tuple[int, ...]:
+    sizes = _take(fields, name, list)
+    if not all(type(size) is int for size in sizes):
+        raise CheckpointError(f"manifest: {name} must be integers, found {sizes!r}")
+    return tuple(sizes)

@@ -1,0 +1,1 @@
+"""Operations with a PyTorch reference each: torch and triton only."""

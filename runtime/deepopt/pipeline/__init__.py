@@ -1,0 +1,1 @@
+"""One training step: stages, executor, transport, gradients, update."""
