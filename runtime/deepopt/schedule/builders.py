@@ -12,8 +12,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from deepopt.errors import ScheduleError
-from deepopt.schedule.build_line import gpipe, one_f_one_b
+from deepopt.schedule.build_line import (
+    gpipe,
+    interleaved_one_f_one_b,
+    one_f_one_b,
+    zb_h1,
+    zb_h2,
+)
 from deepopt.schedule.build_mirror import bi_stream
+from deepopt.schedule.build_v import dual_pipe_v, v_half, zb_v
 from deepopt.schedule.ir import Direction, Placement, PlacementKind, Schedule
 from deepopt.schedule.list_scheduler import Order
 
@@ -49,6 +56,38 @@ BUILDERS: dict[str, Builder] = {
         placements=_LINE,
         order=one_f_one_b,
         most_stages_per_rank=1,
+    ),
+    "interleaved_1f1b": Builder(
+        summary="1F1B over several stages a rank: a smaller bubble for more messages",
+        placements=_LINE,
+        order=interleaved_one_f_one_b,
+    ),
+    "zb_h1": Builder(
+        summary="1F1B with late weight gradients: a smaller bubble in the same memory",
+        placements=_LINE,
+        order=zb_h1,
+        most_stages_per_rank=1,
+    ),
+    "zb_h2": Builder(
+        summary="later weight gradients, 2p - 1 micro-batches in flight",
+        placements=_LINE,
+        order=zb_h2,
+        most_stages_per_rank=1,
+    ),
+    "zb_v": Builder(
+        summary="two stages a rank, weight gradients in the gaps, p micro-batches in flight",
+        placements=_V,
+        order=zb_v,
+    ),
+    "v_half": Builder(
+        summary="two stages a rank, half of 1F1B's activations",
+        placements=_V,
+        order=v_half,
+    ),
+    "dual_pipe_v": Builder(
+        summary="two stages a rank, forwards paired with backwards",
+        placements=_V,
+        order=dual_pipe_v,
     ),
     "bi_stream": Builder(
         summary="micro-batches enter from both ends; every stage lives on two ranks",

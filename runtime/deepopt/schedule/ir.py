@@ -1,12 +1,13 @@
 """The schedule's words: operations, actions, placements, schedules.
 
-A schedule holds, for each pipeline rank, an ordered list of compute actions. Sends and receives are
-added by `lowering.lower`. An action prints and parses: `str(Action(2, Op.F, 5)) == "2F5"`.
+A schedule holds, for each pipeline rank, an ordered list of compute actions. Sends and receives
+are added by `lowering.lower`. An action prints and parses: `str(Action(2, Op.F, 5)) == "2F5"`.
 """
 
 from __future__ import annotations
 
 import enum
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -68,7 +69,7 @@ def parse_action(text: str) -> Action:
     if match is None or (match[3] is None) != (match[2] == Op.REDUCE):
         raise ScheduleError(
             f"{text!r} is not an action",
-            remedy="write STAGE OP MICROBATCH without spaces, for example 2F5, 0SEND_B3 or 1REDUCE",
+            remedy="write STAGE OP MICROBATCH without spaces: 2F5, 0SEND_B3 or 1REDUCE",
         )
     return Action(int(match[1]), Op(match[2]), None if match[3] is None else int(match[3]))
 
@@ -97,7 +98,8 @@ class Placement:
         num_stages: number of stages.
         num_ranks: number of pipeline ranks.
         down: down[stage] is the rank for micro-batches that go down.
-        up: up[stage] is the rank for micro-batches that go up; None when there is one direction.
+        up: up[stage] is the rank for micro-batches that go up; None when there is one
+            direction.
     """
 
     kind: PlacementKind
@@ -133,7 +135,7 @@ class Placement:
 
     @property
     def num_directions(self) -> int:
-        """1, or 2 with mirror placement: the number of streams that need groups of their own."""
+        """1, or 2 with mirror placement: streams that need groups of their own."""
         return 1 if self.up is None else 2
 
 
@@ -188,7 +190,7 @@ class Schedule:
 
 
 def group_bounds(num_microbatches: int, num_groups: int) -> tuple[tuple[int, int], ...]:
-    """The micro-batches of each group: half-open ranges, contiguous, sizes differ by at most one.
+    """Micro-batch range of each group: half-open, contiguous, sizes differ by at most one.
 
     Args:
         num_microbatches: micro-batches of one step, over all replicas.
@@ -203,7 +205,7 @@ def group_bounds(num_microbatches: int, num_groups: int) -> tuple[tuple[int, int
             remedy="set training.groups between 1 and training.microbatches",
         )
     edges = [g * num_microbatches // num_groups for g in range(num_groups + 1)]
-    return tuple(zip(edges[:-1], edges[1:], strict=True))
+    return tuple(itertools.pairwise(edges))
 
 
 def directions_of(group_sizes: Sequence[int], *, num_directions: int) -> tuple[Direction, ...]:
@@ -221,7 +223,8 @@ def directions_of(group_sizes: Sequence[int], *, num_directions: int) -> tuple[D
     if len(group_sizes) % 2:
         raise ScheduleError(
             f"{len(group_sizes)} groups cannot be shared by two directions",
-            remedy="set training.groups to a multiple of 2 x parallel.data, or use placement line",
+            remedy="set training.groups to a multiple of 2 x parallel.data, "
+            "or use placement line",
         )
     half = len(group_sizes) // 2
     return (Direction.DOWN,) * sum(group_sizes[:half]) + (Direction.UP,) * sum(

@@ -49,6 +49,7 @@ class _Lane:
     rank: int
     cap: int
     microbatches: tuple[int, ...]
+    members: frozenset[int]
     forward_key: float
     forward_at: list[float] = field(default_factory=list)  # arrival of each F's input
     backward_at: list[float] = field(default_factory=list)  # arrival of each B's gradient
@@ -60,7 +61,11 @@ class _Lane:
 
 
 def list_schedule(
-    placement: Placement, *, directions: Sequence[Direction], rules: ListRules
+    placement: Placement,
+    *,
+    directions: Sequence[Direction],
+    rules: ListRules,
+    prefix: Order | None = None,
 ) -> Order:
     """Order the work of every rank by always starting the best action that may start.
 
@@ -70,18 +75,28 @@ def list_schedule(
         placement: stages on ranks.
         directions: direction of each micro-batch.
         rules: durations, caps and preferences.
+        prefix: what each rank does first, in this order, before it chooses freely; it must
+            leave each lane's micro-batches in ascending order and be free of deadlock.
     """
     lanes = _lanes(placement, directions, rules)
     actions: list[list[Action]] = [[] for _ in range(placement.num_ranks)]
+    scripts = [iter(row) for row in (prefix or ((),) * placement.num_ranks)]
+    fixed = [next(script, None) for script in scripts]
     free_at = [0.0] * placement.num_ranks
     wake = [(0.0, rank) for rank in range(placement.num_ranks)]
     while wake:
         now, rank = heapq.heappop(wake)
         if free_at[rank] > now:
             continue
-        choice = _choose(lanes[rank], now, rules.split)
+        forced = fixed[rank]
+        if forced is None:
+            choice = _choose(lanes[rank], now, rules.split)
+        else:
+            choice = _follow(lanes[rank], now, forced)
         if choice is None:
             continue
+        if forced is not None:
+            fixed[rank] = next(scripts[rank], None)
         lane, op = choice
         end = now + rules.duration(lane.stage, op, rank)
         actions[rank].append(Action(lane.stage, op, _advance(lane, op)))
@@ -92,8 +107,21 @@ def list_schedule(
     return tuple(map(tuple, actions))
 
 
+def keep_microbatches(order: Sequence[Sequence[Action]], num_microbatches: int) -> Order:
+    """Leave out the actions of micro-batches that are not there: what stays is still in order.
+
+    Args:
+        order: actions per rank, for at least this many micro-batches.
+        num_microbatches: those to keep, from 0 on.
+    """
+    return tuple(
+        tuple(a for a in row if a.microbatch is not None and a.microbatch < num_microbatches)
+        for row in order
+    )
+
+
 def fuse_first_stage(order: Order) -> Order:
-    """Replace each I of stage 0 that its own W follows at once by one B: same work, less overhead.
+    """Replace each I of stage 0 that its own W follows at once by one B: less overhead.
 
     Only there: of every other stage the I comes apart, so that its gradient leaves before W.
 
@@ -125,6 +153,7 @@ def _lanes(
     by_rank: list[list[_Lane]] = [[] for _ in range(placement.num_ranks)]
     for direction in Direction:
         microbatches = tuple(m for m, d in enumerate(directions) if d is direction)
+        members = frozenset(microbatches)
         previous: _Lane | None = None
         for stage in range(placement.num_stages if microbatches else 0):
             unknown = [float("inf")] * len(microbatches)
@@ -133,6 +162,7 @@ def _lanes(
                 rank=placement.rank_of(stage, direction),
                 cap=max(1, rules.cap(stage, direction)),
                 microbatches=microbatches,
+                members=members,
                 forward_key=-stage
                 if rules.forward_key is None
                 else rules.forward_key(stage, direction),
@@ -179,6 +209,22 @@ def _choose(lanes: Sequence[_Lane], now: float, split: bool) -> tuple[_Lane, Op]
     return None if weight is None else (weight, Op.W)
 
 
+def _follow(lanes: Sequence[_Lane], now: float, action: Action) -> tuple[_Lane, Op] | None:
+    """The lane of a fixed action when it may start now."""
+    for lane in lanes:
+        if lane.stage == action.stage and action.microbatch in lane.members:
+            break
+    else:
+        raise AssertionError(f"{action} is not on the rank that its order gives it to")
+    if action.op is Op.F:
+        at = lane.forward_at[lane.num_forward]
+    elif action.op is Op.W:
+        at = 0.0 if lane.num_weight < lane.num_backward else float("inf")
+    else:
+        at = lane.backward_at[lane.num_backward]
+    return (lane, action.op) if at <= now else None
+
+
 def _pending(lane: _Lane) -> int:
     return lane.num_backward - lane.num_weight
 
@@ -190,6 +236,7 @@ def _advance(lane: _Lane, op: Op) -> int:
     if op is Op.W:
         lane.num_weight += 1
         return lane.microbatches[lane.num_weight - 1]
+    lane.num_weight += op is Op.B
     lane.num_backward += 1
     return lane.microbatches[lane.num_backward - 1]
 
