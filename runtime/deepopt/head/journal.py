@@ -1,0 +1,216 @@
+"""The journal: what the head decided, one fsynced JSON line a decision, written before it happens.
+
+`Journal.append` returns when the line is on disk. `read_journal` forgives a last line that was cut off
+by a crash (what it announced did not happen) and refuses damage anywhere else. `replay` folds entries into
+what a resumed job needs to know.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from deepopt.clock import utc_now
+from deepopt.errors import RunDirectoryError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One decision.
+
+    Args:
+        seq: 1-based position in the journal.
+        time: date and time for people.
+        kind: `job`, `plan`, `generation`, `checkpoint`, `state` or `stop`.
+        fields: what was decided.
+    """
+
+    seq: int
+    time: str
+    kind: str
+    fields: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JournalContent:
+    """What a journal file holds.
+
+    Args:
+        entries: whole lines, in order.
+        size_bytes: length of the file up to the end of the last whole line.
+        cut_bytes: bytes of a cut-off last line after that.
+    """
+
+    entries: tuple[Entry, ...]
+    size_bytes: int
+    cut_bytes: int
+
+
+def read_journal(path: Path) -> JournalContent:
+    """Read a journal; a missing file is an empty one.
+
+    Raises:
+        RunDirectoryError: a line other than a cut-off last one is damaged or out of order.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return JournalContent(entries=(), size_bytes=0, cut_bytes=0)
+    except OSError as error:
+        raise RunDirectoryError(f"cannot read {path}: {error.strerror}") from error
+    size_bytes = content.rfind(b"\n") + 1
+    entries = []
+    for number, line in enumerate(content[:size_bytes].splitlines(), start=1):
+        entry = _parse(line)
+        if entry is None or entry.seq != number:
+            found = "is damaged" if entry is None else f"has seq {entry.seq}, expected {number}"
+            raise RunDirectoryError(
+                f"{path}:{number}: the journal's line {found}",
+                remedy="restore the file from a copy, or start a new run directory; checkpoints "
+                "in this one stay usable",
+            )
+        entries.append(entry)
+    return JournalContent(
+        entries=tuple(entries), size_bytes=size_bytes, cut_bytes=len(content) - size_bytes
+    )
+
+
+def _parse(line: bytes) -> Entry | None:
+    try:
+        fields = json.loads(line)
+        return Entry(
+            seq=fields.pop("seq"),
+            time=fields.pop("time"),
+            kind=fields.pop("kind"),
+            fields=fields,
+        )
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+class Journal:
+    """The one writer of a journal; a cut-off last line is removed when it opens.
+
+    Args:
+        path: the file; made when it is missing.
+
+    Raises:
+        RunDirectoryError: the file is damaged or cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        content = read_journal(path)
+        self.entries: list[Entry] = list(content.entries)
+        self.cut_bytes = content.cut_bytes
+        try:
+            self._descriptor = os.open(
+                path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644
+            )
+            if content.cut_bytes:
+                os.ftruncate(self._descriptor, content.size_bytes)
+            os.fsync(self._descriptor)
+            _fsync_folder(path.parent)
+        except OSError as error:
+            raise RunDirectoryError(f"cannot open {path}: {error.strerror}") from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def append(self, kind: str, **fields: Any) -> Entry:
+        """Write a decision and wait until it is on disk.
+
+        Args:
+            kind: see `Entry`.
+            **fields: JSON-ready values.
+
+        Raises:
+            RunDirectoryError: the disk refused; nothing of the line remains.
+        """
+        entry = Entry(seq=len(self.entries) + 1, time=utc_now(), kind=kind, fields=fields)
+        line = json.dumps({"seq": entry.seq, "time": entry.time, "kind": kind, **fields})
+        size_bytes = os.fstat(self._descriptor).st_size
+        try:
+            rest = memoryview(line.encode() + b"\n")
+            while rest:
+                rest = rest[os.write(self._descriptor, rest) :]
+            os.fsync(self._descriptor)
+        except OSError as error:
+            os.ftruncate(self._descriptor, size_bytes)
+            raise RunDirectoryError(
+                f"cannot write {self._path}: {error.strerror}",
+                remedy="free space or make the run directory writable, then `deepopt resume`",
+            ) from error
+        self.entries.append(entry)
+        return entry
+
+    def close(self) -> None:
+        """Close the file; a repeated call is fine."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def _fsync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class History:
+    """What a journal says about the job so far.
+
+    Args:
+        job_id: None when nothing was journaled yet.
+        generation: the newest one formed; 0 before the first.
+        plan_id: the newest plan; 0 before the first.
+        state: the last state; empty before the first.
+        checkpoint_step: step of the newest checkpoint announced; 0 for none.
+    """
+
+    job_id: str | None = None
+    generation: int = 0
+    plan_id: int = 0
+    state: str = ""
+    checkpoint_step: int = 0
+
+
+def replay(entries: Iterable[Entry]) -> History:
+    """Fold a journal's entries into the job's history."""
+    job_id: str | None = None
+    generation = plan_id = checkpoint_step = 0
+    state = ""
+    for entry in entries:
+        if entry.kind == "job":
+            job_id = entry.fields["job_id"]
+        elif entry.kind == "generation":
+            generation = entry.fields["generation"]
+        elif entry.kind == "plan":
+            plan_id = entry.fields["plan_id"]
+        elif entry.kind == "state":
+            state = entry.fields["state"]
+        elif entry.kind == "checkpoint":
+            checkpoint_step = max(checkpoint_step, entry.fields["step"])
+    return History(
+        job_id=job_id,
+        generation=generation,
+        plan_id=plan_id,
+        state=state,
+        checkpoint_step=checkpoint_step,
+    )

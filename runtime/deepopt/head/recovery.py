@@ -1,0 +1,128 @@
+"""What to do when a worker group has failed: whose fault it is, and what comes next. Pure.
+
+Failures come in the order in which the head learnt of them. One of them is the culprit; the others are
+victims, which the report folds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from deepopt.errors import WorkersLostError
+from deepopt.worker.messages import Failure
+
+LOST_KINDS = frozenset({"death", "hang", "peer"})  # a new worker group may do better
+OWN_ERROR_KINDS = frozenset({"error", "setup"})  # it would fail again in the same way
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Blame:
+    """The one failure that explains the others.
+
+    Args:
+        culprit: the failure to show first, with its traceback.
+        victims: the others, in the order in which they came.
+    """
+
+    culprit: Failure
+    victims: tuple[Failure, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restart:
+    """Form the next generation from the newest verified checkpoint.
+
+    Args:
+        blame: why.
+        restarts: restarts of this launch, this one included.
+    """
+
+    blame: Blame
+    restarts: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fail:
+    """End the job as failed.
+
+    Args:
+        blame: why.
+        exit_code: of the whole job.
+        message: one line.
+        remedy: the next step for the user; may be empty.
+    """
+
+    blame: Blame
+    exit_code: int
+    message: str
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopAnyway:
+    """End the job as stopped: it was asked to stop, and what was lost is in no checkpoint.
+
+    Args:
+        blame: what happened meanwhile.
+    """
+
+    blame: Blame
+
+
+Verdict = Restart | Fail | StopAnyway
+
+
+def find_culprit(failures: Sequence[Failure]) -> Blame:
+    """Choose the failure that explains the others.
+
+    A dead process comes first, then a worker's own error, then a hang, then the first victim.
+    Of several of one kind the earliest counts; of one rank only its first word does.
+
+    Args:
+        failures: at least one, in the order in which the head learnt of them.
+    """
+    assert failures, "a failed worker group has at least one failure"
+    first: dict[int, Failure] = {}
+    for failure in failures:
+        first.setdefault(failure.sender.rank, failure)
+    order = {"death": 0, "setup": 1, "error": 1, "hang": 2, "peer": 3}
+    culprit = min(first.values(), key=lambda failure: order[failure.kind])
+    victims = tuple(failure for failure in first.values() if failure is not culprit)
+    return Blame(culprit=culprit, victims=victims)
+
+
+def decide(
+    failures: Sequence[Failure], *, restarts: int, max_restarts: int, stopping: bool
+) -> Verdict:
+    """What to do after a worker group has failed.
+
+    Args:
+        failures: at least one, in the order in which the head learnt of them.
+        restarts: restarts of this launch so far.
+        max_restarts: the budget, `faults.max_restarts`.
+        stopping: whether the job was asked to stop.
+    """
+    blame = find_culprit(failures)
+    culprit = blame.culprit
+    who = f"rank {culprit.sender.rank}" + (f" on {culprit.host}" if culprit.host else "")
+    if culprit.kind in OWN_ERROR_KINDS and culprit.exit_code != WorkersLostError.exit_code:
+        doing = "while starting" if culprit.kind == "setup" else f"in step {culprit.step}"
+        return Fail(
+            blame=blame,
+            exit_code=culprit.exit_code,
+            message=f"{who} failed {doing}: {culprit.message}",
+            remedy=culprit.remedy,
+        )
+    if stopping:
+        return StopAnyway(blame=blame)
+    if restarts >= max_restarts:
+        return Fail(
+            blame=blame,
+            exit_code=WorkersLostError.exit_code,
+            message=f"lost {restarts + 1} worker group(s), faults.max_restarts allows "
+            f"{max_restarts}; the last because of {who}: {culprit.message}",
+            remedy=culprit.remedy
+            or "look at the culprit's log, then `deepopt resume`, or raise faults.max_restarts",
+        )
+    return Restart(blame=blame, restarts=restarts + 1)
