@@ -1,0 +1,450 @@
+"""The job: what a user may ask for, as frozen pydantic models with defaults that train at once.
+
+Each field's description (with its unit) is the source of the JSON Schema, of the reference in
+`docs/job-file.md` and of the file that `deepopt init` writes. What this module does not do:
+read files and word errors (`deepopt.job_file` does), resolve `auto` (the planner does), import
+what an import path names (`deepopt.import_path` does).
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Annotated, Literal, Self
+
+from pydantic import (
+    Field,
+    JsonValue,
+    SerializerFunctionWrapHandler,
+    Strict,
+    model_serializer,
+    model_validator,
+)
+
+from deepopt.config_fields import (
+    Count,
+    ImportPath,
+    Index,
+    MomentDecay,
+    Positive,
+    Seconds,
+    Section,
+    Text,
+    refuse,
+)
+
+BUILT_AXES = ("pipeline", "data")
+LATER_AXES = ("expert", "context", "tensor", "fsdp")
+
+
+class ModelConfig(Section):
+    """What is trained."""
+
+    factory: ImportPath = Field(
+        default="deepopt.models.moe_transformer:build",
+        description="Import path `package.module:callable` of what returns the model.",
+    )
+    kwargs: dict[str, JsonValue] = Field(
+        default_factory=dict, description="Keyword arguments for the factory."
+    )
+    loss: ImportPath | None = Field(
+        default=None,
+        description="Import path of `loss(output, targets) -> scalar mean`; "
+        "null: the model's own `loss`.",
+    )
+
+
+class DataConfig(Section):
+    """What it is trained on."""
+
+    dataset: ImportPath | None = Field(
+        default=None,
+        description="Import path `package.module:dataset` of a factory of batches; "
+        "null: text from `data.files`.",
+    )
+    kwargs: dict[str, JsonValue] = Field(
+        default_factory=dict, description="Keyword arguments for the dataset factory."
+    )
+    files: tuple[Text, ...] = Field(
+        default=(),
+        description="Text files and globs (`**` too); "
+        "empty: the Python standard library's own sources.",
+    )
+    tokenizer: Text = Field(
+        default="bytes",
+        description="`bytes`, or the name or path of a Hugging Face tokenizer (extra `[hf]`).",
+    )
+    sequence_length: Count = Field(default=128, description="Length of a sequence, in tokens.")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if self.dataset is not None and self.files:
+            refuse(
+                f"data.dataset ({self.dataset}) and data.files are both set",
+                remedy="set one of them; a dataset factory takes paths by data.kwargs",
+                field="files",
+            )
+        if self.kwargs and self.dataset is None:
+            refuse(
+                f"data.kwargs ({', '.join(self.kwargs)}) is set without data.dataset",
+                remedy="name the factory that takes them in data.dataset",
+                field="kwargs",
+            )
+        return self
+
+
+class TrainingConfig(Section):
+    """How much is trained, and in which portions."""
+
+    steps: Count = Field(default=60, description="Optimizer steps; only says where to stop.")
+    seed: Annotated[int, Strict(), Field(ge=0, lt=2**63)] = Field(
+        default=0, description="Seed of weights, data order, dropout and router noise."
+    )
+    microbatches: Count = Field(
+        default=8, description="Micro-batches of one step, over all replicas of the pipeline."
+    )
+    microbatch_size: Count = Field(default=4, description="Sequences of one micro-batch.")
+    groups: Count | None = Field(
+        default=None,
+        description="Gradient groups of one step: gradients add inside a group, then the "
+        "groups in order, so this alone decides the rounding. A multiple of replicas x mirror "
+        "copies. "
+        "null: min(2, microbatches). Fixed at the first launch.",
+    )
+    grad_clip: Positive | None = Field(
+        default=1.0, description="Largest global L2 norm of the gradients; null: no clipping."
+    )
+
+    @model_validator(mode="after")
+    def _groups_fit(self) -> Self:
+        if self.groups is not None and self.groups > self.microbatches:
+            refuse(
+                f"{self.groups} gradient groups for {self.microbatches} micro-batches",
+                remedy=f"set training.groups between 1 and {self.microbatches}",
+                field="groups",
+            )
+        return self
+
+
+class OptimizerConfig(Section):
+    """The update."""
+
+    name: Literal["adamw"] = Field(default="adamw", description="The optimizer.")
+    learning_rate: Annotated[float, Strict(), Field(ge=0)] = Field(
+        default=3e-3, description="Peak learning rate."
+    )
+    betas: tuple[MomentDecay, MomentDecay] = Field(
+        default=(0.9, 0.95), description="Decay of the first and second moment, each in [0, 1)."
+    )
+    eps: Positive = Field(default=1e-8, description="Added to the root of the second moment.")
+    weight_decay: Annotated[float, Strict(), Field(ge=0)] = Field(
+        default=0.1, description="Decoupled decay; parameters with two or more dimensions only."
+    )
+    warmup_steps: Index = Field(default=10, description="Steps of linear warm-up.")
+    decay_steps: Count | None = Field(
+        default=None,
+        description="The step at which the cosine after the warm-up ends, counted from step 1; "
+        "null: constant after the warm-up. Independent of training.steps.",
+    )
+    min_ratio: Annotated[float, Strict(), Field(ge=0, le=1)] = Field(
+        default=0.1,
+        description="Learning rate after the cosine, as a share of the peak.",
+    )
+
+    @model_validator(mode="after")
+    def _decay_after_warmup(self) -> Self:
+        if self.decay_steps is not None and self.decay_steps <= self.warmup_steps:
+            refuse(
+                f"decay ends at step {self.decay_steps}, "
+                f"not after the warm-up of {self.warmup_steps} steps",
+                remedy=f"set optimizer.decay_steps above {self.warmup_steps}, "
+                "or lower optimizer.warmup_steps",
+                field="decay_steps",
+            )
+        return self
+
+
+class PipelineConfig(Section):
+    """Where layers live and in which order they work."""
+
+    placement: Literal["auto", "line", "v", "mirror"] = Field(
+        default="auto",
+        description="Stages on ranks: `line` (one after the other), `v` (folded once), "
+        "`mirror` (each stage on two ranks, micro-batches from both ends), `auto`.",
+    )
+    schedule: Text = Field(
+        default="auto",
+        description="Name of the order of work (`gpipe`, `1f1b`, `bi_stream`, ...), or `auto`.",
+    )
+    boundaries: tuple[Index, ...] | None = Field(
+        default=None,
+        description="Index of the first layer of each stage, starting with 0; null: planned.",
+    )
+    recompute: Literal["none", "full"] = Field(
+        default="none",
+        description="`full` keeps only the inputs of the layers and repeats the forward for "
+        "the backward: less memory, more time, the same numbers.",
+    )
+    receive_lookahead: Count = Field(
+        default=2, description="Receives posted ahead of the action that needs them, a channel."
+    )
+    timeout_s: Seconds = Field(
+        default=600.0, description="Longest wait for one send or receive, in seconds."
+    )
+
+    @model_validator(mode="after")
+    def _boundaries_ascend(self) -> Self:
+        edges = self.boundaries
+        if edges is not None and (
+            not edges or edges[0] != 0 or any(a >= b for a, b in itertools.pairwise(edges))
+        ):
+            refuse(
+                f"boundaries {list(edges)} do not start with 0 and ascend strictly",
+                remedy="list the index of the first layer of each stage, for example [0, 3, 6]",
+                field="boundaries",
+            )
+        return self
+
+
+class ParallelConfig(Section):
+    """Workers along each axis of the mesh."""
+
+    pipeline: Count | None = Field(
+        default=None, description="Ranks of one pipeline; null: workers / data."
+    )
+    data: Count = Field(default=1, description="Replicas of the pipeline.")
+    expert: Count = Field(default=1, description="Not built yet: only 1.")
+    context: Count = Field(default=1, description="Not built yet: only 1.")
+    tensor: Count = Field(default=1, description="Not built yet: only 1.")
+    fsdp: Count = Field(default=1, description="Not built yet: only 1.")
+
+    @model_validator(mode="after")
+    def _only_built_axes(self) -> Self:
+        wanted = {axis: getattr(self, axis) for axis in LATER_AXES if getattr(self, axis) != 1}
+        if wanted:
+            refuse(
+                f"{', '.join(f'parallel.{axis}={size}' for axis, size in wanted.items())}: "
+                "not built yet",
+                remedy=f"leave {'it' if len(wanted) == 1 else 'them'} at 1; what works: "
+                + " and ".join(f"parallel.{axis}" for axis in BUILT_AXES),
+                field=next(iter(wanted)),
+            )
+        return self
+
+
+class PrecisionConfig(Section):
+    """Number formats."""
+
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="Format of compute; weights and moments stay in float32 in either case.",
+    )
+
+
+class CheckpointConfig(Section):
+    """What is written to the disk, and when."""
+
+    every: Index = Field(
+        default=20, description="Steps between checkpoints; 0: only at the end and at a stop."
+    )
+    keep: Annotated[int, Strict(), Field(ge=2)] = Field(
+        default=2, description="Verified checkpoints to keep; at least 2."
+    )
+    timeout_s: Seconds = Field(
+        default=300.0,
+        description="Longest wait for the checkpoint before, in seconds; then one is left out.",
+    )
+    directory: Text | None = Field(
+        default=None,
+        description="Where checkpoints go, seen by all hosts; "
+        "null: `checkpoints/` in the run directory.",
+    )
+
+
+class LoggingConfig(Section):
+    """What is written for people."""
+
+    every: Count = Field(default=1, description="Steps between two lines of progress.")
+    tensorboard: Annotated[bool, Strict()] = Field(
+        default=True, description="Write TensorBoard event files."
+    )
+    trace_steps: tuple[Count, ...] = Field(
+        default=(), description="Steps of which a Perfetto trace is written."
+    )
+    peak_flops: Positive | None = Field(
+        default=None,
+        description="Peak of one device in FLOP/s, for MFU; null: from a table of devices.",
+    )
+
+
+class WorkerConfig(Section):
+    """The processes that train."""
+
+    count: Count | None = Field(
+        default=None, description="Workers; null: one a GPU, or 4 where there is no GPU."
+    )
+    threads: Count = Field(
+        default=1,
+        description="CPU threads of a worker; 1 keeps the numbers independent of how many "
+        "workers share the machine.",
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="Where tensors live; `auto`: cuda where there is a GPU."
+    )
+
+
+class ClusterConfig(Section):
+    """Where processes run; by default a private cluster on this machine."""
+
+    address: Text | None = Field(
+        default=None, description="Address of a running Ray cluster to join; null: start one."
+    )
+    hostfile: Text | None = Field(
+        default=None, description="File of lines `host slots=N`; the hosts are reached by ssh."
+    )
+    start_timeout_s: Seconds = Field(
+        default=120.0, description="Longest wait for the cluster to start, in seconds."
+    )
+    object_store_mb: Annotated[int, Strict(), Field(ge=75)] = Field(  # Ray's own minimum
+        default=80, description="Shared memory of Ray's object store on each host, in MiB."
+    )
+
+    @model_validator(mode="after")
+    def _one_cluster(self) -> Self:
+        if self.address is not None and self.hostfile is not None:
+            refuse(
+                f"cluster.address ({self.address}) and cluster.hostfile ({self.hostfile}) "
+                "are both set",
+                remedy="join a running cluster by its address, or start one over a hostfile",
+                field="hostfile",
+            )
+        return self
+
+
+class FaultPoint(Section):
+    """The moment of a scripted fault."""
+
+    rank: Index = Field(description="The worker that it happens to.")
+    step: Count = Field(description="The step in which it happens.")
+    op: Text | None = Field(
+        default=None,
+        description="The action before which it happens, as printed in plans (`2F5`); "
+        "null: at the start of the step.",
+    )
+    generation: Count = Field(default=1, description="It happens in this generation alone.")
+
+
+class FaultInjection(Section):
+    """One scripted fault, for tests and drills: exactly one of `kill`, `stop` and `raise`."""
+
+    kill: FaultPoint | None = Field(
+        default=None, description="The worker kills itself (SIGKILL)."
+    )
+    stop: FaultPoint | None = Field(
+        default=None, description="The worker stops itself (SIGSTOP): a hang."
+    )
+    raise_: FaultPoint | None = Field(
+        default=None, alias="raise", description="The worker raises an exception."
+    )
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        if sum(point is not None for point in (self.kill, self.stop, self.raise_)) != 1:
+            refuse(
+                "a fault must be exactly one of kill, stop and raise",
+                remedy="write one list entry a fault, for example {kill: {rank: 1, step: 3}}",
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, object]:
+        return {kind: point for kind, point in handler(self).items() if point is not None}
+
+    @property
+    def kind(self) -> Literal["kill", "stop", "raise"]:
+        """What happens."""
+        return "kill" if self.kill else "stop" if self.stop else "raise"
+
+    @property
+    def point(self) -> FaultPoint:
+        """When it happens."""
+        point = self.kill or self.stop or self.raise_
+        assert point is not None, "the validator lets exactly one fault through"
+        return point
+
+
+class FaultsConfig(Section):
+    """When a worker counts as lost, and how often the job may start again."""
+
+    max_restarts: Index = Field(
+        default=3, description="Generations that may be formed after lost workers."
+    )
+    heartbeat_s: Seconds = Field(
+        default=0.5, description="Time between heartbeats, in seconds."
+    )
+    heartbeat_timeout_s: Seconds = Field(
+        default=15.0, description="Silence after which a worker is lost, in seconds."
+    )
+    step_timeout_s: Seconds = Field(
+        default=600.0,
+        description="Time without progress after which a worker counts as hung, in seconds.",
+    )
+    setup_timeout_s: Seconds = Field(
+        default=180.0, description="Longest start of a worker group, in seconds."
+    )
+    stop_grace_s: Seconds = Field(
+        default=30.0,
+        description="Time that a clean stop may take before workers are killed, in seconds.",
+    )
+    inject: tuple[FaultInjection, ...] = Field(
+        default=(),
+        description="Scripted faults: `{kill|stop|raise: {rank, step, op, generation}}`.",
+    )
+
+    @model_validator(mode="after")
+    def _timeout_above_interval(self) -> Self:
+        if self.heartbeat_timeout_s <= self.heartbeat_s:
+            refuse(
+                f"heartbeat timeout {self.heartbeat_timeout_s} s is not above "
+                f"the time between heartbeats, {self.heartbeat_s} s",
+                remedy="set faults.heartbeat_timeout_s to several times faults.heartbeat_s",
+                field="heartbeat_timeout_s",
+            )
+        return self
+
+
+class JobConfig(Section):
+    """One job: everything that decides what is trained, where, and how."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = Field(
+        default="deepopt", description="Name of the job: letters, digits, `.`, `_` and `-`."
+    )
+    model: ModelConfig = Field(default=ModelConfig(), description="What is trained.")
+    data: DataConfig = Field(default=DataConfig(), description="What it is trained on.")
+    training: TrainingConfig = Field(
+        default=TrainingConfig(), description="How much is trained, and in which portions."
+    )
+    optimizer: OptimizerConfig = Field(default=OptimizerConfig(), description="The update.")
+    pipeline: PipelineConfig = Field(
+        default=PipelineConfig(), description="Where layers live and in which order they work."
+    )
+    parallel: ParallelConfig = Field(
+        default=ParallelConfig(), description="Workers along each axis of the mesh."
+    )
+    precision: PrecisionConfig = Field(default=PrecisionConfig(), description="Number formats.")
+    checkpoint: CheckpointConfig = Field(
+        default=CheckpointConfig(), description="What is written to the disk, and when."
+    )
+    logging: LoggingConfig = Field(
+        default=LoggingConfig(), description="What is written for people."
+    )
+    worker: WorkerConfig = Field(
+        default=WorkerConfig(), description="The processes that train."
+    )
+    cluster: ClusterConfig = Field(
+        default=ClusterConfig(),
+        description="Where processes run; by default a private cluster on this machine.",
+    )
+    faults: FaultsConfig = Field(
+        default=FaultsConfig(),
+        description="When a worker counts as lost, and how often the job may start again.",
+    )

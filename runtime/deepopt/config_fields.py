@@ -1,0 +1,56 @@
+"""What the sections of the job are made of: checked values, the frozen base, and refusals.
+
+Numbers are checked strictly: `true` and `"3"` are not integers, and no number is infinite. What
+this module does not do: know any key of the job (`deepopt.config` does).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, NoReturn
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict
+from pydantic_core import PydanticCustomError
+
+REFUSED = "deepopt"  # the pydantic error type of `refuse`
+
+_IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, unknown keys refused, numbers finite."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def refuse(message: str, *, remedy: str, field: str | None = None) -> NoReturn:
+    """Refuse a value from inside a validator; `deepopt.job_file` adds file, line and key.
+
+    Args:
+        message: what is wrong, with the value.
+        remedy: the next step.
+        field: the field of the section that is to blame; None for the value itself.
+
+    Raises:
+        PydanticCustomError: always; pydantic gathers it.
+    """
+    context = {"message": message, "remedy": remedy, "field": field}
+    raise PydanticCustomError(REFUSED, "{message}", context)
+
+
+def _check_import_path(path: str) -> str:
+    if not _IMPORT_PATH.fullmatch(path):
+        refuse(
+            f"{path!r} is not an import path",
+            remedy='write "package.module:name", for example "my_project.model:build"',
+        )
+    return path
+
+
+Text = Annotated[str, Field(min_length=1)]
+ImportPath = Annotated[str, AfterValidator(_check_import_path)]
+Count = Annotated[int, Strict(), Field(ge=1)]
+Index = Annotated[int, Strict(), Field(ge=0)]
+Positive = Annotated[float, Strict(), Field(gt=0)]
+Seconds = Annotated[float, Strict(), Field(gt=0)]
+MomentDecay = Annotated[float, Strict(), Field(ge=0, lt=1)]
