@@ -1,0 +1,75 @@
+"""Events are one schema: what is written reads back, and every line has words."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from deepopt.telemetry import events
+from deepopt.telemetry.files import encode
+
+EXAMPLES: list[events.Event] = [
+    events.StateChanged(state="running", previous="starting", reason="all workers are ready"),
+    events.GenerationFormed(
+        generation=2, plan_id=1, num_workers=4, start_step=20, checkpoint="c"
+    ),
+    events.WorkerBecameReady(
+        rank=1,
+        generation=1,
+        pid=7,
+        host="a",
+        stages=(1, 2),
+        device="cpu",
+        setup_s={"load": 0.5},
+    ),
+    events.WorkerLost(
+        rank=1,
+        generation=1,
+        pid=7,
+        host="a",
+        step=3,
+        action="2F5",
+        failure="death",
+        message="gone",
+    ),
+    events.CheckpointCommitted(step=20, path="/run/checkpoints/20", size_bytes=1_500_000),
+    events.CheckpointWasNotWritten(step=20, reason="disk full", rank=2),
+    events.MessageRefused(rank=0, generation=1, current_generation=2, message="StepReport"),
+    events.StopRequested(request="stop", checkpoint=True),
+    events.Warned(message="metrics sink tensorboard is switched off"),
+    events.Failed(message="the loss is not finite", exit_code=5),
+]
+
+
+@pytest.mark.parametrize("event", EXAMPLES, ids=lambda e: e.kind)
+def test_an_event_reads_back_from_its_line(event: events.Event) -> None:
+    line = json.loads(encode(event.to_json()))
+    assert list(line)[:2] == ["time", "kind"]
+    parsed = events.parse_event(line)
+    assert type(parsed) is type(event)
+    assert json.loads(encode(parsed.to_json())) == line  # type: ignore[union-attr]
+    assert events.headline(line) == event.headline()
+    assert "\n" not in event.headline()
+
+
+def test_every_kind_has_an_example() -> None:
+    assert {event.kind for event in EXAMPLES} == set(events.KINDS)
+
+
+def test_a_lost_worker_is_named_with_host_step_and_action() -> None:
+    headline = EXAMPLES[3].headline()
+    assert headline == "lost rank 1 (death) on a pid 7, step 3, action 2F5: gone"
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ({"time": "t", "kind": "rebalanced", "gain_s": 0.5}, "rebalanced gain_s=0.5"),
+        ({"time": "t", "kind": "checkpoint", "stepp": 3}, "checkpoint stepp=3"),
+        ({"kind": "warning", "message": "x", "added_later": 1}, "warning: x"),
+    ],
+)
+def test_lines_of_another_version_still_have_words(record: dict[str, Any], words: str) -> None:
+    assert events.headline(record) == words
