@@ -48,9 +48,10 @@ def lower(schedule: Schedule, *, reduce: bool) -> Lowered:
 
     A `SEND_F` or `SEND_B` stands right after the action that made the tensor and carries the
     stage that made it; a `RECV_F` or `RECV_B` carries the stage that needs it, and stands
-    directly before its consumer, or earlier when another message of the same channel is sent
-    later but needed sooner, so that channels that ignore tags deliver in order. Nothing is sent
-    inside a rank.
+    directly before its consumer. It stands earlier in two cases: when another tensor of the
+    same channel is sent later but needed sooner, so that channels that ignore tags deliver in
+    order; and when the sender could otherwise wait for ever with one send under way per
+    channel. Nothing is sent inside a rank.
 
     Args:
         schedule: compute actions; see `verify` for its rules.
@@ -59,10 +60,12 @@ def lower(schedule: Schedule, *, reduce: bool) -> Lowered:
             other stages, so it has to start an exchange, not to wait for one.
     """
     sent = _sent_order(schedule)
-    return tuple(
+    rows = [
         _lower_rank(schedule, rank=rank, sent=sent, reduce=reduce)
         for rank in range(schedule.placement.num_ranks)
-    )
+    ]
+    _receive_early_where_senders_wait(schedule, rows)
+    return tuple(map(tuple, rows))
 
 
 def channel_of(schedule: Schedule, action: Action) -> tuple[Channel, Message]:
@@ -140,7 +143,7 @@ def _lower_rank(
     rank: int,
     sent: Mapping[Channel, Mapping[Message, int]],
     reduce: bool,
-) -> tuple[Action, ...]:
+) -> list[Action]:
     row = schedule.actions[rank]
     receives = _receives_before(schedule, row, sent)
     last_gradient: dict[int, int] = {}
@@ -161,7 +164,7 @@ def _lower_rank(
                 if stage not in last_gradient:
                     yield Action(stage, Op.REDUCE)
 
-    return tuple(actions())
+    return list(actions())
 
 
 def _receives_before(
@@ -186,3 +189,56 @@ def _receives_before(
         for index, receive in reversed(placed):
             before.setdefault(index, []).append(receive)
     return before
+
+
+def _receive_early_where_senders_wait(schedule: Schedule, rows: list[list[Action]]) -> None:
+    """Move receives forward, in place, until one send under way per channel is enough.
+
+    The lists are run against each other; where all stand still and a rank waits to send, the
+    tensor that fills its channel is received by the target at once. Where they stop does not
+    depend on the order in which ranks are run, so the result is a function of the schedule.
+    """
+    at = [0] * len(rows)
+    under_way: dict[Channel, Action] = {}
+    runnable = list(range(len(rows)))
+    while True:
+        while runnable:
+            rank = runnable.pop()
+            row = rows[rank]
+            while at[rank] < len(row):
+                action = row[at[rank]]
+                if action.op in SEND_OPS:
+                    channel, _ = channel_of(schedule, action)
+                    if channel in under_way:
+                        break
+                    under_way[channel] = action
+                    runnable.append(channel.target)
+                elif action.op in RECEIVE_OPS:
+                    channel, _ = channel_of(schedule, action)
+                    if under_way.pop(channel, None) is None:
+                        break
+                    runnable.append(channel.source)
+                at[rank] += 1
+        blocked = next(
+            (
+                channel_of(schedule, row[at[rank]])[0]
+                for rank, row in enumerate(rows)
+                if at[rank] < len(row) and row[at[rank]].op in SEND_OPS
+            ),
+            None,
+        )
+        if blocked is None:
+            return  # all lists ended, or the compute order itself is at fault: see `verify`
+        row, start = rows[blocked.target], at[blocked.target]
+        index = next(
+            (
+                i
+                for i in range(start, len(row))
+                if row[i].op in RECEIVE_OPS and channel_of(schedule, row[i])[0] == blocked
+            ),
+            None,
+        )
+        if index is None:
+            return  # sent but never received, because an action is missing: see `verify`
+        row.insert(start, row.pop(index))
+        runnable.append(blocked.target)

@@ -1,0 +1,269 @@
+"""Is a schedule right? Refuses a wrong one, naming the first bad action and the rule it breaks.
+
+Checked: every micro-batch does each of its ops once and on the right rank; F before R before I
+    or B before W; a stage's F after the F of the stage before, its I or B after that of the
+    stage after; gradients of a stage in ascending micro-batch order in each direction (groups
+    are contiguous and have one direction, so they are added in order inside every group); no
+    deadlock, also with one send under way per channel (`verify_lowered`); a cap on activations.
+    Not checked: time (`simulate`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from deepopt.errors import ScheduleError
+from deepopt.schedule.ir import COMPUTE_OPS, Action, Op, Schedule
+from deepopt.schedule.lowering import lower
+from deepopt.schedule.verify_lowered import find_transfer_fault
+
+_GRADIENT_ORDER = "the gradients of a stage are added in micro-batch order"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyReport:
+    """What a right schedule needs.
+
+    Args:
+        peak_activations: per rank, the most stage micro-batches in flight: from the start of F
+            to the end of B or W.
+        num_transfers: tensors sent between ranks in one step.
+    """
+
+    peak_activations: tuple[int, ...]
+    num_transfers: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """The first thing that is wrong.
+
+    Args:
+        rank: where.
+        action: the bad action; when it is missing, the one that should be there.
+        message: action and reason, in one sentence.
+        remedy: what to do, if there is more to say than "change the order".
+    """
+
+    rank: int
+    action: Action
+    message: str
+    remedy: str = ""
+
+
+def verify(schedule: Schedule, *, memory_cap: int | None = None) -> VerifyReport:
+    """Refuse a wrong schedule.
+
+    Args:
+        schedule: compute actions per rank.
+        memory_cap: most stage micro-batches in flight that a rank can hold; None for no cap.
+
+    Raises:
+        ScheduleError: names the first bad action and the rule it breaks.
+    """
+    if (fault := find_fault(schedule, memory_cap=memory_cap)) is not None:
+        raise ScheduleError(fault.message, remedy=fault.remedy)
+    return VerifyReport(
+        peak_activations=peak_activations(schedule),
+        num_transfers=sum(
+            action.op in (Op.SEND_F, Op.SEND_B)
+            for row in lower(schedule, reduce=False)
+            for action in row
+        ),
+    )
+
+
+def find_fault(schedule: Schedule, *, memory_cap: int | None = None) -> Fault | None:
+    """The first fault of a schedule, for those who want to draw it; None when it is right.
+
+    Args:
+        schedule: compute actions per rank.
+        memory_cap: as for `verify`.
+    """
+    fault = _membership(schedule) or _local_order(schedule) or _progress(schedule)
+    if fault is not None:
+        return fault
+    rows = lower(schedule, reduce=True)
+    if (transfer := find_transfer_fault(schedule, rows=rows, buffers=1)) is not None:
+        return Fault(rank=transfer.rank, action=transfer.action, message=transfer.message)
+    return None if memory_cap is None else _memory(schedule, memory_cap)
+
+
+def peak_activations(schedule: Schedule) -> tuple[int, ...]:
+    """Per rank, the most stage micro-batches in flight at once.
+
+    Args:
+        schedule: compute actions per rank.
+    """
+    peaks = []
+    for row in schedule.actions:
+        held = peak = 0
+        for action in row:
+            if action.op is Op.F:
+                held += 1
+                peak = max(peak, held)
+            elif action.op in (Op.B, Op.W):
+                held -= 1
+        peaks.append(peak)
+    return tuple(peaks)
+
+
+def _membership(schedule: Schedule) -> Fault | None:
+    """Every op once and where it belongs."""
+    placement = schedule.placement
+    if len(schedule.actions) != placement.num_ranks:
+        raise ScheduleError(
+            f"the schedule has {len(schedule.actions)} rows, its placement "
+            f"{placement.num_ranks} ranks"
+        )
+    seen: set[Action] = set()
+    for rank, row in enumerate(schedule.actions):
+        for action in row:
+            problem = ""
+            if action.op not in COMPUTE_OPS:
+                problem = "is not a compute action; sends and receives are added by lowering"
+            elif not 0 <= action.stage < placement.num_stages:
+                problem = f"names a stage that is not one of {placement.num_stages}"
+            elif (
+                action.microbatch is None
+                or not 0 <= action.microbatch < schedule.num_microbatches
+            ):
+                problem = f"names a micro-batch that is not one of {schedule.num_microbatches}"
+            elif (owner := schedule.rank_of(action)) != rank:
+                problem = f"belongs to rank {owner}"
+            elif action in seen:
+                problem = "runs twice"
+            if problem:
+                return _fault(rank, action, problem)
+            seen.add(action)
+    for stage in range(placement.num_stages):
+        for microbatch, direction in enumerate(schedule.directions):
+            rank = placement.rank_of(stage, direction)
+            has = {op: Action(stage, op, microbatch) in seen for op in COMPUTE_OPS}
+            forward = Action(stage, Op.F, microbatch)
+            whole = Action(stage, Op.B, microbatch)
+            if not has[Op.F]:
+                return _fault(rank, forward, "is missing")
+            if has[Op.B] and (has[Op.I] or has[Op.W]):
+                twin = Action(stage, Op.I if has[Op.I] else Op.W, microbatch)
+                return _fault(rank, whole, f"and {twin} would add the same gradient twice")
+            if not has[Op.B] and not (has[Op.I] or has[Op.W]):
+                return _fault(rank, whole, f"is missing: {forward} has no backward")
+            for op, other in ((Op.I, Op.W), (Op.W, Op.I)):
+                if not has[Op.B] and not has[op]:
+                    present = Action(stage, other, microbatch)
+                    return _fault(
+                        rank, Action(stage, op, microbatch), f"is missing beside {present}"
+                    )
+    return None
+
+
+def _needs(schedule: Schedule, action: Action) -> list[Action]:
+    """The actions whose results an action uses; a backward by its I, which stands for B too."""
+    stage, microbatch = action.stage, action.microbatch
+    if action.op is Op.F:
+        return [Action(stage - 1, Op.F, microbatch)] if stage else []
+    if action.op is Op.W:
+        return [Action(stage, Op.I, microbatch)]
+    needs = [Action(stage, Op.F, microbatch)]
+    if action.op is not Op.R and stage < schedule.placement.num_stages - 1:
+        needs.append(Action(stage + 1, Op.I, microbatch))
+    return needs
+
+
+def _result(action: Action) -> Action:
+    """What others need an action for: B gives what I gives."""
+    return Action(action.stage, Op.I, action.microbatch) if action.op is Op.B else action
+
+
+def _local_order(schedule: Schedule) -> Fault | None:
+    """Dependencies inside a rank, and gradients in order."""
+    for rank, row in enumerate(schedule.actions):
+        position = {_result(action): index for index, action in enumerate(row)}
+        last: dict[tuple[int, str, Op], Action] = {}
+        for index, action in enumerate(row):
+            for need in _needs(schedule, action):
+                if position.get(need, -1) > index:
+                    return _fault(rank, action, f"runs before {row[position[need]]}")
+            if action.op in (Op.I, Op.B):
+                ready = Action(action.stage, Op.R, action.microbatch)
+                if position.get(ready, -1) > index:
+                    return _fault(rank, ready, f"runs after {action}, which it is to prepare")
+            assert action.microbatch is not None, f"{action} passed without a micro-batch"
+            direction = schedule.directions[action.microbatch]
+            for part in (Op.I, Op.W) if action.op is Op.B else (action.op,):
+                if part not in (Op.I, Op.W):
+                    continue
+                before = last.get((action.stage, direction, part))
+                if before is not None and (before.microbatch or 0) > action.microbatch:
+                    return _fault(rank, before, f"runs before {action}, but {_GRADIENT_ORDER}")
+                last[action.stage, direction, part] = action
+    return None
+
+
+def _progress(schedule: Schedule) -> Fault | None:
+    """Run the rows against each other with no regard to time; report who waits for whom."""
+    rows = schedule.actions
+    at = [0] * len(rows)
+    done: set[Action] = set()
+    waiting: dict[Action, list[int]] = {}
+    runnable = list(range(len(rows)))
+    while runnable:
+        rank = runnable.pop()
+        row = rows[rank]
+        while at[rank] < len(row):
+            action = row[at[rank]]
+            missing = next((n for n in _needs(schedule, action) if n not in done), None)
+            if missing is not None:
+                waiting.setdefault(missing, []).append(rank)
+                break
+            result = _result(action)
+            done.add(result)
+            at[rank] += 1
+            runnable += waiting.pop(result, ())
+    stuck = [rank for rank, row in enumerate(rows) if at[rank] < len(row)]
+    return _cycle(schedule, at, done, stuck[0]) if stuck else None
+
+
+def _cycle(schedule: Schedule, at: Sequence[int], done: set[Action], first: int) -> Fault:
+    """Follow who waits for whom from a stuck rank until a rank comes again."""
+    order: list[int] = []
+    waits: dict[int, str] = {}
+    rank = first
+    while rank not in waits:
+        action = schedule.actions[rank][at[rank]]
+        need = next(n for n in _needs(schedule, action) if n not in done)
+        other = schedule.rank_of(need)
+        name = next(a for a in schedule.actions[other] if _result(a) == need)
+        waits[rank] = f"{action} on rank {rank} waits for {name} on rank {other}"
+        order.append(rank)
+        rank = other
+    circle = order[order.index(rank) :]
+    action = schedule.actions[circle[0]][at[circle[0]]]
+    return Fault(
+        rank=circle[0],
+        action=action,
+        message="deadlock: " + ", ".join(waits[r] for r in circle),
+        remedy="each of these actions stands before what another of them needs: move one later",
+    )
+
+
+def _memory(schedule: Schedule, memory_cap: int) -> Fault | None:
+    for rank, row in enumerate(schedule.actions):
+        held = 0
+        for action in row:
+            held += (action.op is Op.F) - (action.op in (Op.B, Op.W))
+            if held > memory_cap:
+                return Fault(
+                    rank=rank,
+                    action=action,
+                    message=f"rank {rank}: {action} would hold activations of {held} stage "
+                    f"micro-batches, the cap is {memory_cap}",
+                    remedy="raise the cap or choose a schedule with fewer in flight",
+                )
+    return None
+
+
+def _fault(rank: int, action: Action, problem: str) -> Fault:
+    return Fault(rank=rank, action=action, message=f"rank {rank}: {action} {problem}")
