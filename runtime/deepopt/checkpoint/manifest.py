@@ -1,8 +1,8 @@
 """The manifest of a checkpoint: which file holds which part of which tensor. Pure data.
 
 It says whether a checkpoint is whole (`check_complete`) and whether its own text is undamaged
-(the digest in front of it). It reads no file and knows no tensor library; `store` does the former,
-`shard_file` the latter.
+(the digest in front of it). It reads no file (`store` does) and knows no tensor library
+(`shard_file` does).
 """
 
 from __future__ import annotations
@@ -10,12 +10,21 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from math import prod
-from typing import Any, TypeVar
+from typing import Any
 
+from deepopt.checkpoint.fields import (
+    as_json,
+    check_names,
+    check_type,
+    take,
+    take_count,
+    take_list,
+    take_optional,
+)
 from deepopt.errors import CheckpointError
 
 SCHEMA_VERSION = 1
@@ -23,8 +32,6 @@ _PREFIX = '{"digest":"'
 _MIDDLE = '","manifest":'
 _SUFFIX = "}\n"
 _DIGEST_CHARACTERS = 32
-
-_T = TypeVar("_T")
 
 
 def new_digest() -> hashlib.blake2b:
@@ -48,7 +55,7 @@ class TensorSlice:
 
     def __post_init__(self) -> None:
         inside = len(self.global_shape) == len(self.offset) == len(self.extent) and all(
-            0 <= offset and 0 <= extent and offset + extent <= size
+            min(offset, extent) >= 0 and offset + extent <= size
             for size, offset, extent in zip(
                 self.global_shape, self.offset, self.extent, strict=True
             )
@@ -133,7 +140,7 @@ class Manifest:
 
     def __post_init__(self) -> None:
         for name in ("plan", "data_state"):
-            object.__setattr__(self, name, _as_json(name, getattr(self, name)))
+            object.__setattr__(self, name, as_json(name, getattr(self, name)))
 
     def to_json(self) -> str:
         """The manifest as one JSON text that carries the digest of its own bytes."""
@@ -145,44 +152,39 @@ class Manifest:
         """Parse what `to_json` gave.
 
         Raises:
-            CheckpointError: a byte is missing, added or changed; another schema version; a field
-                is missing, unknown or of a wrong type.
+            CheckpointError: a byte is missing, added or changed; another schema version; a
+                field is missing, unknown or of a wrong type.
         """
         body = _checked_body(text)
-        fields = json.loads(body)
-        if type(fields) is not dict:
-            raise CheckpointError(f"manifest: want an object, found {fields!r}")
-        version = fields.get("schema_version")
-        if type(version) is not int or version != SCHEMA_VERSION:
+        fields = check_type("manifest", json.loads(body), kind=dict)
+        version = take(fields, "schema_version", int)
+        if version != SCHEMA_VERSION:
             raise CheckpointError(
                 f"manifest: schema version {version!r}, this deepopt reads {SCHEMA_VERSION}",
                 remedy="use the deepopt version that wrote the checkpoint",
             )
-        _check_names(fields, cls)
+        check_names(fields, wanted=cls.__dataclass_fields__)
         return cls(
-            job_id=_take(fields, "job_id", str),
-            step=_natural(fields, "step"),
-            generation=_natural(fields, "generation"),
-            plan=_take(fields, "plan", dict),
-            plan_fingerprint=_take(fields, "plan_fingerprint", str),
-            skeleton_fingerprint=_take(fields, "skeleton_fingerprint", str),
-            seed=_take(fields, "seed", int),
-            num_groups=_natural(fields, "num_groups"),
-            tokens_seen=_optional(fields, "tokens_seen", int),
-            data_fingerprint=_optional(fields, "data_fingerprint", str),
-            data_state=_optional(fields, "data_state", dict),
-            created_at=_take(fields, "created_at", str),
-            shards=tuple(_shard(entry) for entry in _take(fields, "shards", list)),
+            job_id=take(fields, "job_id", str),
+            step=take_count(fields, "step"),
+            generation=take_count(fields, "generation"),
+            plan=take(fields, "plan", dict),
+            plan_fingerprint=take(fields, "plan_fingerprint", str),
+            skeleton_fingerprint=take(fields, "skeleton_fingerprint", str),
+            seed=take(fields, "seed", int),
+            num_groups=take_count(fields, "num_groups"),
+            tokens_seen=take_optional(fields, "tokens_seen", int),
+            data_fingerprint=take_optional(fields, "data_fingerprint", str),
+            data_state=take_optional(fields, "data_state", dict),
+            created_at=take(fields, "created_at", str),
+            shards=tuple(_shard(entry) for entry in take(fields, "shards", list)),
             schema_version=version,
         )
 
     @property
     def layer_names(self) -> tuple[str, ...]:
         """The layers that the plan knows, in chain order."""
-        names = _take(self.plan, "layer_names", list)
-        if not all(type(name) is str for name in names):
-            raise CheckpointError(f"manifest: layer_names must be strings, found {names!r}")
-        return tuple(names)
+        return take_list(self.plan, "layer_names", str)
 
     def shards_of(self, layer: str) -> tuple[ShardEntry, ...]:
         """The files of one layer, in the manifest's order.
@@ -266,71 +268,32 @@ def _checked_body(text: str) -> str:
     return body
 
 
-def _as_json(name: str, value: dict[str, Any] | None) -> Any:
-    try:
-        return json.loads(json.dumps(value, allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{name} cannot be written as JSON: {error}") from error
-
-
-def _check_names(fields: Mapping[str, Any], kind: type[Manifest | ShardEntry | TensorSlice]) -> None:
-    wanted = set(kind.__dataclass_fields__)
-    if set(fields) != wanted:
-        raise CheckpointError(
-            f"manifest: {kind.__name__} lacks {sorted(wanted - set(fields))}, "
-            f"has unknown {sorted(set(fields) - wanted)}"
-        )
-
-
-def _take(fields: Mapping[str, Any], name: str, kind: type[_T]) -> _T:
-    value = fields.get(name)
-    if type(value) is not kind:  # exactly: a bool is no count
-        raise CheckpointError(f"manifest: {name} must be {kind.__name__}, found {value!r}")
-    return value
-
-
-def _optional(fields: Mapping[str, Any], name: str, kind: type[_T]) -> _T | None:
-    return None if fields.get(name) is None else _take(fields, name, kind)
-
-
-def _natural(fields: Mapping[str, Any], name: str) -> int:
-    value = _take(fields, name, int)
-    if value < 0:
-        raise CheckpointError(f"manifest: {name} must not be negative, found {value}")
-    return value
-
-
 def _shard(value: Any) -> ShardEntry:
-    entry = _take({"shard": value}, "shard", dict)
-    _check_names(entry, ShardEntry)
-    file = _take(entry, "file", str)
+    entry = check_type("shard", value, kind=dict)
+    check_names(entry, wanted=ShardEntry.__dataclass_fields__)
+    file = take(entry, "file", str)
     if not file or "/" in file or file in (".", ".."):
-        raise CheckpointError(f"manifest: file must be a name inside the folder, found {file!r}")
+        raise CheckpointError(
+            f"manifest: file must be a name inside the folder, found {file!r}"
+        )
     return ShardEntry(
-        layer=_take(entry, "layer", str),
-        writer=_natural(entry, "writer"),
+        layer=take(entry, "layer", str),
+        writer=take_count(entry, "writer"),
         file=file,
-        size_bytes=_natural(entry, "size_bytes"),
-        digest=_take(entry, "digest", str),
-        tensors={key: _tensor(part) for key, part in _take(entry, "tensors", dict).items()},
+        size_bytes=take_count(entry, "size_bytes"),
+        digest=take(entry, "digest", str),
+        tensors={key: _tensor(part) for key, part in take(entry, "tensors", dict).items()},
     )
 
 
 def _tensor(value: Any) -> tuple[str, TensorSlice]:
-    pair = _take({"tensor": value}, "tensor", list)
-    if len(pair) != 2 or type(pair[0]) is not str:
+    pair = check_type("tensor", value, kind=list)
+    if len(pair) != 2:
         raise CheckpointError(f"manifest: tensor must be [dtype, slice], found {value!r}")
-    part = _take({"slice": pair[1]}, "slice", dict)
-    _check_names(part, TensorSlice)
-    return pair[0], TensorSlice(
-        global_shape=_shape(part, "global_shape"),
-        offset=_shape(part, "offset"),
-        extent=_shape(part, "extent"),
+    part = check_type("slice", pair[1], kind=dict)
+    check_names(part, wanted=TensorSlice.__dataclass_fields__)
+    return check_type("dtype", pair[0], kind=str), TensorSlice(
+        global_shape=take_list(part, "global_shape", int),
+        offset=take_list(part, "offset", int),
+        extent=take_list(part, "extent", int),
     )
-
-
-def _shape(fields: Mapping[str, Any], name: str) -> tuple[int, ...]:
-    sizes = _take(fields, name, list)
-    if not all(type(size) is int for size in sizes):
-        raise CheckpointError(f"manifest: {name} must be integers, found {sizes!r}")
-    return tuple(sizes)
