@@ -84,7 +84,8 @@ class WorkersLostError(DeepoptError):
 
 
 class TransportError(DeepoptError):
-    """A send, receive or collective failed because of a peer or a link: the sign of a victim."""
+    """A send, receive or collective failed because of a peer or a link: the sign of a
+    victim."""
 
     exit_code: ClassVar[int] = 4
 

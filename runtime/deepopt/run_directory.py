@@ -2,7 +2,8 @@
 
 | file | writer |
 |---|---|
-| job.yaml, model.json, plan.json | the command line, before anything starts; plan.json again by the head |
+| job.yaml, model.json, plan.json | the command line, before anything starts; plan.json again by
+the head |
 | supervisor.json, logs/supervisor.log | the supervisor |
 | journal.jsonl, status.json, metrics.jsonl, events.jsonl | the head alone |
 | requests/*.json | `deepopt stop` and whoever asks; the supervisor reads and removes them |
@@ -100,6 +101,10 @@ class RunDirectory:
     def report(self) -> Path:
         """The closing report as JSON."""
         return self.root / "report.json"
+
+    def checkpoint_root(self, directory: str | None) -> Path:
+        """Where checkpoints go: `checkpoint.directory` of the job, else in here."""
+        return self.checkpoints if directory is None else Path(directory)
 
     def rank_log(self, rank: int) -> Path:
         """The log file of one worker, by its rank."""

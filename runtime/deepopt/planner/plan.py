@@ -6,6 +6,7 @@ Ranks of the whole job: `rank = data_index * pipeline_size + pipeline_rank`.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -53,7 +54,7 @@ class Plan:
         if (
             not self.boundaries
             or edges[0] != 0
-            or any(a >= b for a, b in zip(edges, edges[1:], strict=False))
+            or any(a >= b for a, b in itertools.pairwise(edges))
         ):
             raise PlanError(
                 f"stage boundaries {list(self.boundaries)} do not cut "

@@ -183,11 +183,12 @@ class Heartbeat:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """Why a worker's run ended badly; returned by the worker, or made by the head for a dead one.
+    """Why a worker's run ended badly; returned by the worker, or made by the head for a dead
+    one.
 
     Args:
-        kind: `error` (its own), `peer` (a victim: a peer or link failed), `death` (process gone),
-            `hang` (no sign of life or of progress), `setup` (before the first step).
+        kind: `error` (its own), `peer` (a victim: a peer or link failed), `death` (process
+            gone), `hang` (no sign of life or of progress), `setup` (before the first step).
         step: step in work; 0 before the first.
         action: action in work, with stage, op and micro-batch; empty when between actions.
         message: one line.

@@ -1,0 +1,185 @@
+"""Sums of gradients over groups, copies and replicas, in an order that never changes.
+
+A bucket is a flat range of elements with its terms: for each use of the weights (one, or
+several when they are tied) and each group, the rank that holds the term. Its total is the sum over uses of the sum
+over groups, both in order, so it has the same bits wherever the terms lie. Two holders swap
+their terms. More holders divide the range: each sums one chunk of it and hands the result round.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from deepopt.pipeline.transport import Channel, Kind, PendingReceive, TensorSpec, Transport
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bucket:
+    """A range of elements that is summed as one.
+
+    Args:
+        index: position among all buckets of the job; both ends of a message use it.
+        owners: owners[use][group] is the world rank that holds the term.
+        numel: elements of the range.
+        terms: terms[use, group] is this rank's flat fp32 term [numel], where it is the owner.
+        results: flat fp32 tensors [numel] of this rank that take the total; a result may be a
+            term.
+    """
+
+    index: int
+    owners: tuple[tuple[int, ...], ...]
+    numel: int
+    terms: Mapping[tuple[int, int], torch.Tensor]
+    results: tuple[torch.Tensor, ...]
+
+    @property
+    def holders(self) -> tuple[int, ...]:
+        """Ranks with a term, in the order of their first one."""
+        return tuple(dict.fromkeys(rank for use in self.owners for rank in use))
+
+
+def channels(holders: Sequence[int], rank: int) -> list[Channel]:
+    """The channels a rank needs to reduce with the other holders of a bucket."""
+    others = [r for r in holders if r != rank] if rank in holders else []
+    return [
+        channel
+        for other in others
+        for channel in (
+            Channel(Kind.REDUCTION, rank, other),
+            Channel(Kind.REDUCTION, other, rank),
+        )
+    ]
+
+
+class Reducer:
+    """Sums buckets; communication of one bucket overlaps the computation after `start`.
+
+    Args:
+        transport: to the other holders.
+    """
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+        self._started: list[_Reduction] = []
+
+    def start(self, bucket: Bucket) -> None:
+        """Post the exchange of a bucket whose terms are all whole."""
+        self._started.append(_Reduction(bucket, self._transport))
+
+    def finish(self) -> None:
+        """Complete every started bucket, in the order of starting; results are then totals."""
+        if not self._started:
+            return
+        for reduction in self._started:
+            reduction.take_terms()
+        # A sum overwrites a term that may still be on its way. All waits for sends come before
+        # the first message of the second round: a peer posts its receive only when its own
+        # first round is over.
+        self._transport.finish_sends()
+        for reduction in self._started:
+            reduction.sum_own_part()
+        for reduction in self._started:
+            reduction.collect_parts()
+        self._started.clear()
+
+
+class _Reduction:
+    def __init__(self, bucket: Bucket, transport: Transport) -> None:
+        self._bucket = bucket
+        self._transport = transport
+        self._rank = transport.rank
+        holders = bucket.holders
+        self._others = [r for r in holders if r != self._rank]
+        # With two holders each sums everything; with more, each sums one part.
+        self._parts = _split(bucket.numel, len(holders)) if len(holders) > 2 else None
+        self._position = holders.index(self._rank)
+        self._pending: dict[int, PendingReceive] = {}
+        self._terms: dict[tuple[int, int], torch.Tensor] = {}
+        own_part = self._part(self._position)
+        for rank in self._others:
+            keys = self._keys_of(rank)
+            spec = TensorSpec((own_part.stop - own_part.start,), torch.float32, False)
+            self._pending[rank] = transport.receive(
+                Channel(Kind.REDUCTION, rank, self._rank), 2 * bucket.index, [spec] * len(keys)
+            )
+        for rank in self._others:
+            part = self._part(holders.index(rank))
+            transport.send(
+                Channel(Kind.REDUCTION, self._rank, rank),
+                2 * bucket.index,
+                [bucket.terms[key][part] for key in self._keys_of(self._rank)],
+            )
+
+    def take_terms(self) -> None:
+        """Wait for the other holders' terms of this rank's part."""
+        part = self._part(self._position)
+        self._terms = {key: term[part] for key, term in self._bucket.terms.items()}
+        for rank, pending in self._pending.items():
+            self._terms.update(zip(self._keys_of(rank), pending.wait(), strict=True))
+        self._pending.clear()
+
+    def sum_own_part(self) -> None:
+        """Sum this rank's part of the range and, with more than two holders, hand it round."""
+        bucket = self._bucket
+        part = self._part(self._position)
+        total = _ordered_sum(bucket.owners, self._terms)
+        self._terms = {}
+        for result in bucket.results:
+            if result[part].data_ptr() != total.data_ptr():
+                result[part].copy_(total)
+        if self._parts is None:
+            return
+        for rank in self._others:
+            other = self._part(bucket.holders.index(rank))
+            spec = TensorSpec((other.stop - other.start,), torch.float32, False)
+            self._pending[rank] = self._transport.receive(
+                Channel(Kind.REDUCTION, rank, self._rank), 2 * bucket.index + 1, [spec]
+            )
+        for rank in self._others:
+            self._transport.send(
+                Channel(Kind.REDUCTION, self._rank, rank), 2 * bucket.index + 1, [total]
+            )
+
+    def collect_parts(self) -> None:
+        """Take the parts that the other holders summed."""
+        for rank, pending in self._pending.items():
+            part = self._part(self._bucket.holders.index(rank))
+            (total,) = pending.wait()
+            for result in self._bucket.results:
+                result[part].copy_(total)
+        self._pending.clear()
+
+    def _part(self, position: int) -> slice:
+        return slice(0, self._bucket.numel) if self._parts is None else self._parts[position]
+
+    def _keys_of(self, rank: int) -> list[tuple[int, int]]:
+        return [
+            (use, group)
+            for use, owners in enumerate(self._bucket.owners)
+            for group, owner in enumerate(owners)
+            if owner == rank
+        ]
+
+
+def _split(numel: int, num_parts: int) -> list[slice]:
+    edges = [i * numel // num_parts for i in range(num_parts + 1)]
+    return [slice(a, b) for a, b in itertools.pairwise(edges)]
+
+
+def _ordered_sum(
+    owners: Sequence[Sequence[int]], terms: Mapping[tuple[int, int], torch.Tensor]
+) -> torch.Tensor:
+    """Sum over uses of the sum over groups, each from left to right; destroys the first term of
+    each."""
+    total: torch.Tensor | None = None
+    for use, groups in enumerate(owners):
+        subtotal = terms[use, 0]
+        for group in range(1, len(groups)):
+            subtotal.add_(terms[use, group])
+        total = subtotal if total is None else total.add_(subtotal)
+    assert total is not None, "a bucket without terms"
+    return total

@@ -1,0 +1,381 @@
+"""One training step on one worker: execute the schedule, sum gradients, agree, update.
+
+Workers agree in one exchange at the end of each step: losses, gradient norms, times and wishes.
+From its rows every worker computes the same global norm and the same update; nobody applies half a step.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from deepopt.config import JobConfig
+from deepopt.errors import TrainingError
+from deepopt.pipeline.executor import Batches, Executor
+from deepopt.pipeline.gradients import StageGradients
+from deepopt.pipeline.learning_rate import learning_rate
+from deepopt.pipeline.optimizer import LayerOptimizer, clip_coefficient
+from deepopt.pipeline.reduction import Bucket, Reducer, channels
+from deepopt.pipeline.spans import Span, SpanRecorder, Totals, total
+from deepopt.pipeline.stage import Layer, Loss, Stage
+from deepopt.pipeline.transport import Transport
+from deepopt.planner.plan import Plan
+from deepopt.planner.skeleton import ModelSkeleton
+from deepopt.schedule.builders import build
+from deepopt.schedule.ir import Action, Op
+from deepopt.schedule.lowering import lower
+
+
+class Wish(enum.IntFlag):
+    """What somebody asked a worker for; all workers act on it after the same step."""
+
+    NONE = 0
+    STOP = 1
+    CHECKPOINT = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankTimes:
+    """Seconds of one worker's step; `update_s` is of the step before, known only after the
+    exchange."""
+
+    step_s: float
+    compute_s: float
+    wait_s: float
+    send_s: float
+    reduce_s: float
+    update_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """What every worker knows after a step.
+
+    Args:
+        loss: mean over the step's micro-batches.
+        grad_norm: global norm before clipping.
+        learning_rate: used in the update.
+        wishes: of all workers together.
+        times: by rank.
+        spans: of this worker.
+    """
+
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    wishes: Wish
+    times: tuple[RankTimes, ...]
+    spans: list[Span]
+
+
+class PipelineStep:
+    """This worker's share of the model, ready to train.
+
+    Args:
+        job: the resolved job.
+        plan: who holds what.
+        skeleton: the whole model.
+        rank: this worker's rank in the world.
+        layers: the layers of the held stages, by index in the chain.
+        loss: maps (output, targets) to a scalar mean.
+        transport: to the other workers.
+        batches: inputs and targets by (step, global micro-batch).
+        device: where the layers are.
+        before_action: called before each action, for the fault script.
+    """
+
+    def __init__(
+        self,
+        *,
+        job: JobConfig,
+        plan: Plan,
+        skeleton: ModelSkeleton,
+        rank: int,
+        layers: Mapping[int, Layer],
+        loss: Loss,
+        transport: Transport,
+        batches: Batches,
+        device: torch.device,
+        before_action: Callable[[int, Action], None] | None = None,
+    ) -> None:
+        self._job = job
+        self._plan = plan
+        self._rank = rank
+        self._transport = transport
+        self._spans = SpanRecorder(device)
+        self._device = device
+        self._update_s = 0.0
+        self._trainable = _TrainableParameters(plan, skeleton)
+
+        data_index, pipeline_rank = divmod(rank, plan.pipeline_size)
+        placement = plan.make_placement()
+        schedule = build(
+            plan.schedule, placement=placement, directions=plan.directions(data_index)
+        )
+        program = lower(schedule, reduce=True)[pipeline_rank]
+        self._stages = {
+            index: self._make_stage(
+                index, layers, loss, defer=any(a.op is Op.W for a in program)
+            )
+            for index in plan.held_stages(rank)
+        }
+        buckets = {index: self._stage_bucket(index) for index in self._stages}
+        self._tied_buckets = self._make_tied_buckets()
+        self._reducer = Reducer(transport)
+        self.optimizers = {
+            layer.name: LayerOptimizer(layer, job.optimizer)
+            for stage in self._stages.values()
+            for layer in stage.layers
+        }
+        self.executor = Executor(
+            program,
+            placement=placement,
+            directions=schedule.directions,
+            stages=self._stages,
+            buckets=buckets,
+            transport=transport,
+            reducer=self._reducer,
+            batches=batches,
+            first_rank=data_index * plan.pipeline_size,
+            first_microbatch=plan.replica_groups(data_index)[0][0],
+            lookahead=job.pipeline.receive_lookahead,
+            spans=self._spans,
+            before_action=before_action,
+        )
+        roads = dict.fromkeys(self.executor.channels())
+        for bucket in (*buckets.values(), *self._tied_buckets):
+            roads |= dict.fromkeys(channels(bucket.holders, rank))
+        transport.open(roads)
+
+    def run(self, step: int, *, wishes: Wish = Wish.NONE) -> StepResult:
+        """Train one step.
+
+        Args:
+            step: 1-based.
+            wishes: what this worker was asked for.
+
+        Raises:
+            TrainingError: the loss or the gradient norm is not finite; nothing was updated.
+            TransportError: a peer is gone.
+        """
+        began = time.perf_counter()
+        self.executor.run_step(step)
+        reducing = time.perf_counter()
+        self._reducer.finish()
+        for bucket in self._tied_buckets:
+            self._reducer.start(bucket)
+        self._reducer.finish()
+        self._transport.finish_sends()
+        spans = self._spans.take()
+        totals = total(spans, device_time=self._device.type == "cuda")
+        totals.reduce_s += time.perf_counter() - reducing
+
+        exchanging = time.perf_counter()
+        own = self._row(wishes, totals, step_s=exchanging - began)
+        rows = self._transport.all_gather(own)
+        result = self._agree(step, rows, spans)
+        self._update(result)
+        self._update_s = time.perf_counter() - exchanging
+        return result
+
+    # Building.
+    # ---------------------------------------------------------------------------------
+
+    def _make_stage(
+        self, index: int, layers: Mapping[int, Layer], loss: Loss, *, defer: bool
+    ) -> Stage:
+        plan, job = self._plan, self._job
+        held = [layers[i] for i in plan.stage_layers(index)]
+        bounds = [b for d in range(plan.data_size) for b in plan.replica_groups(d)]
+        groups = [g for g, r in enumerate(plan.group_owners(index)) if r == self._rank]
+        parameters = {name: p for layer in held for name, p in layer.trainable.items()}
+        return Stage(
+            index,
+            held,
+            gradients=StageGradients(
+                parameters,
+                apart=[name for name in parameters if name in self._trainable.tied_names],
+                groups=groups,
+                device=self._device,
+            ),
+            group_of={m: g for g in groups for m in range(*bounds[g])},
+            seed=job.training.seed,
+            device=self._device,
+            num_microbatches=plan.num_microbatches,
+            loss=loss if index == plan.num_stages - 1 else None,
+            recompute=job.pipeline.recompute == "full",
+            defer_weights=defer,
+        )
+
+    def _stage_bucket(self, index: int) -> Bucket:
+        gradients = self._stages[index].gradients
+        rows = [row[gradients.own] for row in gradients.rows]
+        return Bucket(
+            index=index,
+            owners=(self._plan.group_owners(index),),
+            numel=rows[0].numel(),
+            terms={(0, g): row for g, row in zip(gradients.groups, rows, strict=True)},
+            results=(rows[0],),
+        )
+
+    def _make_tied_buckets(self) -> list[Bucket]:
+        """One bucket for each tied parameter that this worker holds a use of."""
+        buckets = []
+        for number, uses in enumerate(self._trainable.tied_uses):
+            terms: dict[tuple[int, int], torch.Tensor] = {}
+            results: list[torch.Tensor] = []
+            numel = 0
+            for use, (stage_index, name) in enumerate(uses):
+                stage = self._stages.get(stage_index)
+                if stage is None:
+                    continue
+                gradients = stage.gradients
+                rows = [row[gradients.region(name)] for row in gradients.rows]
+                terms |= {(use, g): r for g, r in zip(gradients.groups, rows, strict=True)}
+                results.append(rows[0])
+                numel = rows[0].numel()
+            if terms:
+                buckets.append(
+                    Bucket(
+                        index=self._plan.num_stages + number,
+                        owners=tuple(self._plan.group_owners(stage) for stage, _ in uses),
+                        numel=numel,
+                        terms=terms,
+                        results=tuple(results),
+                    )
+                )
+        return buckets
+
+    # The exchange at the end of a step.
+    # ----------------------------------------------------------
+
+    def _row(self, wishes: Wish, totals: Totals, *, step_s: float) -> list[float]:
+        losses = [0.0] * self._plan.num_microbatches
+        last = self._stages.get(self._plan.num_stages - 1)
+        if last is not None:
+            values = torch.stack([loss.float() for loss in last.losses.values()]).tolist()
+            for microbatch, value in zip(last.losses, values, strict=True):
+                losses[microbatch] = value
+        norms = self._own_norms()
+        norms += [0.0] * (self._trainable.most_norms - len(norms))
+        times = [step_s, totals.compute_s, totals.wait_s, totals.send_s, totals.reduce_s]
+        return [float(wishes), *times, self._update_s, *losses, *norms]
+
+    def _own_norms(self) -> list[float]:
+        names = self._trainable.by_reporter.get(self._rank, ())
+        if not names:
+            return []
+        totals: dict[str, torch.Tensor] = {}
+        for stage in self._stages.values():
+            totals |= stage.gradients.totals()
+        norms = torch.stack([torch.linalg.vector_norm(totals[name]) for name in names])
+        values: list[float] = norms.tolist()
+        return values
+
+    def _agree(
+        self, step: int, rows: Sequence[Sequence[float]], spans: list[Span]
+    ) -> StepResult:
+        plan = self._plan
+        wishes = Wish.NONE
+        for row in rows:
+            wishes |= Wish(int(row[0]))
+        num_losses = plan.num_microbatches
+        owners = plan.group_owners(plan.num_stages - 1)
+        losses: list[float] = []
+        for data_index in range(plan.data_size):
+            offset = data_index * len(plan.replica_groups(0))
+            for local, (start, end) in enumerate(plan.replica_groups(data_index)):
+                losses += rows[owners[offset + local]][7 + start : 7 + end]
+        norms = {
+            name: norm
+            for rank, names in self._trainable.by_reporter.items()
+            for name, norm in zip(names, rows[rank][7 + num_losses :], strict=False)
+        }
+        ordered = [norms[name] for name in self._trainable.names]
+        grad_norm, coefficient = clip_coefficient(
+            ordered, max_norm=self._job.training.grad_clip
+        )
+        loss = math.fsum(losses) / num_losses
+        if not math.isfinite(loss) or not math.isfinite(grad_norm):
+            raise _not_finite(step, losses, norms, self._trainable.names)
+        if coefficient < 1.0:
+            for stage in self._stages.values():
+                stage.gradients.rows[0].mul_(coefficient)
+        return StepResult(
+            loss=loss,
+            grad_norm=grad_norm,
+            learning_rate=learning_rate(step, self._job.optimizer),
+            wishes=wishes,
+            times=tuple(
+                RankTimes(
+                    step_s=row[1],
+                    compute_s=row[2],
+                    wait_s=row[3],
+                    send_s=row[4],
+                    reduce_s=row[5],
+                    update_s=row[6],
+                )
+                for row in rows
+            ),
+            spans=spans,
+        )
+
+    def _update(self, result: StepResult) -> None:
+        for stage in self._stages.values():
+            grads = stage.gradients.totals()
+            for layer in stage.layers:
+                self.optimizers[layer.name].step(grads, result.learning_rate)
+
+
+class _TrainableParameters:
+    """Which parameters there are to norm and to tie, and who reports which norm: the same on
+    every worker."""
+
+    def __init__(self, plan: Plan, skeleton: ModelSkeleton) -> None:
+        stage_of = {
+            skeleton.layers[i].name: stage
+            for stage in range(plan.num_stages)
+            for i in plan.stage_layers(stage)
+        }
+        self.names: list[str] = []
+        uses: dict[str, list[tuple[int, str]]] = {}
+        reporters: dict[int, list[str]] = {}
+        for layer in skeleton.layers:
+            own = {p.name for p in layer.parameters}
+            for parameter in layer.parameters:
+                if not parameter.requires_grad or parameter.tied_to in own:
+                    continue
+                stage = stage_of[layer.name]
+                source = parameter.tied_to or parameter.name
+                uses.setdefault(source, []).append((stage, parameter.name))
+                if parameter.tied_to is None:
+                    self.names.append(parameter.name)
+                    reporters.setdefault(plan.holders(stage)[0], []).append(parameter.name)
+        self.by_reporter = {rank: tuple(names) for rank, names in reporters.items()}
+        self.most_norms = max(map(len, self.by_reporter.values()), default=0)
+        self.tied_uses = [tuple(where) for where in uses.values() if len(where) > 1]
+        self.tied_names = {name for where in self.tied_uses for _, name in where}
+
+
+def _not_finite(
+    step: int, losses: Sequence[float], norms: Mapping[str, float], names: Sequence[str]
+) -> TrainingError:
+    bad_losses = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
+    bad_norms = [name for name in names if not math.isfinite(norms[name])]
+    parts = []
+    if bad_losses:
+        parts.append(f"the loss of micro-batch {bad_losses[0]} is {losses[bad_losses[0]]}")
+    if bad_norms:
+        parts.append(f"the gradient of {bad_norms[0]} has norm {norms[bad_norms[0]]}")
+        if len(bad_norms) > 1:
+            parts[-1] += f" ({len(bad_norms)} of {len(names)} parameters are affected)"
+    return TrainingError(
+        f"step {step}: {' and '.join(parts)}; the update was not applied",
+        remedy="lower optimizer.learning_rate, lengthen optimizer.warmup_steps, or resume from "
+        "a checkpoint before this step",
+    )

@@ -1,0 +1,324 @@
+"""Tensors between workers: posted receives, sends that do not block, one small all-gather.
+
+One code path for gloo and NCCL. Gloo keeps messages apart by tag. NCCL ignores tags, so each
+channel (pair, direction, kind) has a communicator of its own, where the order of sends is the
+order of receives; `schedule.verify` has checked that both ends agree on it. This module knows
+nothing of schedules.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from deepopt.errors import TransportError
+
+_TENSORS_PER_MESSAGE = 64  # the lowest six bits of the tag
+
+
+class Kind(enum.IntEnum):
+    """What a message carries; each kind has channels of its own."""
+
+    ACTIVATION = 0
+    GRADIENT = 1
+    REDUCTION = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Channel:
+    """A one-way road between two workers for one kind of message.
+
+    Args:
+        kind: what it carries.
+        source: sending rank in the world.
+        target: receiving rank in the world.
+    """
+
+    kind: Kind
+    source: int
+    target: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """What a receiver must know before it can post a receive.
+
+    Args:
+        shape: of the tensor.
+        dtype: of the tensor; the wire keeps it.
+        requires_grad: whether a gradient comes back for it.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    requires_grad: bool
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> TensorSpec:
+        """The spec of a tensor."""
+        return cls(tuple(tensor.shape), tensor.dtype, tensor.requires_grad)
+
+
+class PendingReceive(Protocol):
+    """A posted receive."""
+
+    def wait(self) -> tuple[torch.Tensor, ...]:
+        """Block until all tensors are here; fresh contiguous storage that the caller owns."""
+        ...
+
+
+class Transport(Protocol):
+    """How a worker talks to its peers.
+
+    Args of the constructor are the backend's own. All calls come from the training thread.
+    """
+
+    @property
+    def rank(self) -> int:
+        """This worker's rank in the world."""
+        ...
+
+    @property
+    def world_size(self) -> int:
+        """Workers in the world."""
+        ...
+
+    def open(self, channels: Iterable[Channel]) -> None:
+        """Make the communicators of the channels this worker takes part in."""
+        ...
+
+    def receive(
+        self, channel: Channel, message: int, specs: Sequence[TensorSpec]
+    ) -> PendingReceive:
+        """Post a receive and return at once."""
+        ...
+
+    def send(self, channel: Channel, message: int, tensors: Sequence[torch.Tensor]) -> None:
+        """Post a send and return at once; the tensors must not be written to afterwards."""
+        ...
+
+    def finish_sends(self) -> None:
+        """Block until every posted send is out."""
+        ...
+
+    def all_gather(self, values: Sequence[float]) -> list[list[float]]:
+        """Every rank's values by rank, as exact fp64; all give the same number of them."""
+        ...
+
+    def publish(self, key: str, specs: Sequence[TensorSpec]) -> None:
+        """Tell whoever asks under this key what the tensors will look like."""
+        ...
+
+    def look_up(self, key: str) -> tuple[TensorSpec, ...]:
+        """Block until the key was published."""
+        ...
+
+    def close(self) -> None:
+        """Leave the process group."""
+        ...
+
+
+class LoneTransport:
+    """The transport of a job with one worker: nobody to send to."""
+
+    rank = 0
+    world_size = 1
+
+    def open(self, channels: Iterable[Channel]) -> None:
+        """Refuse any channel."""
+        assert not list(channels), "a lone worker opened a channel"
+
+    def receive(
+        self, channel: Channel, message: int, specs: Sequence[TensorSpec]
+    ) -> PendingReceive:
+        """Never called: one worker has no peer."""
+        raise AssertionError(f"a lone worker received {message} on {channel}")
+
+    def send(self, channel: Channel, message: int, tensors: Sequence[torch.Tensor]) -> None:
+        """Never called: one worker has no peer."""
+        raise AssertionError(f"a lone worker sent {message} on {channel}")
+
+    def finish_sends(self) -> None:
+        """Nothing to wait for."""
+
+    def all_gather(self, values: Sequence[float]) -> list[list[float]]:
+        """The caller's own values."""
+        return [list(values)]
+
+    def publish(self, key: str, specs: Sequence[TensorSpec]) -> None:
+        """Nobody asks."""
+
+    def look_up(self, key: str) -> tuple[TensorSpec, ...]:
+        """Never called: one worker has no peer."""
+        raise AssertionError(f"a lone worker looked up {key}")
+
+    def close(self) -> None:
+        """Nothing to leave."""
+
+
+class ProcessGroupTransport:
+    """Transport over torch.distributed: gloo for CPU tensors, NCCL for CUDA tensors.
+
+    Args:
+        store: rendezvous store, already prefixed with the generation.
+        rank: this worker's rank in the world.
+        world_size: workers in the world.
+        device: where tensors live; `cuda` means NCCL.
+        timeout_s: longest wait for a peer, in seconds (`pipeline.timeout_s`).
+
+    Raises:
+        TransportError: the group did not form in time.
+    """
+
+    def __init__(
+        self,
+        store: torch.distributed.distributed_c10d.Store,
+        *,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        timeout_s: float,
+    ) -> None:
+        self._rank = rank
+        self._world_size = world_size
+        self._device = device
+        self._store = store
+        self._timeout = timedelta(seconds=timeout_s)
+        self._groups: dict[Channel, dist.ProcessGroup] = {}
+        self._sends: deque[tuple[dist.Work, torch.Tensor]] = deque()
+        cuda = device.type == "cuda"
+        with _as_transport_error("process group did not form"):
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if cuda else "gloo",
+                store=store,
+                rank=rank,
+                world_size=world_size,
+                timeout=self._timeout,
+                device_id=device if cuda else None,
+            )
+
+    @property
+    def rank(self) -> int:
+        """This worker's rank in the world."""
+        return self._rank
+
+    @property
+    def world_size(self) -> int:
+        """Workers in the world."""
+        return self._world_size
+
+    def open(self, channels: Iterable[Channel]) -> None:
+        """Make one communicator a channel under NCCL; gloo needs none, it has tags."""
+        if self._device.type != "cuda":
+            return
+        # Sorted, so that both ends of every channel make their communicators in the same order.
+        for channel in sorted(channels, key=lambda c: (c.kind, c.source, c.target)):
+            with _as_transport_error(f"communicator of {channel} did not form"):
+                group = dist.new_group(
+                    [channel.source, channel.target],
+                    timeout=self._timeout,
+                    backend="nccl",
+                    use_local_synchronization=True,
+                )
+            self._groups[channel] = group
+
+    def receive(
+        self, channel: Channel, message: int, specs: Sequence[TensorSpec]
+    ) -> PendingReceive:
+        """Post a receive and return at once."""
+        assert len(specs) <= _TENSORS_PER_MESSAGE, f"{len(specs)} tensors in one message"
+        tensors = [torch.empty(s.shape, dtype=s.dtype, device=self._device) for s in specs]
+        works = []
+        with _as_transport_error(f"receive from rank {channel.source}"):
+            for i, tensor in enumerate(tensors):
+                group, tag = self._address(channel, message, i)
+                work = dist.irecv(tensor, channel.source, group=group, tag=tag)
+                assert work is not None, "this rank is not in the channel's group"
+                works.append(work)
+        return _Receive(channel.source, works, tensors)
+
+    def send(self, channel: Channel, message: int, tensors: Sequence[torch.Tensor]) -> None:
+        """Post a send and return at once; the tensors must not be written to afterwards."""
+        assert len(tensors) <= _TENSORS_PER_MESSAGE, f"{len(tensors)} tensors in one message"
+        with _as_transport_error(f"send to rank {channel.target}"):
+            for i, tensor in enumerate(tensors):
+                group, tag = self._address(channel, message, i)
+                whole = tensor.detach().contiguous()
+                work = dist.isend(whole, channel.target, group=group, tag=tag)
+                assert work is not None, "this rank is not in the channel's group"
+                self._sends.append((work, whole))
+
+    def finish_sends(self) -> None:
+        """Block until every posted send is out."""
+        with _as_transport_error("a posted send"):
+            while self._sends:
+                work, _ = self._sends.popleft()
+                work.wait()
+
+    def all_gather(self, values: Sequence[float]) -> list[list[float]]:
+        """Every rank's values by rank, as exact fp64; all give the same number of them."""
+        own = torch.tensor(values, dtype=torch.float64)
+        rows = [torch.empty_like(own) for _ in range(self._world_size)]
+        with _as_transport_error("exchange of norms and losses at the end of the step"):
+            dist.all_gather(rows, own)
+        return [row.tolist() for row in rows]
+
+    def publish(self, key: str, specs: Sequence[TensorSpec]) -> None:
+        """Tell whoever asks under this key what the tensors will look like."""
+        plain = [(s.shape, str(s.dtype).removeprefix("torch."), s.requires_grad) for s in specs]
+        with _as_transport_error(f"publishing the shapes of {key}"):
+            self._store.set(key, json.dumps(plain))
+
+    def look_up(self, key: str) -> tuple[TensorSpec, ...]:
+        """Block until the key was published."""
+        with _as_transport_error(f"waiting for the shapes of {key}"):
+            self._store.wait([key], self._timeout)
+            plain = json.loads(self._store.get(key))
+        return tuple(
+            TensorSpec(tuple(shape), getattr(torch, dtype), requires_grad)
+            for shape, dtype, requires_grad in plain
+        )
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _address(
+        self, channel: Channel, message: int, tensor_index: int
+    ) -> tuple[dist.ProcessGroup | None, int]:
+        tag = (message * len(Kind) + channel.kind) * _TENSORS_PER_MESSAGE + tensor_index
+        return self._groups.get(channel), tag
+
+
+class _Receive:
+    def __init__(
+        self, source: int, works: Sequence[dist.Work], tensors: Sequence[torch.Tensor]
+    ) -> None:
+        self._source = source
+        self._works = works
+        self._tensors = tensors
+
+    def wait(self) -> tuple[torch.Tensor, ...]:
+        with _as_transport_error(f"receive from rank {self._source}"):
+            for work in self._works:
+                work.wait()
+        return tuple(self._tensors)
+
+
+@contextmanager
+def _as_transport_error(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, ConnectionError) as error:  # torch raises DistError, a RuntimeError
+        reason = str(error).strip().splitlines()
+        raise TransportError(f"{what} failed: {reason[0] if reason else error!r}") from error

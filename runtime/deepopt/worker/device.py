@@ -1,0 +1,65 @@
+"""The device of a worker, and how many floating-point operations a second it could do at
+best."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import torch
+
+from deepopt.config import JobConfig
+from deepopt.errors import ClusterError
+from deepopt.telemetry.flops import device_peak_flops
+
+_PROBE_SIZE = 512  # elements a side: 0.27 GFLOP, about 10 ms on one CPU core
+_PROBES = 5
+
+
+def choose_device(job: JobConfig) -> torch.device:
+    """The device of this process: the GPU that the cluster made visible to it, or the CPU.
+
+    Raises:
+        ClusterError: the job wants CUDA and there is none here.
+    """
+    wanted = job.worker.device
+    available = torch.cuda.is_available()
+    if wanted == "cuda" and not available:
+        raise ClusterError(
+            "worker.device is cuda, but torch sees no GPU in the worker's process",
+            remedy="check the driver and torch's CUDA build, or set worker.device to cpu",
+        )
+    if wanted == "cpu" or not available:
+        return torch.device("cpu")
+    torch.cuda.set_device(0)
+    return torch.device("cuda", 0)
+
+
+def peak_flops(job: JobConfig, device: torch.device) -> tuple[float, str]:
+    """The device's peak in FLOP/s and where the figure comes from.
+
+    Args:
+        job: `logging.peak_flops` comes first.
+        device: a GPU is looked up by its name; a CPU is measured.
+
+    Returns:
+        (FLOP/s, `job`, `table` or `measured`). Measured: the best rate of a square matrix
+        product, so utilisation relative to it is that of the code, not of the data sheet.
+    """
+    if job.logging.peak_flops is not None:
+        return job.logging.peak_flops, "job"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        known = device_peak_flops(name, job.precision.dtype)
+        if known is not None:
+            return known, "table"
+    dtype = torch.bfloat16 if job.precision.dtype == "bfloat16" else torch.float32
+    matrix = torch.ones(_PROBE_SIZE, _PROBE_SIZE, dtype=dtype, device=device)
+    times = []
+    for _ in range(_PROBES):
+        start = time.perf_counter()
+        torch.mm(matrix, matrix)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return 2.0 * _PROBE_SIZE**3 / statistics.median(times), "measured"

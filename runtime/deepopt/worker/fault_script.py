@@ -1,0 +1,52 @@
+"""The job's fault script: what a worker does to itself at a chosen step and operation.
+
+For tests of recovery, the project's and the users': `faults.inject` in the job file.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Sequence
+
+from deepopt.config import FaultInjection
+from deepopt.errors import TrainingError
+from deepopt.schedule.ir import Action
+
+
+class FaultScript:
+    """The faults of one worker in one generation; each strikes once.
+
+    Args:
+        faults: `faults.inject` of the job.
+        rank: this worker's rank.
+        generation: its worker group.
+    """
+
+    def __init__(self, faults: Sequence[FaultInjection], *, rank: int, generation: int) -> None:
+        self._due = [
+            f for f in faults if f.point.rank == rank and f.point.generation == generation
+        ]
+
+    def __bool__(self) -> bool:
+        return bool(self._due)
+
+    def __call__(self, step: int, action: Action) -> None:
+        """Strike, if a fault is due before this action of this step."""
+        for fault in list(self._due):
+            wanted = (None, action.op.value, str(action))
+            if fault.point.step == step and fault.point.op in wanted:
+                self._due.remove(fault)
+                _strike(fault, step, action)
+
+
+def _strike(fault: FaultInjection, step: int, action: Action) -> None:
+    if fault.kind == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif fault.kind == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    else:
+        raise TrainingError(
+            f"the fault script raised before {action} of step {step}",
+            remedy="remove the entry from faults.inject",
+        )

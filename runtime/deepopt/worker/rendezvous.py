@@ -1,0 +1,103 @@
+"""How the workers of a generation find each other: one TCPStore in the head, one prefix a
+generation."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import struct
+from datetime import timedelta
+
+import torch
+from torch.distributed.distributed_c10d import PrefixStore, TCPStore
+
+from deepopt.errors import ClusterError, TransportError
+from deepopt.pipeline.transport import LoneTransport, ProcessGroupTransport, Transport
+from deepopt.worker.messages import Assignment
+
+_SIOCGIFADDR = 0x8915  # Linux: get the IPv4 address of an interface
+
+
+class StoreServer:
+    """The store of one job; lives in the head, so that no worker's death takes it away.
+
+    Args:
+        host: IP address that workers reach the head by.
+
+    Raises:
+        ClusterError: no port could be opened on that address.
+    """
+
+    def __init__(self, host: str) -> None:
+        self.host = host
+        try:
+            self._store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        except RuntimeError as error:
+            raise ClusterError(
+                f"cannot open a rendezvous store on {host}: {str(error).splitlines()[0]}",
+                remedy="check that the address belongs to this host",
+            ) from error
+        self.port = int(self._store.port)
+
+
+def serve_store(host: str) -> StoreServer:
+    """Open the store of a job on an address of this host, on a free port."""
+    return StoreServer(host)
+
+
+def join(assignment: Assignment, *, device: torch.device) -> Transport:
+    """Join the process group of the assignment's generation; blocks until all workers are
+    there.
+
+    Args:
+        assignment: names the store, the rank and the generation.
+        device: where tensors live.
+
+    Raises:
+        TransportError: the store or a peer did not answer in time.
+    """
+    sender, plan = assignment.sender, assignment.plan
+    if plan.world_size == 1:
+        return LoneTransport()
+    interface = interface_of(assignment.node_ip)
+    if (
+        interface is not None
+    ):  # without it gloo looks the host's name up, which may be any address
+        os.environ["GLOO_SOCKET_IFNAME"] = interface
+        os.environ["NCCL_SOCKET_IFNAME"] = interface
+    timeout_s = assignment.job.faults.setup_timeout_s
+    try:
+        store = TCPStore(
+            assignment.store_host,
+            assignment.store_port,
+            is_master=False,
+            timeout=timedelta(seconds=timeout_s),
+        )
+    except RuntimeError as error:
+        raise TransportError(
+            f"rank {sender.rank} cannot reach the store of the head at "
+            f"{assignment.store_host}:{assignment.store_port}: {str(error).splitlines()[0]}",
+            remedy="check that the hosts reach each other on this address",
+        ) from error
+    return ProcessGroupTransport(
+        PrefixStore(f"{sender.job_id}/generation-{sender.generation}", store),
+        rank=sender.rank,
+        world_size=plan.world_size,
+        device=device,
+        timeout_s=assignment.job.pipeline.timeout_s,
+    )
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface that has an IPv4 address, for example `lo` for 127.0.0.1."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            try:
+                request = struct.pack("256s", name.encode()[:15])
+                answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)
+            except OSError:  # an interface without an IPv4 address
+                continue
+            if socket.inet_ntoa(answer[20:24]) == address:
+                return name
+    return None

@@ -1,0 +1,308 @@
+"""`StageWorker`: what one worker does, as a plain class: set up, train from step to step,
+report.
+
+It runs on its own from `start_step + 1` to `last_step`. A wish to stop or to write a
+checkpoint, given to any worker, travels in the exchange at the end of a step, so that all act
+after the same step. The worker decides nothing else: processes, the timing of heartbeats and
+restarts are the shell's and the head's.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import statistics
+import threading
+import time
+import traceback
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from deepopt.checkpoint.export import export_weights
+from deepopt.convert import build_layers, describe
+from deepopt.datasets.batch_source import BatchSource, build_batch_source
+from deepopt.errors import DeepoptError, TransportError
+from deepopt.pipeline.spans import Span
+from deepopt.pipeline.step import PipelineStep, StepResult, Wish
+from deepopt.pipeline.transport import Transport
+from deepopt.planner.skeleton import ModelSkeleton
+from deepopt.run_directory import RunDirectory
+from deepopt.schedule.ir import COMPUTE_OPS
+from deepopt.telemetry.trace import write_trace
+from deepopt.worker import rendezvous
+from deepopt.worker.device import choose_device, peak_flops
+from deepopt.worker.fault_script import FaultScript
+from deepopt.worker.layer_checkpoint import LayerCheckpointer
+from deepopt.worker.messages import (
+    Assignment,
+    CheckpointFailed,
+    Failure,
+    Heartbeat,
+    RunEnded,
+    ShardsWritten,
+    StepReport,
+    WorkerReady,
+    WorkerTimes,
+)
+
+logger = logging.getLogger(__name__)
+
+Report = Callable[[StepReport | ShardsWritten | CheckpointFailed], None]
+
+_WARM_UP_STEPS = 2  # left out of the measured times of operations: caches and allocators fill
+
+
+class StageWorker:
+    """The worker of one rank in one generation.
+
+    Args:
+        assignment: who it is and what it shall do.
+        report: takes messages for the head; called from the training thread and from the
+            checkpoint writer's thread, must not block for long.
+    """
+
+    def __init__(self, assignment: Assignment, *, report: Report) -> None:
+        self._assignment = assignment
+        self._sender = assignment.sender
+        self._job = assignment.job
+        self._plan = assignment.plan
+        self._run_directory = RunDirectory(Path(assignment.run_dir))
+        self._report = report
+        self._step = assignment.start_step
+        self._wishes = Wish.NONE
+        self._wishes_lock = threading.Lock()
+        self._busy_s: dict[str, list[float]] = defaultdict(list)
+        # Made by setup(). --------------------------------------------------------------------
+        self._device = torch.device("cpu")
+        self._skeleton: ModelSkeleton | None = None
+        self._transport: Transport | None = None
+        self._batches: BatchSource | None = None
+        self._pipeline: PipelineStep | None = None
+        self._checkpointer: LayerCheckpointer | None = None
+
+    def setup(self) -> WorkerReady:
+        """Join the group, build this worker's layers, load their state.
+
+        Raises:
+            TransportError: a peer or the store did not answer.
+            CheckpointError: a shard is damaged.
+            InputError: model or data cannot be built here.
+        """
+        job, plan, rank = self._job, self._plan, self._sender.rank
+        times: dict[str, float] = {}
+        torch.set_num_threads(job.worker.threads)
+        with _timed(times, "build"):
+            self._device = choose_device(job)
+            self._skeleton = describe(job)
+            self._batches = build_batch_source(job, run_dir=self._run_directory.root)
+            stages = plan.held_stages(rank)
+            indices = [i for stage in stages for i in plan.stage_layers(stage)]
+            layers, loss = build_layers(job, indices, device=self._device)
+        with _timed(times, "rendezvous"):
+            self._transport = rendezvous.join(self._assignment, device=self._device)
+        with _timed(times, "load"):
+            script = FaultScript(
+                job.faults.inject, rank=rank, generation=self._sender.generation
+            )
+            self._pipeline = PipelineStep(
+                job=job,
+                plan=plan,
+                skeleton=self._skeleton,
+                rank=rank,
+                layers=dict(zip(indices, layers, strict=True)),
+                loss=loss,
+                transport=self._transport,
+                batches=self._batches,
+                device=self._device,
+                before_action=script if script else None,
+            )
+            self._checkpointer = LayerCheckpointer(
+                self._run_directory,
+                job=job,
+                plan=plan,
+                sender=self._sender,
+                optimizers=self._pipeline.optimizers,
+                report=self._report,
+            )
+            if self._assignment.checkpoint is not None:
+                data_state = self._checkpointer.load(Path(self._assignment.checkpoint))
+                if data_state is not None:
+                    self._batches.load_state_dict(data_state)
+        with _timed(times, "peak"):
+            peak, source = peak_flops(job, self._device)
+        return WorkerReady(
+            sender=self._sender,
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            stages=stages,
+            device=str(self._device),
+            setup_s=times,
+            peak_flops=peak,
+            peak_source=source,
+        )
+
+    def run(self) -> RunEnded:
+        """Train until `last_step` or until somebody asked to stop.
+
+        Raises:
+            TransportError: a peer is gone.
+            TrainingError: the model or the numbers failed.
+        """
+        assert self._pipeline is not None, "run() before setup()"
+        assert self._checkpointer is not None, "run() before setup()"
+        reason = "finished"
+        ended = time.perf_counter()
+        while self._step < self._assignment.last_step:
+            self._step += 1
+            with self._wishes_lock:
+                wishes, self._wishes = self._wishes, Wish.NONE
+            result = self._pipeline.run(self._step, wishes=wishes)
+            began, ended = ended, time.perf_counter()
+            self._account(result, step_time_s=ended - began)
+            stop = bool(result.wishes & Wish.STOP)
+            if self._checkpoint_is_due(stop=stop, asked=bool(result.wishes & Wish.CHECKPOINT)):
+                self._save()
+            if stop:
+                reason = "stopped"
+                break
+        self._checkpointer.wait()
+        return RunEnded(
+            sender=self._sender,
+            step=self._step,
+            reason=reason,
+            op_times_s={name: statistics.median(times) for name, times in self._busy_s.items()},
+        )
+
+    def request_stop(self) -> None:
+        """Ask all workers to stop after the step in work, with a checkpoint. From any thread."""
+        with self._wishes_lock:
+            self._wishes |= Wish.STOP
+
+    def request_checkpoint(self) -> None:
+        """Ask all workers for a checkpoint after the step in work. From any thread."""
+        with self._wishes_lock:
+            self._wishes |= Wish.CHECKPOINT
+
+    def heartbeat(self) -> Heartbeat:
+        """Where this worker is. From any thread."""
+        executor = None if self._pipeline is None else self._pipeline.executor
+        action = None if executor is None else executor.action
+        return Heartbeat(
+            sender=self._sender,
+            step=self._step,
+            progress=0 if executor is None else executor.progress,
+            action="" if action is None else str(action),
+        )
+
+    def describe_failure(self, error: BaseException) -> Failure:
+        """What the head should know of an error that `setup` or `run` raised."""
+        beat = self.heartbeat()
+        own = "setup" if self._pipeline is None else "error"
+        kind = "peer" if isinstance(error, TransportError) else own
+        remedy = ""
+        if isinstance(error, DeepoptError):
+            message, remedy, exit_code = error.message, error.remedy, error.exit_code
+        else:
+            message, exit_code = f"{type(error).__name__}: {error}", 5
+            if isinstance(error, torch.OutOfMemoryError | MemoryError):
+                remedy = (
+                    "set pipeline.recompute to full, lower training.microbatch_size, "
+                    "or use more workers"
+                )
+        return Failure(
+            sender=self._sender,
+            kind=kind,
+            step=0 if self._pipeline is None else beat.step,
+            action=beat.action,
+            message=message,
+            traceback="".join(traceback.format_exception(error)),
+            exit_code=exit_code,
+            remedy=remedy,
+            pid=os.getpid(),
+            host=socket.gethostname(),
+        )
+
+    def export(self, checkpoint_dir: str) -> str:
+        """Write the final weights under the model's own names.
+
+        Args:
+            checkpoint_dir: a committed checkpoint.
+
+        Returns:
+            The folder written.
+        """
+        assert self._skeleton is not None, "export() before setup()"
+        export_weights(Path(checkpoint_dir), self._skeleton, self._run_directory.final)
+        return str(self._run_directory.final)
+
+    def close(self) -> None:
+        """End the writer's thread and leave the process group."""
+        if self._checkpointer is not None:
+            self._checkpointer.close()
+        if self._transport is not None:
+            self._transport.close()
+
+    def _account(self, result: StepResult, *, step_time_s: float) -> None:
+        done = self._step - self._assignment.start_step
+        if done > _WARM_UP_STEPS:
+            for span in result.spans:
+                if span.action.op in COMPUTE_OPS:
+                    name = f"{span.action.stage}{span.action.op}"
+                    self._busy_s[name].append(span.busy_ns * 1e-9)
+        if self._step in self._job.logging.trace_steps:
+            self._write_trace(result.spans)
+        if self._sender.rank == 0:
+            self._report(self._step_report(result, step_time_s=step_time_s))
+
+    def _step_report(self, result: StepResult, *, step_time_s: float) -> StepReport:
+        assert self._batches is not None, "a step before setup()"
+        return StepReport(
+            sender=self._sender,
+            step=self._step,
+            loss=result.loss,
+            grad_norm=result.grad_norm,
+            learning_rate=result.learning_rate,
+            tokens=self._batches.tokens_per_microbatch * self._plan.num_microbatches,
+            step_time_s=step_time_s,
+            workers=tuple(
+                WorkerTimes(
+                    rank=rank,
+                    step_s=times.step_s,
+                    compute_s=times.compute_s,
+                    wait_s=times.wait_s,
+                    send_s=times.send_s,
+                    reduce_s=times.reduce_s,
+                    update_s=times.update_s,
+                )
+                for rank, times in enumerate(result.times)
+            ),
+        )
+
+    def _write_trace(self, spans: list[Span]) -> None:
+        path = self._run_directory.traces / f"step-{self._step}.rank-{self._sender.rank}.json"
+        write_trace(path, rank=self._sender.rank, spans=spans)
+
+    def _checkpoint_is_due(self, *, stop: bool, asked: bool) -> bool:
+        every = self._job.checkpoint.every
+        regular = every > 0 and self._step % every == 0
+        return stop or asked or regular or self._step == self._assignment.last_step
+
+    def _save(self) -> None:
+        assert self._checkpointer is not None, "a checkpoint before setup()"
+        assert self._batches is not None, "a checkpoint before setup()"
+        data_state = self._batches.state_dict() if self._sender.rank == 0 else None
+        self._checkpointer.save(self._step, data_state=data_state)
+
+
+@contextmanager
+def _timed(times: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        times[name] = time.perf_counter() - start
