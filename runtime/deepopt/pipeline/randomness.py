@@ -36,10 +36,9 @@ def name_seed(seed: int, name: str) -> int:
 
 
 def seed_generators(seed: int, device: torch.device) -> None:
-    """Seed the default generator of the CPU, and of the device if it is another."""
+    """Seed the default generator of the CPU, and of the device if it is a GPU with its index."""
     # torch.manual_seed would walk over every backend: 97 us against 1 us (docs/architecture.md,
     # numerics).
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
-        index = device.index if device.index is not None else torch.cuda.current_device()
-        torch.cuda.default_generators[index].manual_seed(seed)
+        torch.cuda.default_generators[device.index].manual_seed(seed)

@@ -10,7 +10,7 @@ import struct
 from datetime import timedelta
 
 import torch
-from torch.distributed.distributed_c10d import PrefixStore, TCPStore
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from deepopt.errors import ClusterError, TransportError
 from deepopt.pipeline.transport import LoneTransport, ProcessGroupTransport, Transport
