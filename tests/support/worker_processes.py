@@ -1,0 +1,159 @@
+"""Real workers in real processes over gloo, without Ray: the data plane on its own.
+
+The caller plays the head: it hands out assignments, collects messages and may commit checkpoints.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import queue
+import traceback
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from deepopt.config import JobConfig
+from deepopt.convert import describe
+from deepopt.planner.plan import Plan
+from deepopt.schedule.ir import PlacementKind
+from deepopt.worker.messages import (
+    Assignment,
+    Failure,
+    RunEnded,
+    Sender,
+    ShardsWritten,
+    StepReport,
+    WorkerReady,
+)
+from deepopt.worker.rendezvous import serve_store
+from deepopt.worker.stage_worker import StageWorker
+
+_TIMEOUT_S = 90.0
+
+# Children are forked from a server that has imported torch but never ran it.
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["deepopt.worker.stage_worker"])
+
+
+@dataclass
+class Outcome:
+    """What a group of workers said."""
+
+    ready: dict[int, WorkerReady] = field(default_factory=dict)
+    reports: list[StepReport] = field(default_factory=list)
+    shards: list[ShardsWritten] = field(default_factory=list)
+    ended: dict[int, RunEnded] = field(default_factory=dict)
+    failures: dict[int, Failure] = field(default_factory=dict)
+
+    @property
+    def losses(self) -> list[float]:
+        return [report.loss for report in self.reports]
+
+
+def make_plan(
+    job: JobConfig,
+    *,
+    placement: str = "line",
+    schedule: str = "1f1b",
+    boundaries: tuple[int, ...] = (0,),
+    pipeline_size: int = 1,
+    data_size: int = 1,
+    num_groups: int = 2,
+) -> Plan:
+    return Plan(
+        plan_id=1,
+        layer_names=tuple(layer.name for layer in describe(job).layers),
+        boundaries=boundaries,
+        placement=PlacementKind(placement),
+        schedule=schedule,
+        pipeline_size=pipeline_size,
+        data_size=data_size,
+        num_microbatches=job.training.microbatches,
+        num_groups=num_groups,
+    )
+
+
+def train(
+    job: JobConfig,
+    plan: Plan,
+    *,
+    run_dir: Path,
+    last_step: int,
+    start_step: int = 0,
+    checkpoint: Path | None = None,
+    generation: int = 1,
+) -> Outcome:
+    """Run one generation to its end and return what its workers said, step reports in order."""
+    store = serve_store("127.0.0.1")
+    messages: Any = _context.Queue()
+    processes = []
+    for rank in range(plan.world_size):
+        assignment = Assignment(
+            sender=Sender(
+                job_id="test",
+                generation=generation,
+                plan_id=plan.plan_id,
+                rank=rank,
+                incarnation=uuid.uuid4().hex,
+            ),
+            store_host=store.host,
+            store_port=store.port,
+            job=job,
+            plan=plan,
+            run_dir=str(run_dir),
+            checkpoint=None if checkpoint is None else str(checkpoint),
+            start_step=start_step,
+            last_step=last_step,
+        )
+        process = _context.Process(target=_work, args=(assignment, messages), daemon=True)
+        process.start()
+        processes.append(process)
+    outcome = Outcome()
+    try:
+        while len(outcome.ended) + len(outcome.failures) < plan.world_size:
+            _take(outcome, messages.get(timeout=_TIMEOUT_S))
+    except queue.Empty:
+        raise AssertionError(f"workers said nothing for {_TIMEOUT_S} s: {outcome}") from None
+    finally:
+        for process in processes:
+            process.join(timeout=10)
+            if process.is_alive():
+                process.kill()
+                process.join()
+    outcome.reports.sort(key=lambda report: report.step)
+    return outcome
+
+
+def losses_of(job: JobConfig, plan: Plan, *, run_dir: Path, last_step: int) -> list[float]:
+    """Losses of a run from the start; a worker's failure fails the test with its traceback."""
+    outcome = train(job, plan, run_dir=run_dir, last_step=last_step)
+    assert not outcome.failures, "\n".join(f.traceback for f in outcome.failures.values())
+    return outcome.losses
+
+
+def _take(outcome: Outcome, message: object) -> None:
+    if isinstance(message, WorkerReady):
+        outcome.ready[message.sender.rank] = message
+    elif isinstance(message, StepReport):
+        outcome.reports.append(message)
+    elif isinstance(message, ShardsWritten):
+        outcome.shards.append(message)
+    elif isinstance(message, RunEnded):
+        outcome.ended[message.sender.rank] = message
+    elif isinstance(message, Failure):
+        outcome.failures[message.sender.rank] = message
+    else:
+        raise AssertionError(message)
+
+
+def _work(assignment: Assignment, messages: Any) -> None:
+    worker = StageWorker(assignment, report=messages.put)
+    try:
+        messages.put(worker.setup())
+        ended = worker.run()
+        worker.close()
+        messages.put(ended)
+    except Exception as error:  # noqa: BLE001 - the process's edge
+        traceback.print_exc()
+        messages.put(worker.describe_failure(error))

@@ -1,0 +1,85 @@
+"""Any factory becomes a chain of layers, with the same values on every worker."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from deepopt.config import JobConfig
+from deepopt.convert import build_chain, build_layers, describe
+from deepopt.errors import InputError
+
+CPU = torch.device("cpu")
+
+
+def make_job(factory: str | None = None, **kwargs: object) -> JobConfig:
+    model = {"kwargs": kwargs} | ({} if factory is None else {"factory": factory})
+    return JobConfig.model_validate({"model": model})
+
+
+def test_a_sequential_is_described_by_its_children() -> None:
+    skeleton = describe(make_job("support.models:sequential", width=16))
+    assert [layer.name for layer in skeleton.layers] == ["0", "1", "2"]
+    assert [p.name for p in skeleton.layers[2].parameters] == ["2.weight", "2.bias"]
+    assert skeleton.num_parameters == 4 * 16 + 16 + 16 * 2 + 2
+    assert skeleton.layers[0].forward_flops_per_token == 2 * 4 * 16
+
+
+def test_tied_weights_are_found_and_counted_once() -> None:
+    skeleton = describe(make_job("support.models:Tied"))
+    (head,) = skeleton.layer("head").parameters
+    assert head.tied_to == "embed.weight"
+    assert skeleton.num_parameters == 10 * 6 + 6 * 6 + 6
+
+
+def test_a_worker_builds_the_values_that_the_whole_model_has() -> None:
+    job = make_job("support.models:Tied")
+    torch.manual_seed(job.training.seed)
+    whole = build_chain(job, device="cpu").model.state_dict()
+    for index in range(3):
+        (layer,), _ = build_layers(job, [index], device=CPU)
+        for name, parameter in layer.parameters.items():
+            assert torch.equal(parameter, whole[name]), name
+
+
+def test_layerwise_values_do_not_depend_on_what_else_is_built() -> None:
+    job = make_job(num_blocks=3, d_model=32, num_heads=2)
+    names = [layer.name for layer in describe(job).layers]
+    together, _ = build_layers(job, range(len(names)), device=CPU)
+    for index in range(len(names)):
+        (alone,), _ = build_layers(job, [index], device=CPU)
+        for name, parameter in alone.parameters.items():
+            assert torch.equal(parameter, together[index].parameters[name]), name
+
+
+def test_tied_weights_start_equal_and_are_parameters_of_their_own() -> None:
+    job = make_job(num_blocks=1, d_model=32, num_heads=2)
+    (embed, _, head), _ = build_layers(job, range(3), device=CPU)
+    (tied,) = head.tied
+    first, last = embed.parameters[head.tied[tied]], head.parameters[tied]
+    assert torch.equal(first, last)
+    assert first is not last
+
+
+def test_the_seed_changes_the_values() -> None:
+    job = make_job(num_blocks=1, d_model=32, num_heads=2)
+    other = job.model_copy(
+        update={"training": job.training.model_copy(update={"seed": job.training.seed + 1})}
+    )
+    (a,), _ = build_layers(job, [0], device=CPU)
+    (b,), _ = build_layers(other, [0], device=CPU)
+    assert not torch.equal(*(next(iter(x.parameters.values())) for x in (a, b)))
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        ("support.models:Stray", "parameter gain belongs to none of the 1 layers"),
+        ("support.models:without_layers", "a Linear, which does not say what its layers are"),
+        ("support.models:broken", r"raised KeyError: 'hidden_size' \(.*models\.py:\d+\)"),
+        ("support.models:not_a_module", "returned int, not a torch.nn.Module"),
+    ],
+)
+def test_what_is_no_chain_is_refused_by_name(factory: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        describe(make_job(factory))
