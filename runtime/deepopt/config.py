@@ -81,13 +81,13 @@ class DataConfig(Section):
             refuse(
                 f"data.dataset ({self.dataset}) and data.files are both set",
                 remedy="set one of them; a dataset factory takes paths by data.kwargs",
-                field="files",
+                fields=("files", "dataset"),
             )
         if self.kwargs and self.dataset is None:
             refuse(
                 f"data.kwargs ({', '.join(self.kwargs)}) is set without data.dataset",
                 remedy="name the factory that takes them in data.dataset",
-                field="kwargs",
+                fields=("kwargs",),
             )
         return self
 
@@ -120,7 +120,7 @@ class TrainingConfig(Section):
             refuse(
                 f"{self.groups} gradient groups for {self.microbatches} micro-batches",
                 remedy=f"set training.groups between 1 and {self.microbatches}",
-                field="groups",
+                fields=("groups", "microbatches"),
             )
         return self
 
@@ -158,7 +158,7 @@ class OptimizerConfig(Section):
                 f"not after the warm-up of {self.warmup_steps} steps",
                 remedy=f"set optimizer.decay_steps above {self.warmup_steps}, "
                 "or lower optimizer.warmup_steps",
-                field="decay_steps",
+                fields=("decay_steps", "warmup_steps"),
             )
         return self
 
@@ -200,7 +200,7 @@ class PipelineConfig(Section):
             refuse(
                 f"boundaries {list(edges)} do not start with 0 and ascend strictly",
                 remedy="list the index of the first layer of each stage, for example [0, 3, 6]",
-                field="boundaries",
+                fields=("boundaries",),
             )
         return self
 
@@ -222,11 +222,11 @@ class ParallelConfig(Section):
         wanted = {axis: getattr(self, axis) for axis in LATER_AXES if getattr(self, axis) != 1}
         if wanted:
             refuse(
-                f"{', '.join(f'parallel.{axis}={size}' for axis, size in wanted.items())}: "
-                "not built yet",
+                "not built yet: "
+                + ", ".join(f"{axis}={size}" for axis, size in wanted.items()),
                 remedy=f"leave {'it' if len(wanted) == 1 else 'them'} at 1; what works: "
                 + " and ".join(f"parallel.{axis}" for axis in BUILT_AXES),
-                field=next(iter(wanted)),
+                fields=tuple(wanted),
             )
         return self
 
@@ -315,7 +315,7 @@ class ClusterConfig(Section):
                 f"cluster.address ({self.address}) and cluster.hostfile ({self.hostfile}) "
                 "are both set",
                 remedy="join a running cluster by its address, or start one over a hostfile",
-                field="hostfile",
+                fields=("hostfile", "address"),
             )
         return self
 
@@ -407,7 +407,7 @@ class FaultsConfig(Section):
                 f"heartbeat timeout {self.heartbeat_timeout_s} s is not above "
                 f"the time between heartbeats, {self.heartbeat_s} s",
                 remedy="set faults.heartbeat_timeout_s to several times faults.heartbeat_s",
-                field="heartbeat_timeout_s",
+                fields=("heartbeat_timeout_s", "heartbeat_s"),
             )
         return self
 

@@ -7,6 +7,7 @@ this module does not do: know any key of the job (`deepopt.config` does).
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Annotated, NoReturn
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict
@@ -23,18 +24,19 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-def refuse(message: str, *, remedy: str, field: str | None = None) -> NoReturn:
+def refuse(message: str, *, remedy: str, fields: Sequence[str] = ()) -> NoReturn:
     """Refuse a value from inside a validator; `deepopt.job_file` adds file, line and key.
 
     Args:
         message: what is wrong, with the value.
         remedy: the next step.
-        field: the field of the section that is to blame; None for the value itself.
+        fields: the fields of the section that do not fit together; none for the value itself.
+            The first that the user wrote is the one that is named.
 
     Raises:
         PydanticCustomError: always; pydantic gathers it.
     """
-    context = {"message": message, "remedy": remedy, "field": field}
+    context = {"message": message, "remedy": remedy, "fields": tuple(fields)}
     raise PydanticCustomError(REFUSED, "{message}", context)
 
 
