@@ -31,7 +31,7 @@ def test_a_missing_journal_is_empty(tmp_path: Path) -> None:
     assert read_journal(tmp_path / "none").entries == ()
 
 
-def test_a_line_cut_off_anywhere_is_dropped_and_the_next_one_takes_its_place(
+def test_a_line_cut_off_anywhere_is_dropped_and_replaced_by_the_next(
     path: Path,
 ) -> None:
     whole = path.read_bytes()
@@ -48,9 +48,7 @@ def test_a_line_cut_off_anywhere_is_dropped_and_the_next_one_takes_its_place(
 @pytest.mark.parametrize(
     "damage", [b"{}", b"garbage", b"[1]", b"", b'{"seq":2,"time":"","kind":']
 )
-def test_a_damaged_line_in_the_middle_is_refused_by_its_number(
-    path: Path, damage: bytes
-) -> None:
+def test_a_damaged_line_in_the_middle_is_refused(path: Path, damage: bytes) -> None:
     lines = path.read_bytes().splitlines()
     path.write_bytes(b"\n".join([lines[0], damage, lines[2], b""]))
     with pytest.raises(RunDirectoryError, match=r"journal.jsonl:2: .* is damaged"):

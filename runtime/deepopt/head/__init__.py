@@ -1,0 +1,1 @@
+"""The control plane: decides, journals, then acts; never touches a tensor."""

@@ -1,8 +1,8 @@
-"""The journal: what the head decided, one fsynced JSON line a decision, written before it happens.
+"""The journal: what the head decided, one fsynced JSON line a decision, written beforehand.
 
-`Journal.append` returns when the line is on disk. `read_journal` forgives a last line that was cut off
-by a crash (what it announced did not happen) and refuses damage anywhere else. `replay` folds entries into
-what a resumed job needs to know.
+`Journal.append` returns when the line is on disk. `read_journal` forgives a last line that was
+cut off by a crash (what it announced did not happen) and refuses damage anywhere else. `replay`
+folds entries into what a resumed job needs to know.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ def read_journal(path: Path) -> JournalContent:
             found = "is damaged" if entry is None else f"has seq {entry.seq}, expected {number}"
             raise RunDirectoryError(
                 f"{path}:{number}: the journal's line {found}",
-                remedy="restore the file from a copy, or start a new run directory; checkpoints "
-                "in this one stay usable",
+                remedy="restore the file from a copy, or start a new run directory; "
+                "checkpoints in this one stay usable",
             )
         entries.append(entry)
     return JournalContent(

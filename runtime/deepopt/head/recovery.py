@@ -1,7 +1,7 @@
 """What to do when a worker group has failed: whose fault it is, and what comes next. Pure.
 
-Failures come in the order in which the head learnt of them. One of them is the culprit; the others are
-victims, which the report folds.
+Failures come in the order in which the head learnt of them. One of them is the culprit; the
+others are victims, which the report folds.
 """
 
 from __future__ import annotations

@@ -1,0 +1,127 @@
+"""What the head asks of a worker group and hears from it; no process is touched here.
+
+`cluster.worker_group` is the one with real processes; tests have another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from deepopt.errors import DeepoptError
+from deepopt.worker.messages import (
+    Assignment,
+    CheckpointFailed,
+    Failure,
+    Heartbeat,
+    RunEnded,
+    ShardsWritten,
+    StepReport,
+    WorkerReady,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerUp:
+    """A worker's process runs; its set-up has not begun.
+
+    Args:
+        generation: the worker group.
+        rank: the worker.
+        pid: process id on its host.
+        host: host name.
+    """
+
+    generation: int
+    rank: int
+    pid: int
+    host: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerGone:
+    """A worker's process is gone, or could not be started.
+
+    Args:
+        generation: the worker group.
+        rank: the worker.
+        reason: one line.
+        traceback: what the process left behind; empty when nothing.
+    """
+
+    generation: int
+    rank: int
+    reason: str
+    traceback: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportEnded:
+    """The answer to `WorkerGroup.export`.
+
+    Args:
+        generation: the worker group.
+        folder: what was written; None when it failed.
+        reason: one line when it failed.
+    """
+
+    generation: int
+    folder: str | None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupRefused:
+    """The cluster cannot hold the worker group.
+
+    Args:
+        generation: the worker group.
+        error: why, with a remedy.
+    """
+
+    generation: int
+    error: DeepoptError
+
+
+WorkerMessage = (
+    WorkerReady | StepReport | ShardsWritten | CheckpointFailed | Heartbeat | RunEnded | Failure
+)
+GroupEvent = WorkerUp | WorkerGone | ExportEnded | GroupRefused
+HeadEvent = WorkerMessage | GroupEvent
+
+
+class WorkerGroup(Protocol):
+    """The processes of one generation. Nothing but `kill_all` and `close` waits."""
+
+    def prepare(self, generation: int, *, num_workers: int) -> None:
+        """Begin to start the processes of a generation; a repeated call changes nothing."""
+        ...
+
+    def launch(self, assignments: Sequence[Assignment]) -> None:
+        """Let each worker set up and run; assignments are in the order of ranks."""
+        ...
+
+    def request_stop(self) -> None:
+        """Ask the workers to stop, with a checkpoint, after the step in work."""
+        ...
+
+    def request_checkpoint(self) -> None:
+        """Ask the workers for a checkpoint after the step in work."""
+        ...
+
+    def export(self, rank: int, *, checkpoint: str) -> None:
+        """Ask a worker whose run has ended for the final weights; answered by `ExportEnded`."""
+        ...
+
+    def kill(self, rank: int) -> None:
+        """Kill one worker."""
+        ...
+
+    def kill_all(self, *, timeout_s: float) -> None:
+        """Kill all workers and wait until they are gone.
+
+        Raises:
+            ClusterError: some are still there after the timeout.
+        """
+        ...

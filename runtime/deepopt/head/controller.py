@@ -1,0 +1,663 @@
+"""The controller: owns a job's state; takes events, lets pure functions decide, journals, acts.
+
+It has no thread, no process and no Ray: a loop gives it events (`handle`) and calls `tick`. The
+decisions are in `recovery`, `liveness` and `state`; processes belong to the worker group; files
+for people to the board; checkpoints in work to the committer.
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Any
+
+from deepopt.checkpoint import folders
+from deepopt.checkpoint.store import CheckpointStore
+from deepopt.clock import Clock, utc_now
+from deepopt.cluster.group import (
+    ExportEnded,
+    GroupRefused,
+    HeadEvent,
+    WorkerGone,
+    WorkerGroup,
+    WorkerMessage,
+    WorkerUp,
+)
+from deepopt.config import JobConfig
+from deepopt.errors import CheckpointError, DeepoptError
+from deepopt.head import recovery
+from deepopt.head.board import Board
+from deepopt.head.commits import Committed, Committer, NotCommitted, Origin
+from deepopt.head.formation import Start, choose_start, make_assignments
+from deepopt.head.generation import Generation, make_members
+from deepopt.head.journal import Journal, replay
+from deepopt.head.liveness import Deadlines, Liveness
+from deepopt.head.measures import Pace, figures_of, metrics_line
+from deepopt.head.state import ENDED, JobState, advance
+from deepopt.head.status import Identity, Progress, error_of, status_of
+from deepopt.planner.plan import Plan
+from deepopt.planner.skeleton import ModelSkeleton
+from deepopt.run_directory import RunDirectory
+from deepopt.telemetry import events
+from deepopt.worker.messages import (
+    CheckpointFailed,
+    Failure,
+    Heartbeat,
+    RunEnded,
+    ShardsWritten,
+    StepReport,
+    WorkerReady,
+)
+
+logger = logging.getLogger(__name__)
+
+# After the first failure others follow; the verdict waits for them, so that it finds the culprit.
+OWN_GRACE_S = (
+    0.5  # after a death or an error of a worker's own: it explains the others by itself
+)
+PEER_GRACE_S = 3.0  # after a victim's error: the culprit has still to show itself
+KILL_TIMEOUT_S = 20.0  # for processes to be gone after SIGKILL; a busy disk can hold them
+PAUSE_S = 2.0  # between two ticks: more, and the head itself was not looking
+EXIT_INTERRUPTED = 130
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How a job ended.
+
+    Args:
+        state: finished, stopped or failed.
+        exit_code: of the whole job.
+    """
+
+    state: JobState
+    exit_code: int
+
+
+class Controller:
+    """One launch of one job.
+
+    Args:
+        run: the run directory.
+        job: the resolved job.
+        skeleton: the model.
+        plan: who holds which layers.
+        identity: the job's id, name, last step and supervisor.
+        group: starts and kills workers.
+        store: checkpoints.
+        store_address: IP address and port of the rendezvous store.
+        journal: decisions; its entries say how far earlier launches came.
+        board: files for people.
+        executor: runs commits, one at a time.
+        clock: the time.
+        make_report: makes the closing report.
+        new_incarnation: makes a fresh uuid.
+    """
+
+    def __init__(
+        self,
+        *,
+        run: RunDirectory,
+        job: JobConfig,
+        skeleton: ModelSkeleton,
+        plan: Plan,
+        identity: Identity,
+        group: WorkerGroup,
+        store: CheckpointStore,
+        store_address: tuple[str, int],
+        journal: Journal,
+        board: Board,
+        executor: Executor,
+        clock: Clock,
+        make_report: Callable[[Controller], Mapping[str, Any]] | None = None,
+        new_incarnation: Callable[[], str] = lambda: uuid.uuid4().hex,
+    ) -> None:
+        self.job = job
+        self.skeleton = skeleton
+        self.plan = plan
+        self.identity = identity
+        self.progress = Progress()
+        self.pace = Pace()
+        self.generation: Generation | None = None
+        self.state = JobState.STARTING
+        self.outcome: Outcome | None = None
+        self._run = run
+        self._group = group
+        self._store = store
+        self._store_address = store_address
+        self._journal = journal
+        self._board = board
+        self._executor = executor
+        self._clock = clock
+        self._make_report = make_report
+        self._new_incarnation = new_incarnation
+        self._number = replay(journal.entries).generation
+        self._error: dict[str, Any] | None = None
+        self._stop_by_s: float | None = None
+        self._ticked_s = clock.monotonic_s()
+        self._tokens_seen: dict[int, int | None] = {0: 0}
+        self._refused: set[tuple[str, str]] = set()
+
+    @property
+    def next_generation(self) -> int:
+        """The number that the next worker group will have."""
+        return self._number + 1
+
+    # --- from outside --------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Journal the launch and form the first generation.
+
+        Raises:
+            DeepoptError: the journal cannot be written, or no checkpoint can be used.
+        """
+        self._journal.append(
+            "job", job_id=self.identity.job_id, last_step=self.identity.last_step
+        )
+        self._journal.append(
+            "plan", plan_id=self.plan.plan_id, fingerprint=self.plan.fingerprint()
+        )
+        self._note("state", state=str(self.state))
+        self._board.tell(events.StateChanged(state=str(self.state)))
+        self._show(force=True)
+        self._form(reason="")
+
+    def request_stop(self) -> None:
+        """Stop after the step in work, with a checkpoint."""
+        if self.state in ENDED or self.state is JobState.STOPPING:
+            return
+        self._note("stop", request="stop")
+        self._board.tell(events.StopRequested(request="stop", checkpoint=True))
+        generation = self.generation
+        if self.state is JobState.RUNNING and generation and not generation.failures:
+            self._move(JobState.STOPPING, reason="asked to stop")
+            self._stop_by_s = self._clock.monotonic_s() + self.job.faults.stop_grace_s
+            self._group.request_stop()
+        else:  # no step is in work
+            self._end_stopped(reason="asked to stop")
+
+    def request_kill(self) -> None:
+        """End at once, without a checkpoint."""
+        if self.state in ENDED:
+            return
+        self._note("stop", request="kill")
+        self._board.tell(events.StopRequested(request="kill", checkpoint=False))
+        self._end_stopped(reason="killed on request", exit_code=EXIT_INTERRUPTED)
+
+    def request_checkpoint(self) -> None:
+        """Write a checkpoint after the step in work."""
+        if self.state is JobState.RUNNING:
+            self._group.request_checkpoint()
+
+    def fail(self, error: DeepoptError) -> None:
+        """End as failed because of something that no worker did."""
+        if self.state not in ENDED:
+            self._end_failed(error.message, remedy=error.remedy, exit_code=error.exit_code)
+
+    def handle(self, event: HeadEvent) -> None:
+        """Take one event; one of another generation is refused."""
+        if self.state in ENDED:
+            return
+        generation = self.generation
+        if isinstance(event, WorkerUp | WorkerGone | ExportEnded | GroupRefused):
+            if generation is None or event.generation != generation.number:
+                return  # the group speaks of processes that the head itself has ended
+            if isinstance(event, WorkerUp):
+                member = generation.members[event.rank]
+                member.pid, member.host = event.pid, event.host
+            elif isinstance(event, WorkerGone):
+                self._on_gone(generation, event)
+            elif isinstance(event, ExportEnded):
+                self._on_export(generation, event)
+            else:
+                self.fail(event.error)
+            return
+        if generation is None or not generation.owns(event.sender):
+            self._refuse(event)
+            return
+        self._on_message(generation, event)
+
+    def tick(self) -> None:
+        """Look at the clock: deadlines, commits, the end."""
+        now_s = self._clock.monotonic_s()
+        gap_s, self._ticked_s = now_s - self._ticked_s, now_s
+        generation = self.generation
+        if self.state in ENDED or generation is None:
+            return
+        if gap_s > PAUSE_S:  # the head was paused; its workers are not to blame
+            generation.liveness.forgive(gap_s)
+            generation.began_s += gap_s
+        self._take_commits(generation.committer.poll())
+        if generation.settle_by_s is not None:
+            if now_s >= generation.settle_by_s or generation.is_accounted_for:
+                self._settle(generation)
+        elif self._stop_by_s is not None and now_s >= self._stop_by_s:
+            grace_s = self.job.faults.stop_grace_s
+            self._warn(f"workers did not stop within faults.stop_grace_s ({grace_s:g} s)")
+            self._end_stopped(reason="killed after the grace time")
+        elif generation.has_ended:
+            self._conclude(generation, now_s=now_s)
+        else:
+            self._look_for_losses(generation, now_s=now_s)
+        if self.state not in ENDED:
+            self._show()
+
+    # --- generations ---------------------------------------------------------------------
+
+    def _form(self, *, reason: str) -> None:
+        """Form the next generation from the newest verified checkpoint."""
+        number, plan = self.next_generation, self.plan
+        self._group.prepare(number, num_workers=plan.world_size)
+        self._store.sweep(number)
+        start = self._find_start()
+        self._journal.append(
+            "generation",
+            generation=number,
+            plan_id=plan.plan_id,
+            start_step=start.step,
+            checkpoint=start.checkpoint,
+        )
+        self._number = number
+        self.generation = generation = self._open_generation(number, start_step=start.step)
+        self._board.tell(
+            events.GenerationFormed(
+                generation=number,
+                plan_id=plan.plan_id,
+                num_workers=plan.world_size,
+                start_step=start.step,
+                checkpoint=start.checkpoint,
+                reason=reason,
+            )
+        )
+        self._group.launch(
+            make_assignments(
+                generation,
+                start=start,
+                job=self.job,
+                run_dir=str(self._run.root),
+                store_address=self._store_address,
+                last_step=self.identity.last_step,
+            )
+        )
+        self._show(force=True)
+
+    def _find_start(self) -> Start:
+        """The newest verified checkpoint; those that were passed over are named."""
+        found = self._store.newest_verified(self.skeleton.fingerprint())
+        for rejected in () if found is None else found.rejected:
+            folder = folders.parse(rejected.path)
+            self._board.tell(
+                events.CheckpointWasNotWritten(
+                    step=0 if folder is None else folder.step, reason=rejected.reason
+                )
+            )
+        start = choose_start(found, plan=self.plan, last_step=self.identity.last_step)
+        self.progress.step = self.progress.checkpoint_step = start.step
+        self.progress.checkpoint_path = start.checkpoint
+        self._tokens_seen = {start.step: start.tokens_seen}
+        return start
+
+    def _open_generation(self, number: int, *, start_step: int) -> Generation:
+        plan, faults = self.plan, self.job.faults
+        origin = Origin(
+            job_id=self.identity.job_id,
+            generation=number,
+            num_writers=plan.world_size,
+            plan=plan.to_json(),
+            plan_fingerprint=plan.fingerprint(),
+            skeleton_fingerprint=self.skeleton.fingerprint(),
+            seed=self.job.training.seed,
+            num_groups=plan.num_groups,
+            data_fingerprint=None,
+        )
+        deadlines = Deadlines(
+            heartbeat_timeout_s=faults.heartbeat_timeout_s, step_timeout_s=faults.step_timeout_s
+        )
+        return Generation(
+            number=number,
+            plan=plan,
+            start_step=start_step,
+            began_s=self._clock.monotonic_s(),
+            members=make_members(
+                plan,
+                job_id=self.identity.job_id,
+                generation=number,
+                incarnations=[self._new_incarnation() for _ in range(plan.world_size)],
+            ),
+            liveness=Liveness(deadlines),
+            committer=Committer(
+                self._store,
+                executor=self._executor,
+                origin=origin,
+                tokens_seen=self._tokens_seen.get,
+            ),
+        )
+
+    def _look_for_losses(self, generation: Generation, *, now_s: float) -> None:
+        setup_timeout_s = self.job.faults.setup_timeout_s
+        if not generation.is_ready and now_s - generation.began_s > setup_timeout_s:
+            waiting = [m for m in generation.members if m.ready is None]
+            # A worker without a process keeps those that have one waiting.
+            culprit = min(waiting, key=lambda member: (member.pid > 0, member.sender.rank))
+            what = "is not ready" if culprit.pid else "has no process"
+            self._hang(
+                generation,
+                culprit.sender.rank,
+                message=f"{what} after {now_s - generation.began_s:.0f} s "
+                f"(faults.setup_timeout_s {setup_timeout_s:g})",
+            )
+            return
+        for finding in generation.liveness.check(now_s=now_s, stepping=generation.is_ready):
+            if finding.kind == "suspect":
+                self._warn(f"rank {finding.rank} is suspect: {finding.message}")
+                self._show(force=True)
+            else:
+                self._hang(generation, finding.rank, message=finding.message)
+
+    def _hang(self, generation: Generation, rank: int, *, message: str) -> None:
+        self._add_failure(generation, self._failure(generation, rank, "hang", message))
+        self._group.kill(rank)
+
+    def _failure(
+        self,
+        generation: Generation,
+        rank: int,
+        kind: str,
+        message: str,
+        *,
+        traceback: str = "",
+    ) -> Failure:
+        """What the head itself says of a worker that cannot speak any more."""
+        member = generation.members[rank]
+        beat = generation.liveness.last(rank)
+        return Failure(
+            sender=member.sender,
+            kind=kind,
+            step=0 if beat is None or member.ready is None else beat.step,
+            action="" if beat is None else beat.action,
+            message=message,
+            traceback=traceback,
+            exit_code=4,
+            pid=member.pid,
+            host=member.host,
+        )
+
+    def _add_failure(self, generation: Generation, failure: Failure) -> None:
+        member = generation.members[failure.sender.rank]
+        if member.failure is not None:
+            return  # its first word counts
+        member.failure = failure
+        member.pid = member.pid or failure.pid
+        member.host = member.host or failure.host
+        generation.failures.append(failure)
+        generation.liveness.release(failure.sender.rank)
+        self._board.tell(
+            events.WorkerLost(
+                rank=failure.sender.rank,
+                generation=generation.number,
+                pid=failure.pid,
+                host=failure.host,
+                step=failure.step,
+                action=failure.action,
+                failure=failure.kind,
+                message=failure.message,
+            )
+        )
+        grace_s = PEER_GRACE_S if failure.kind == "peer" else OWN_GRACE_S
+        due_s = self._clock.monotonic_s() + grace_s
+        settle_by_s = generation.settle_by_s
+        generation.settle_by_s = due_s if settle_by_s is None else min(due_s, settle_by_s)
+        self._show(force=True)
+
+    def _settle(self, generation: Generation) -> None:
+        """The failures are in: find the culprit, end the generation, form the next or fail."""
+        for rank in generation.liveness.suspects():
+            silence_s = generation.liveness.age_s(rank, now_s=self._clock.monotonic_s())
+            message = f"no heartbeat for {silence_s:.1f} s when its peers failed"
+            failure = self._failure(generation, rank, "hang", message)
+            self._add_failure(generation, failure)
+        verdict = recovery.decide(
+            generation.failures,
+            restarts=self.progress.restarts,
+            max_restarts=self.job.faults.max_restarts,
+            stopping=self.state is JobState.STOPPING,
+        )
+        if isinstance(verdict, recovery.Fail):
+            self._end_failed(
+                verdict.message,
+                remedy=verdict.remedy,
+                exit_code=verdict.exit_code,
+                blame=verdict.blame,
+            )
+            return
+        culprit = verdict.blame.culprit
+        why = f"rank {culprit.sender.rank}: {culprit.message}"
+        if isinstance(verdict, recovery.StopAnyway):
+            self._warn(f"a worker was lost while stopping: {why}")
+            self._end_stopped(reason="asked to stop")
+            return
+        self.progress.restarts = verdict.restarts
+        if self.state is not JobState.RECOVERING:
+            self._move(JobState.RECOVERING, reason=why)
+        self._group.kill_all(timeout_s=KILL_TIMEOUT_S)
+        self._take_commits(generation.committer.drain(timeout_s=self._drain_timeout_s))
+        self._form(reason=why)
+
+    # --- messages ------------------------------------------------------------------------
+
+    def _on_message(self, generation: Generation, message: WorkerMessage) -> None:
+        now_s = self._clock.monotonic_s()
+        rank = message.sender.rank
+        if isinstance(message, Heartbeat):
+            generation.liveness.hear(message, now_s=now_s)
+        elif isinstance(message, StepReport):
+            self._on_step(generation, message)
+        elif isinstance(message, ShardsWritten):
+            generation.committer.written(message)
+        elif isinstance(message, CheckpointFailed):
+            generation.committer.failed(message)
+        elif isinstance(message, WorkerReady):
+            self._on_ready(generation, message)
+        elif isinstance(message, RunEnded):
+            generation.members[rank].ended = message
+            generation.liveness.release(rank)
+            if generation.has_ended:
+                generation.ended_s = now_s
+        else:
+            self._add_failure(generation, message)
+
+    def _on_ready(self, generation: Generation, message: WorkerReady) -> None:
+        member = generation.members[message.sender.rank]
+        member.ready, member.pid, member.host = message, message.pid, message.host
+        self._board.tell(
+            events.WorkerBecameReady(
+                rank=message.sender.rank,
+                generation=generation.number,
+                pid=message.pid,
+                host=message.host,
+                stages=message.stages,
+                device=message.device,
+                setup_s=message.setup_s,
+            )
+        )
+        starting = self.state in (JobState.STARTING, JobState.RECOVERING)
+        if generation.is_ready and starting and not generation.failures:
+            generation.liveness.begin_steps(now_s=self._clock.monotonic_s())
+            self._move(JobState.RUNNING)
+
+    def _on_step(self, generation: Generation, report: StepReport) -> None:
+        progress = self.progress
+        figures = figures_of(
+            report,
+            forward_flops_per_token=self.skeleton.forward_flops_per_token,
+            peak_flops=generation.peak_flops(),
+        )
+        before = self._tokens_seen.get(report.step - 1)
+        self._tokens_seen[report.step] = None if before is None else before + report.tokens
+        self.pace.add(report.step_time_s)
+        progress.step, progress.report, progress.figures = report.step, report, figures
+        progress.time_left_s = self.pace.time_left_s(self.identity.last_step - report.step)
+        self._board.step(report.step, metrics_line(report, figures, time=utc_now()))
+
+    def _on_gone(self, generation: Generation, event: WorkerGone) -> None:
+        member = generation.members[event.rank]
+        if member.ended is not None and not (generation.exporting and event.rank == 0):
+            return  # its work is done
+        failure = self._failure(
+            generation, event.rank, "death", event.reason, traceback=event.traceback
+        )
+        self._add_failure(generation, failure)
+
+    def _refuse(self, message: WorkerMessage) -> None:
+        sender, name = message.sender, type(message).__name__
+        if (sender.incarnation, name) in self._refused:
+            return  # said once; a zombie may go on for long
+        self._refused.add((sender.incarnation, name))
+        self._board.tell(
+            events.MessageRefused(
+                rank=sender.rank,
+                generation=sender.generation,
+                current_generation=self._number,
+                message=name,
+            )
+        )
+
+    def _take_commits(self, outcomes: list[Committed | NotCommitted]) -> None:
+        for outcome in outcomes:
+            if isinstance(outcome, NotCommitted):
+                self._board.tell(
+                    events.CheckpointWasNotWritten(
+                        step=outcome.step, reason=outcome.reason, rank=outcome.rank
+                    )
+                )
+                continue
+            self._note("checkpoint", step=outcome.step, path=str(outcome.path))
+            self._board.tell(
+                events.CheckpointCommitted(
+                    step=outcome.step, path=str(outcome.path), size_bytes=outcome.size_bytes
+                )
+            )
+            if outcome.warning:
+                self._warn(outcome.warning)
+            self.progress.checkpoint_step = outcome.step
+            self.progress.checkpoint_path = str(outcome.path)
+
+    # --- the end -------------------------------------------------------------------------
+
+    @property
+    def _drain_timeout_s(self) -> float:
+        return self.job.checkpoint.timeout_s
+
+    def _conclude(self, generation: Generation, *, now_s: float) -> None:
+        """All runs have ended: wait for the checkpoint, then the final weights, then end."""
+        assert generation.ended_s is not None, "a generation that has ended knows when"
+        if generation.exporting:
+            if now_s - generation.ended_s > self.job.faults.step_timeout_s:
+                self._hang(generation, 0, message="the export of the final weights hangs")
+            return
+        if generation.committer.busy and now_s - generation.ended_s < self._drain_timeout_s:
+            return
+        step = min(member.ended.step for member in generation.members if member.ended)
+        progress = self.progress
+        if step < self.identity.last_step:
+            if progress.checkpoint_step != step:
+                self._warn(f"step {step} is in no checkpoint: a resume repeats steps")
+            self._end_stopped(reason="asked to stop")
+        elif progress.checkpoint_step != step or progress.checkpoint_path is None:
+            newest = progress.checkpoint_step
+            self._end_failed(
+                f"the last step, {step}, is done, but its checkpoint could not be written; the "
+                f"newest whole one is of step {newest}",
+                remedy="see `checkpoint_failed` in events.jsonl, make room, `deepopt resume`",
+                exit_code=CheckpointError.exit_code,
+            )
+        else:
+            generation.exporting = True
+            generation.ended_s = now_s
+            self._group.export(0, checkpoint=progress.checkpoint_path)
+
+    def _on_export(self, generation: Generation, event: ExportEnded) -> None:
+        if not generation.exporting:
+            return
+        if event.folder is None:
+            self._end_failed(
+                f"all steps are done, but the final weights could not be written: "
+                f"{event.reason}",
+                remedy="make room, then `deepopt resume`: it writes them from the checkpoint",
+                exit_code=CheckpointError.exit_code,
+            )
+        else:
+            self._end(JobState.FINISHED, exit_code=0)
+
+    def _end_stopped(self, *, reason: str, exit_code: int = 0) -> None:
+        self._end(JobState.STOPPED, exit_code=exit_code, reason=reason)
+
+    def _end_failed(
+        self,
+        message: str,
+        *,
+        remedy: str,
+        exit_code: int,
+        blame: recovery.Blame | None = None,
+    ) -> None:
+        self._error = error_of(message, remedy=remedy, blame=blame, plan=self.plan)
+        self._board.tell(events.Failed(message=message, remedy=remedy, exit_code=exit_code))
+        self._end(JobState.FAILED, exit_code=exit_code, reason=message)
+
+    def _end(self, state: JobState, *, exit_code: int, reason: str = "") -> None:
+        previous, self.state = self.state, advance(self.state, state)
+        self._note("state", state=str(state), exit_code=exit_code)
+        try:
+            self._group.kill_all(timeout_s=KILL_TIMEOUT_S)
+        except DeepoptError as error:  # the supervisor takes the whole cluster down
+            self._warn(error.message)
+        if self.generation is not None:
+            committer = self.generation.committer
+            self._take_commits(committer.drain(timeout_s=self._drain_timeout_s))
+        self.outcome = Outcome(state=state, exit_code=exit_code)
+        if self._make_report is not None:
+            self._board.report(self._make_report(self))
+        self._announce(previous, reason=reason)
+
+    # --- journal and board ---------------------------------------------------------------
+
+    def _move(self, state: JobState, *, reason: str = "") -> None:
+        previous, self.state = self.state, advance(self.state, state)
+        self._note("state", state=str(state))
+        self._announce(previous, reason=reason)
+
+    def _announce(self, previous: JobState, *, reason: str) -> None:
+        self._board.tell(
+            events.StateChanged(state=str(self.state), previous=str(previous), reason=reason)
+        )
+        self._show(force=True)
+
+    def _note(self, kind: str, **fields: Any) -> None:
+        """Journal what a resume can do without: a full disk does not stop training."""
+        try:
+            self._journal.append(kind, **fields)
+        except DeepoptError as error:
+            self._warn(error.message)
+
+    def _warn(self, message: str) -> None:
+        self._board.tell(events.Warned(message=message))
+
+    def _show(self, *, force: bool = False) -> None:
+        now_s = self._clock.monotonic_s()
+
+        def status() -> dict[str, Any]:
+            return status_of(
+                self.identity,
+                state=self.state,
+                plan=self.plan,
+                progress=self.progress,
+                generation=self.generation,
+                exit_code=None if self.outcome is None else self.outcome.exit_code,
+                error=self._error,
+                now_s=now_s,
+            )
+
+        self._board.show(status, now_s=now_s, force=force)

@@ -1,0 +1,96 @@
+"""How a generation begins: which checkpoint, which step, which identities. Decides; starts nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from deepopt.checkpoint.verification import Found
+from deepopt.config import JobConfig
+from deepopt.errors import InputError
+from deepopt.head.generation import Generation
+from deepopt.planner.plan import Plan
+from deepopt.worker.messages import Assignment
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """Where a generation takes up the job.
+
+    Args:
+        step: steps already done.
+        checkpoint: folder of the checkpoint to load; None: initialise from the seed.
+        tokens_seen: tokens trained on so far; None when unknown.
+    """
+
+    step: int
+    checkpoint: str | None
+    tokens_seen: int | None
+
+
+def choose_start(found: Found | None, *, plan: Plan, last_step: int) -> Start:
+    """Where to take up the job, given its newest verified checkpoint.
+
+    Args:
+        found: None when there is no checkpoint.
+        plan: what shall be trained.
+        last_step: run through this step.
+
+    Raises:
+        InputError: the checkpoint does not fit what shall be trained.
+    """
+    if found is None:
+        return Start(step=0, checkpoint=None, tokens_seen=0)
+    manifest = found.manifest
+    if manifest.num_groups != plan.num_groups:
+        raise InputError(
+            f"{found.path} was trained with {manifest.num_groups} gradient groups, the plan has "
+            f"{plan.num_groups}",
+            remedy=f"set training.groups to {manifest.num_groups}: it is fixed at the first "
+            "launch, because it decides the rounding",
+        )
+    if manifest.step > last_step:
+        raise InputError(
+            f"{found.path} is at step {manifest.step}, beyond the last step asked for, "
+            f"{last_step}",
+            remedy=f"ask for {manifest.step} steps or more",
+        )
+    return Start(
+        step=manifest.step, checkpoint=str(found.path), tokens_seen=manifest.tokens_seen
+    )
+
+
+def make_assignments(
+    generation: Generation,
+    *,
+    start: Start,
+    job: JobConfig,
+    run_dir: str,
+    store_address: tuple[str, int],
+    last_step: int,
+) -> Sequence[Assignment]:
+    """What each worker of a generation is told, in the order of ranks.
+
+    Args:
+        generation: its members and plan.
+        start: where it takes up the job.
+        job: the resolved job.
+        run_dir: the run directory.
+        store_address: IP address and port of the rendezvous store.
+        last_step: run through this step.
+    """
+    host, port = store_address
+    return [
+        Assignment(
+            sender=member.sender,
+            store_host=host,
+            store_port=port,
+            job=job,
+            plan=generation.plan,
+            run_dir=run_dir,
+            checkpoint=start.checkpoint,
+            start_step=start.step,
+            last_step=last_step,
+        )
+        for member in generation.members
+    ]

@@ -1,0 +1,108 @@
+"""Figures of a step from its report: rates, MFU, bubble, time left. Pure."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from deepopt.worker.messages import StepReport
+
+FLOPS_PER_FORWARD_FLOP = 3.0  # a step costs one forward, and a backward of twice a forward
+PACE_STEPS = 20  # steps whose mean time predicts the time left
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepFigures:
+    """What is worth showing of one step.
+
+    Args:
+        tokens_per_s: over all workers.
+        tokens_per_s_per_worker: the same, a worker.
+        mfu: share of the workers' peak that the model's own operations used; None when a peak
+            or the model's operations are unknown.
+        bubble: share of the workers' time in the step that was not compute.
+        stage_busy: share of the step that each rank computed.
+    """
+
+    tokens_per_s: float
+    tokens_per_s_per_worker: float
+    mfu: float | None
+    bubble: float
+    stage_busy: tuple[float, ...]
+
+
+def figures_of(
+    report: StepReport, *, forward_flops_per_token: float, peak_flops: Mapping[int, float]
+) -> StepFigures:
+    """Figures of one step.
+
+    Args:
+        report: the step.
+        forward_flops_per_token: of the whole model; 0 when unknown.
+        peak_flops: FLOP/s of each rank's device; 0 when unknown.
+    """
+    tokens_per_s = report.tokens / report.step_time_s if report.step_time_s > 0 else 0.0
+    num_workers = max(1, len(report.workers))
+    peaks = [peak_flops.get(times.rank, 0.0) for times in report.workers]
+    mfu = None
+    if peaks and all(peak > 0 for peak in peaks) and forward_flops_per_token > 0:
+        done = FLOPS_PER_FORWARD_FLOP * forward_flops_per_token * tokens_per_s
+        mfu = done / sum(peaks)
+    busy = tuple(
+        min(1.0, times.compute_s / report.step_time_s) if report.step_time_s > 0 else 0.0
+        for times in report.workers
+    )
+    return StepFigures(
+        tokens_per_s=tokens_per_s,
+        tokens_per_s_per_worker=tokens_per_s / num_workers,
+        mfu=mfu,
+        bubble=1.0 - sum(busy) / num_workers if busy else 0.0,
+        stage_busy=busy,
+    )
+
+
+def metrics_line(report: StepReport, figures: StepFigures, *, time: str) -> dict[str, Any]:
+    """A step as a line of `metrics.jsonl`, without the step itself.
+
+    Args:
+        report: the step.
+        figures: its figures.
+        time: date and time for people.
+    """
+    line: dict[str, Any] = {
+        "loss": report.loss,
+        "grad_norm": report.grad_norm,
+        "learning_rate": report.learning_rate,
+        "tokens": report.tokens,
+        "step_time_s": report.step_time_s,
+        "tokens_per_s": figures.tokens_per_s,
+        "tokens_per_s_per_worker": figures.tokens_per_s_per_worker,
+        "mfu": figures.mfu,
+        "generation": report.sender.generation,
+        "bubble": figures.bubble,
+        "compute_s": [times.compute_s for times in report.workers],
+        "wait_s": [times.wait_s for times in report.workers],
+        "time": time,
+    }
+    return {**report.scalars, **line}
+
+
+class Pace:
+    """The mean step time of the last steps, for the time left."""
+
+    def __init__(self) -> None:
+        self._recent_s: deque[float] = deque(maxlen=PACE_STEPS)
+        self.all_s: list[float] = []
+
+    def add(self, step_time_s: float) -> None:
+        """Take one step's time."""
+        self._recent_s.append(step_time_s)
+        self.all_s.append(step_time_s)
+
+    def time_left_s(self, num_steps: int) -> float | None:
+        """Seconds for so many steps more; None before the first step."""
+        if not self._recent_s:
+            return None
+        return max(0, num_steps) * sum(self._recent_s) / len(self._recent_s)

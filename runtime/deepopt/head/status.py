@@ -1,0 +1,168 @@
+"""The content of `status.json`, from what the head knows. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from deepopt.clock import utc_now
+from deepopt.head.generation import Generation
+from deepopt.head.measures import StepFigures
+from deepopt.head.recovery import Blame
+from deepopt.head.state import JobState
+from deepopt.planner.plan import Plan
+from deepopt.worker.messages import Failure, StepReport
+
+
+@dataclass(slots=True, kw_only=True)
+class Progress:
+    """How far the job is.
+
+    Args:
+        step: the last step done.
+        checkpoint_step: step of the newest committed checkpoint; 0 for none.
+        checkpoint_path: its folder; None for none.
+        report: the last step's report; None before the first of this launch.
+        figures: its figures.
+        time_left_s: predicted seconds to the last step.
+        restarts: generations formed after a loss, in this launch.
+    """
+
+    step: int = 0
+    checkpoint_step: int = 0
+    checkpoint_path: str | None = None
+    report: StepReport | None = None
+    figures: StepFigures | None = None
+    time_left_s: float | None = None
+    restarts: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """What does not change while a job runs.
+
+    Args:
+        job_id: the job.
+        name: its name.
+        last_step: run through this step.
+        supervisor_pid: process id of the supervisor.
+    """
+
+    job_id: str
+    name: str
+    last_step: int
+    supervisor_pid: int
+
+
+def status_of(
+    identity: Identity,
+    *,
+    state: JobState,
+    plan: Plan,
+    progress: Progress,
+    generation: Generation | None,
+    exit_code: int | None,
+    error: Mapping[str, Any] | None,
+    now_s: float,
+) -> dict[str, Any]:
+    """The job as it is now.
+
+    Args:
+        identity: what does not change.
+        state: the job's state.
+        plan: who holds which layers.
+        progress: how far it is.
+        generation: the workers; None before the first generation.
+        exit_code: None while the job runs.
+        error: what `error_of` made; None when nothing failed.
+        now_s: the time on the head's monotonic clock.
+    """
+    report, figures = progress.report, progress.figures
+    return {
+        "job_id": identity.job_id,
+        "name": identity.name,
+        "state": str(state),
+        "step": progress.step,
+        "last_step": identity.last_step,
+        "generation": 0 if generation is None else generation.number,
+        "plan_id": plan.plan_id,
+        "exit_code": exit_code,
+        "error": error,
+        "workers": [] if generation is None else _workers(generation, now_s=now_s),
+        "loss": None if report is None else report.loss,
+        "tokens_per_s": None if figures is None else figures.tokens_per_s,
+        "tokens_per_s_per_worker": None if figures is None else figures.tokens_per_s_per_worker,
+        "mfu": None if figures is None else figures.mfu,
+        "eta_s": progress.time_left_s,
+        "stage_busy": {}
+        if figures is None
+        else {str(rank): busy for rank, busy in enumerate(figures.stage_busy)},
+        "bubble": None if figures is None else figures.bubble,
+        "restarts": progress.restarts,
+        "checkpoint_step": progress.checkpoint_step,
+        "placement": str(plan.placement),
+        "schedule": plan.schedule,
+        "updated_at": utc_now(),
+        "supervisor_pid": identity.supervisor_pid,
+    }
+
+
+def _workers(generation: Generation, *, now_s: float) -> list[dict[str, Any]]:
+    suspects = generation.liveness.suspects()
+    workers = []
+    for member in generation.members:
+        rank = member.sender.rank
+        beat = generation.liveness.last(rank)
+        workers.append(
+            {
+                "rank": rank,
+                "pid": member.pid,
+                "host": member.host,
+                "stages": list(member.stages),
+                "device": "" if member.ready is None else member.ready.device,
+                "heartbeat_age_s": generation.liveness.age_s(rank, now_s=now_s),
+                "step": generation.start_step if beat is None else beat.step,
+                "action": "" if beat is None else beat.action,
+                "state": member.state(suspect=rank in suspects),
+            }
+        )
+    return workers
+
+
+def error_of(
+    message: str, *, remedy: str, blame: Blame | None, plan: Plan | None
+) -> dict[str, Any]:
+    """The `error` of `status.json`: the culprit first, the victims folded.
+
+    Args:
+        message: one line.
+        remedy: the next step; may be empty.
+        blame: who failed; None when no worker did.
+        plan: tells the stages of the ranks.
+    """
+    return {
+        "message": message,
+        "remedy": remedy,
+        "culprit": None if blame is None else failure_json(blame.culprit, plan=plan),
+        "victims": []
+        if blame is None
+        else [failure_json(victim, plan=plan) for victim in blame.victims],
+    }
+
+
+def failure_json(failure: Failure, *, plan: Plan | None) -> dict[str, Any]:
+    """A worker's failure for people and scripts."""
+    rank = failure.sender.rank
+    return {
+        "rank": rank,
+        "host": failure.host,
+        "pid": failure.pid,
+        "stages": [] if plan is None else list(plan.held_stages(rank)),
+        "generation": failure.sender.generation,
+        "kind": failure.kind,
+        "step": failure.step,
+        "action": failure.action,
+        "message": failure.message,
+        "traceback": failure.traceback,
+    }

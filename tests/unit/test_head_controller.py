@@ -1,0 +1,505 @@
+"""The controller with a fake worker group: what it decides, journals, asks for and shows."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from deepopt.config import JobConfig
+from deepopt.errors import CheckpointError, InputError
+from deepopt.head.state import JobState
+from deepopt.worker.messages import Sender, StepReport
+from support.head_fakes import HeadUnderTest, make_plan
+
+Open = Callable[..., HeadUnderTest]
+
+
+@pytest.fixture
+def open_head(tmp_path: Path) -> Iterator[Open]:
+    opened: list[HeadUnderTest] = []
+
+    def open_head(*, steps: int = 6, num_groups: int = 2, **faults: float) -> HeadUnderTest:
+        if opened:
+            opened[-1].close()
+        job = JobConfig.model_validate(
+            {"training": {"steps": steps}, "checkpoint": {"every": 2}, "faults": faults}
+        )
+        head = HeadUnderTest(tmp_path / "run", job=job, plan=make_plan(num_groups=num_groups))
+        opened.append(head)
+        return head
+
+    yield open_head
+    for head in opened:
+        head.close()
+
+
+def test_a_job_runs_from_start_to_final_weights(open_head: Open) -> None:
+    head = open_head().start()
+    assert head.status["state"] == "starting"
+    assert [w["state"] for w in head.status["workers"]] == ["starting", "starting"]
+    head.ready()
+    assert head.status["state"] == "running"
+    head.steps(1, 6).checkpoint(6).end(6)
+    assert ("export", 0, "step-00000006") in head.group.calls
+    assert head.controller.outcome is None
+    head.exported()
+    status = head.status
+    assert (status["state"], status["exit_code"], status["step"]) == ("finished", 0, 6)
+    assert head.group.calls[-1] == ("kill_all",)
+    assert head.journaled() == [
+        "job",
+        "plan",
+        "state:starting",
+        "generation",
+        "state:running",
+        "checkpoint",
+        "state:finished",
+    ]
+
+
+def test_the_generation_is_journaled_before_its_workers_are_launched(open_head: Open) -> None:
+    head = open_head()
+    journaled: list[list[str]] = []
+    launch = head.group.launch
+
+    def note_and_launch(assignments: list) -> None:  # type: ignore[type-arg]
+        journaled.append(head.journaled())
+        launch(assignments)
+
+    head.group.launch = note_and_launch  # type: ignore[method-assign,assignment]
+    head.start()
+    assert journaled == [["job", "plan", "state:starting", "generation"]]
+
+
+def test_processes_are_started_before_checkpoints_are_verified(open_head: Open) -> None:
+    head = open_head().start()
+    assert head.group.calls == [("prepare", 1, 2), ("launch", 1)]
+
+
+def test_a_step_is_measured(open_head: Open) -> None:
+    head = open_head().start().ready()
+    head.step(1, loss=1 / 3)
+    (line,) = head.metrics()
+    assert line["loss"] == 1 / 3
+    assert line["tokens_per_s"] == 2000.0
+    assert line["tokens_per_s_per_worker"] == 1000.0
+    assert line["bubble"] == 0.5
+    # 3 x 4 layers x 8 FLOP a token x 2000 tokens/s of a peak of 2 x 1e6 FLOP/s
+    assert line["mfu"] == pytest.approx(0.096)
+    assert (line["generation"], line["compute_s"]) == (1, [0.25, 0.25])
+    head.wait(0.5)
+    assert head.status["eta_s"] == 2.5
+    assert head.status["stage_busy"] == {"0": 0.5, "1": 0.5}
+    assert (head.status["loss"], head.status["step"]) == (1 / 3, 1)
+
+
+def test_workers_are_shown_with_pid_host_stages_and_the_age_of_their_sign(
+    open_head: Open,
+) -> None:
+    head = open_head().start().ready()
+    head.beat(1, step=3, progress=5, action="1F2")
+    head.wait(1.0, beating=[0])
+    worker = head.status["workers"][1]
+    assert (worker["pid"], worker["host"], worker["stages"]) == (101, "alpha", [1])
+    assert (worker["step"], worker["action"], worker["state"]) == (3, "1F2", "running")
+    assert worker["heartbeat_age_s"] == pytest.approx(1.0, abs=0.5)
+
+
+def test_the_status_is_written_at_most_twice_a_second(open_head: Open) -> None:
+    head = open_head().start().ready()
+    before = head.run.status.stat().st_mtime_ns
+    for _ in range(4):
+        head.clock.now_s += 0.1
+        head.controller.tick()
+    assert head.run.status.stat().st_mtime_ns == before
+    head.clock.now_s += 0.2
+    head.controller.tick()
+    assert head.run.status.stat().st_mtime_ns > before
+
+
+# --- checkpoints -----------------------------------------------------------------------------
+
+
+def test_a_checkpoint_is_committed_when_all_writers_have_spoken(open_head: Open) -> None:
+    head = open_head().start().ready().steps(1, 2)
+    head.write_shards(2, 0)
+    head.controller.tick()
+    assert head.events("checkpoint") == []
+    head.write_shards(2, 1)
+    head.controller.tick()
+    (event,) = head.events("checkpoint")
+    assert event["step"] == 2
+    found = head.store.newest_verified()
+    assert found is not None
+    assert (found.manifest.step, found.manifest.tokens_seen) == (2, 2000)
+    head.wait(0.5)
+    assert head.status["checkpoint_step"] == 2
+
+
+def test_a_checkpoint_that_cannot_be_written_is_named_and_training_goes_on(
+    open_head: Open,
+) -> None:
+    head = open_head().start().ready().steps(1, 2)
+    head.write_shards(2, 0)
+    head.checkpoint_fails(2, 1, "no space left on device")
+    head.controller.tick()
+    (event,) = head.events("checkpoint_failed")
+    assert (event["step"], event["rank"], event["reason"]) == (2, 1, "no space left on device")
+    assert head.controller.state is JobState.RUNNING
+    assert not list(head.run.checkpoints.glob("*.tmp"))
+    head.steps(3, 4).checkpoint(4)
+    assert [e["step"] for e in head.events("checkpoint")] == [4]
+
+
+def test_a_job_whose_last_checkpoint_failed_does_not_call_itself_finished(
+    open_head: Open,
+) -> None:
+    head = open_head().start().ready().steps(1, 4).checkpoint(4).steps(5, 6)
+    head.checkpoint_fails(6, 0, "no space left on device")
+    head.checkpoint_fails(6, 1, "no space left on device")
+    head.end(6)
+    assert (head.status["state"], head.status["exit_code"]) == ("failed", 1)
+    assert "the newest whole one is of step 4" in head.status["error"]["message"]
+
+
+def test_an_export_that_fails_is_named(open_head: Open) -> None:
+    head = open_head().start().ready().steps(1, 6).checkpoint(6).end(6)
+    head.exported(None, "no space left on device")
+    assert (head.status["state"], head.status["exit_code"]) == ("failed", 1)
+    assert "no space left on device" in head.status["error"]["message"]
+
+
+# --- losses ----------------------------------------------------------------------------------
+
+
+def test_a_dead_worker_is_replaced_from_the_newest_checkpoint(open_head: Open) -> None:
+    head = open_head().start().ready().steps(1, 3).checkpoint(2)
+    old = head.sender(0)
+    head.dies(1)
+    assert head.controller.state is JobState.RUNNING  # others may still speak
+    assert [w["state"] for w in head.status["workers"]] == ["running", "lost"]
+    head.wait(0.5)
+    assert head.status["state"] == "recovering"
+    assert head.group.calls[-3:] == [("kill_all",), ("prepare", 2, 2), ("launch", 2)]
+    new = head.group.assignments[0]
+    assert (new.sender.generation, new.start_step) == (2, 2)
+    assert new.checkpoint is not None
+    assert Path(new.checkpoint).name == "step-00000002"
+    assert new.sender.incarnation != old.incarnation
+    head.ready()
+    head.wait(0.5)
+    assert (head.status["state"], head.status["restarts"]) == ("running", 1)
+    head.steps(3, 6).checkpoint(6).end(6).exported()
+    assert head.status["state"] == "finished"
+    assert [line["step"] for line in head.metrics()] == [1, 2, 3, 3, 4, 5, 6]
+    found = head.store.newest_verified()
+    assert found is not None
+    assert found.manifest.tokens_seen == 6000
+
+
+def test_without_a_checkpoint_the_job_begins_again(open_head: Open) -> None:
+    head = open_head().start().ready().steps(1, 1)
+    head.dies(0)
+    head.wait(0.5)
+    assert head.group.assignments[0].checkpoint is None
+    assert head.group.assignments[0].start_step == 0
+
+
+def test_the_verdict_waits_for_the_culprit_and_folds_the_victims(open_head: Open) -> None:
+    head = open_head(max_restarts=0).start().ready()
+    head.fails(0, "peer")
+    head.wait(1.0, beating=[1])
+    assert head.controller.outcome is None
+    head.dies(1, "killed by SIGKILL")
+    head.wait(0.5)
+    error = head.status["error"]
+    assert head.status["exit_code"] == 4
+    assert (error["culprit"]["rank"], error["culprit"]["stages"]) == (1, [1])
+    assert [victim["rank"] for victim in error["victims"]] == [0]
+    assert "killed by SIGKILL" in error["message"]
+
+
+def test_a_dead_worker_is_shown_with_the_action_it_was_in(open_head: Open) -> None:
+    head = open_head(max_restarts=0).start().ready()
+    head.beat(1, step=3, progress=7, action="1B2")
+    head.dies(1)
+    head.wait(0.5)
+    culprit = head.status["error"]["culprit"]
+    assert (culprit["step"], culprit["action"], culprit["pid"]) == (3, "1B2", 101)
+
+
+def test_an_error_of_the_model_fails_the_job_at_once(open_head: Open) -> None:
+    head = open_head().start().ready()
+    head.fails(1, "error", message="loss is nan", traceback="Traceback ...", exit_code=5)
+    head.fails(0, "peer")
+    head.controller.tick()  # every worker is accounted for: nothing to wait for
+    status = head.status
+    assert (status["state"], status["exit_code"], status["restarts"]) == ("failed", 5, 0)
+    assert status["error"]["culprit"]["traceback"] == "Traceback ..."
+    assert head.events("error")[0]["message"] == status["error"]["message"]
+
+
+def test_a_budget_of_restarts_is_kept(open_head: Open) -> None:
+    head = open_head(max_restarts=2).start()
+    for generation in (1, 2, 3):
+        assert head.group.assignments[0].sender.generation == generation
+        head.ready()
+        head.dies(0)
+        head.wait(0.5)
+    assert (head.status["state"], head.status["exit_code"]) == ("failed", 4)
+    assert head.status["restarts"] == 2
+
+
+def test_a_silent_worker_is_suspect_then_killed_and_replaced(open_head: Open) -> None:
+    head = open_head(heartbeat_timeout_s=3.0).start().ready()
+    head.wait(1.25, beating=[0])
+    assert [w["state"] for w in head.status["workers"]] == ["running", "suspect"]
+    assert ("kill", 1) not in head.group.calls
+    head.wait(2.0, beating=[0])
+    assert ("kill", 1) in head.group.calls
+    head.wait(0.5, beating=[0])
+    assert head.controller.state is JobState.RECOVERING
+    (lost,) = head.events("worker_lost")
+    assert (lost["rank"], lost["failure"]) == (1, "hang")
+    assert "faults.heartbeat_timeout_s 3" in lost["message"]
+
+
+def test_a_suspect_is_the_culprit_when_its_peers_fail(open_head: Open) -> None:
+    head = open_head(heartbeat_timeout_s=9.0, max_restarts=0).start().ready()
+    head.wait(3.5, beating=[0])
+    head.fails(0, "peer")
+    head.wait(3.0)
+    assert head.status["error"]["culprit"]["rank"] == 1
+    assert head.status["error"]["culprit"]["kind"] == "hang"
+
+
+def test_a_worker_that_was_suspect_and_speaks_again_is_not_killed(open_head: Open) -> None:
+    head = open_head(heartbeat_timeout_s=3.0).start().ready()
+    head.wait(2.5, beating=[0])
+    head.wait(2.5, beating=[0, 1])
+    assert [w["state"] for w in head.status["workers"]] == ["running", "running"]
+    assert head.events("worker_lost") == []
+
+
+def test_a_pause_of_the_head_is_not_blamed_on_workers(open_head: Open) -> None:
+    head = open_head(heartbeat_timeout_s=3.0, setup_timeout_s=10.0).start().ready()
+    head.clock.now_s += 600.0
+    head.wait(1.0)
+    assert head.events("worker_lost") == []
+
+
+def test_workers_that_stand_still_are_ended_by_the_one_that_computes(open_head: Open) -> None:
+    head = open_head(step_timeout_s=2.0).start().ready()
+    for _ in range(10):
+        head.clock.now_s += 0.25
+        head.beat(0, step=3, progress=5, action="0RECV_B1")
+        head.beat(1, step=3, progress=9, action="1B1")
+        head.controller.tick()
+    assert ("kill", 1) in head.group.calls
+    assert "no progress for" in head.events("worker_lost")[0]["message"]
+
+
+def test_a_worker_that_is_not_ready_in_time_is_killed(open_head: Open) -> None:
+    head = open_head(setup_timeout_s=5.0, max_restarts=0).start()
+    head.wait(5.5)
+    head.wait(0.5)
+    assert head.status["error"]["culprit"]["message"].startswith("has no process after 5 s")
+
+
+def test_a_start_that_fails_ends_the_job_with_the_code_of_its_error(open_head: Open) -> None:
+    head = open_head().start()
+    head.fails(0, "setup", exit_code=1, remedy="name a file that exists")
+    head.wait(0.5)
+    assert (head.status["state"], head.status["exit_code"]) == ("failed", 1)
+    assert head.status["error"]["remedy"] == "name a file that exists"
+
+
+def test_a_zombie_of_an_earlier_generation_is_refused_once_by_name(open_head: Open) -> None:
+    head = open_head().start().ready().steps(1, 1)
+    zombie = head.sender(0)
+    head.dies(1)
+    head.wait(0.5)
+    head.ready()
+    for step in (2, 3):
+        head.controller.handle(
+            StepReport(
+                sender=zombie,
+                step=step,
+                loss=9.0,
+                grad_norm=0.0,
+                learning_rate=0.0,
+                tokens=1,
+                step_time_s=1.0,
+                workers=(),
+            )
+        )
+    (event,) = head.events("message_refused")
+    assert (event["rank"], event["generation"], event["current_generation"]) == (0, 1, 2)
+    assert event["message"] == "StepReport"
+    assert all(line["loss"] != 9.0 for line in head.metrics())
+
+
+@pytest.mark.parametrize("field", ["job_id", "incarnation", "plan_id"])
+def test_a_stranger_of_the_same_generation_is_refused(open_head: Open, field: str) -> None:
+    head = open_head().start().ready()
+    known = head.sender(0)
+    fields = {name: getattr(known, name) for name in Sender.__slots__}
+    stranger = Sender(**{**fields, field: 99 if field == "plan_id" else "stranger"})
+    head.group.assignments[0] = head.group.assignments[1]
+    head.controller.handle(
+        StepReport(
+            sender=stranger,
+            step=1,
+            loss=1.0,
+            grad_norm=0.0,
+            learning_rate=0.0,
+            tokens=1,
+            step_time_s=1.0,
+            workers=(),
+        )
+    )
+    assert head.metrics() == []
+    assert len(head.events("message_refused")) == 1
+
+
+def test_workers_that_cannot_be_killed_fail_the_job(open_head: Open) -> None:
+    head = open_head().start().ready()
+    head.group.immortal = True
+    head.dies(0)
+    head.clock.now_s += 0.5
+    with pytest.raises(Exception, match="rank 1 does not die") as caught:
+        head.controller.tick()
+    head.controller.fail(caught.value)  # type: ignore[arg-type]
+    assert (head.status["state"], head.status["exit_code"]) == ("failed", 3)
+
+
+# --- stop and resume -------------------------------------------------------------------------
+
+
+def test_a_stop_lets_the_step_end_and_takes_a_checkpoint(open_head: Open) -> None:
+    head = open_head().start().ready().steps(1, 3)
+    head.controller.request_stop()
+    assert head.status["state"] == "stopping"
+    assert head.group.calls[-1] == ("stop",)
+    assert head.journaled()[-2:] == ["stop", "state:stopping"]
+    head.checkpoint(3).end(3, "stopped")
+    status = head.status
+    assert (status["state"], status["exit_code"], status["checkpoint_step"]) == (
+        "stopped",
+        0,
+        3,
+    )
+    assert head.events("warning") == []
+
+
+def test_workers_that_do_not_stop_are_killed_after_the_grace_time(open_head: Open) -> None:
+    head = open_head(stop_grace_s=4.0).start().ready().steps(1, 2).checkpoint(2)
+    head.controller.request_stop()
+    head.wait(4.25, beating=[0, 1])
+    assert (head.status["state"], head.status["checkpoint_step"]) == ("stopped", 2)
+    assert head.group.calls[-1] == ("kill_all",)
+
+
+def test_a_stop_before_the_workers_are_ready_ends_at_once(open_head: Open) -> None:
+    head = open_head().start()
+    head.controller.request_stop()
+    assert (head.status["state"], head.status["exit_code"]) == ("stopped", 0)
+
+
+def test_a_worker_lost_while_stopping_is_not_replaced(open_head: Open) -> None:
+    head = open_head().start().ready().steps(1, 2)
+    head.controller.request_stop()
+    head.dies(0)
+    head.wait(0.5)
+    assert (head.status["state"], head.status["generation"]) == ("stopped", 1)
+    assert "lost while stopping" in head.events("warning")[0]["message"]
+
+
+def test_a_stop_at_the_last_step_is_a_finish(open_head: Open) -> None:
+    head = open_head().start().ready().steps(1, 6)
+    head.controller.request_stop()
+    head.checkpoint(6).end(6, "stopped").exported()
+    assert head.status["state"] == "finished"
+
+
+def test_a_kill_ends_at_once(open_head: Open) -> None:
+    head = open_head().start().ready().steps(1, 3)
+    head.controller.request_kill()
+    assert (head.status["state"], head.status["exit_code"]) == ("stopped", 130)
+    assert head.group.calls[-1] == ("kill_all",)
+
+
+def test_a_resumed_job_continues_generation_step_and_tokens(open_head: Open) -> None:
+    head = open_head().start().ready().steps(1, 2).checkpoint(2)
+    head.controller.request_kill()
+    head = open_head(steps=8).start()
+    (assignment, _) = head.group.assignments
+    assert assignment.sender.generation == 2
+    assert (assignment.start_step, assignment.last_step) == (2, 8)
+    head.ready().steps(3, 8).checkpoint(8).end(8).exported()
+    assert head.status["state"] == "finished"
+    found = head.store.newest_verified()
+    assert found is not None
+    assert found.manifest.tokens_seen == 8000
+    assert [e.fields["job_id"] for e in head.journal.entries if e.kind == "job"] == [
+        "job-1"
+    ] * 2
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(open_head: Open) -> None:
+    head = open_head().start().ready().steps(1, 4).checkpoint(2).checkpoint(4)
+    head.controller.request_kill()
+    shard = next((head.run.checkpoints / "step-00000004").glob("*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    head = open_head().start()
+    assert head.group.assignments[0].start_step == 2
+    (event,) = head.events("checkpoint_failed")
+    assert event["step"] == 4
+    assert shard.name in event["reason"]
+
+
+def test_a_job_without_any_usable_checkpoint_is_refused(open_head: Open) -> None:
+    head = open_head().start().ready().steps(1, 2).checkpoint(2)
+    head.controller.request_kill()
+    for file in (head.run.checkpoints / "step-00000002").iterdir():
+        file.write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* can be used"):
+        open_head().start()
+
+
+def test_other_gradient_groups_than_at_the_first_launch_are_refused(open_head: Open) -> None:
+    head = open_head().start().ready().steps(1, 2).checkpoint(2)
+    head.controller.request_kill()
+    with pytest.raises(InputError, match="2 gradient groups, the plan has 4"):
+        open_head(num_groups=4).start()
+
+
+def test_fewer_steps_than_are_done_are_refused(open_head: Open) -> None:
+    head = open_head().start().ready().steps(1, 4).checkpoint(4)
+    head.controller.request_kill()
+    with pytest.raises(InputError, match="at step 4, beyond the last step asked for, 3"):
+        open_head(steps=3).start()
+
+
+def test_a_finished_job_can_be_resumed_without_more_steps(open_head: Open) -> None:
+    head = open_head().start().ready().steps(1, 6).checkpoint(6).end(6)
+    head.exported(None, "no space left on device")
+    head = open_head().start().ready()
+    head.end(6).exported()
+    assert head.status["state"] == "finished"
+
+
+def test_a_disk_that_refuses_the_status_does_not_stop_training(
+    open_head: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = open_head().start().ready()
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("deepopt.head.board.write_json_atomic", refuse)
+    head.steps(1, 6).checkpoint(6).end(6).exported()
+    assert head.controller.outcome is not None
+    assert head.controller.outcome.exit_code == 0
