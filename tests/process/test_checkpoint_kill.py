@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 TESTS = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_disk_call_leaves_the_newest_committed_checkpoint(tmp_path: Path):
     run = subprocess.run(
-        [sys.executable, TESTS / "support" / "killed_checkpoints.py", tmp_path],
-        env={**os.environ, "PYTHONPATH": str(TESTS)},
+        [sys.executable, "-m", "support.killed_checkpoints", tmp_path],
+        cwd=TESTS,
         capture_output=True,
         text=True,
         timeout=100,
@@ -29,11 +31,8 @@ def test_a_kill_at_any_disk_call_leaves_the_newest_committed_checkpoint(tmp_path
     assert len(killed) > 3 * 3 * 3
     for one in killed:
         committed = [20, *(int(step) for step in one["told"])][-1]
-        for when in ("before", "after"):
-            step, same, rejected = one[when]
-            assert step >= committed, one
-            assert same, one
-            assert rejected == [], one
+        assert one["before"] >= committed, one
+        assert one["after"] == one["before"], one
         assert not [name for name in one["names"] if "." in name], one
         assert len(one["names"]) >= 2, one
-    assert {one["before"][0] for one in killed} == {20, 30, 40}
+    assert {one["before"] for one in killed} == {20, 30, 40}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from pathlib import Path
 
@@ -115,6 +116,25 @@ def test_a_bad_header_is_damage_and_not_a_crash(tmp_path: Path):
             path.write_bytes(damaged)
             with pytest.raises(CheckpointError, match="damaged"):
                 read_all(path, written)
+
+
+def test_tensors_lie_at_multiples_of_their_element_size(tmp_path: Path):
+    write_tensors(tmp_path / "x", tensors=every_kind(), metadata={"odd": "length"})
+    content = (tmp_path / "x").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    assert length % 8 == 0
+    header = json.loads(content[8 : 8 + length])
+    for name, tensor in every_kind().items():
+        assert header[name]["data_offsets"][0] % tensor.element_size() == 0, name
+
+
+def test_a_hole_between_tensors_is_refused_even_when_the_hash_is_right(tmp_path: Path):
+    path = tmp_path / "x"
+    tensors = {"a": torch.ones(2), "b": torch.zeros(2)}
+    write_tensors(path, tensors=tensors, metadata={})
+    path.write_bytes(path.read_bytes().replace(b"[8,16]", b"[9,17]"))
+    with pytest.raises(CheckpointError, match=r"b lies at \[9, 17\], want \[8, 16\]"):
+        read_all(path, hash_file(path))
 
 
 def test_a_dtype_outside_the_format_is_named(tmp_path: Path):
