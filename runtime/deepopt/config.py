@@ -9,7 +9,7 @@ what an import path names (`deepopt.import_path` does).
 from __future__ import annotations
 
 import itertools
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     Field,
@@ -412,39 +412,25 @@ class FaultsConfig(Section):
         return self
 
 
+def _defaults_of(section: type[Section]) -> Any:
+    return Field(default_factory=section, description=section.__doc__)
+
+
 class JobConfig(Section):
     """One job: everything that decides what is trained, where, and how."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = Field(
         default="deepopt", description="Name of the job: letters, digits, `.`, `_` and `-`."
     )
-    model: ModelConfig = Field(default=ModelConfig(), description="What is trained.")
-    data: DataConfig = Field(default=DataConfig(), description="What it is trained on.")
-    training: TrainingConfig = Field(
-        default=TrainingConfig(), description="How much is trained, and in which portions."
-    )
-    optimizer: OptimizerConfig = Field(default=OptimizerConfig(), description="The update.")
-    pipeline: PipelineConfig = Field(
-        default=PipelineConfig(), description="Where layers live and in which order they work."
-    )
-    parallel: ParallelConfig = Field(
-        default=ParallelConfig(), description="Workers along each axis of the mesh."
-    )
-    precision: PrecisionConfig = Field(default=PrecisionConfig(), description="Number formats.")
-    checkpoint: CheckpointConfig = Field(
-        default=CheckpointConfig(), description="What is written to the disk, and when."
-    )
-    logging: LoggingConfig = Field(
-        default=LoggingConfig(), description="What is written for people."
-    )
-    worker: WorkerConfig = Field(
-        default=WorkerConfig(), description="The processes that train."
-    )
-    cluster: ClusterConfig = Field(
-        default=ClusterConfig(),
-        description="Where processes run; by default a private cluster on this machine.",
-    )
-    faults: FaultsConfig = Field(
-        default=FaultsConfig(),
-        description="When a worker counts as lost, and how often the job may start again.",
-    )
+    model: ModelConfig = _defaults_of(ModelConfig)
+    data: DataConfig = _defaults_of(DataConfig)
+    training: TrainingConfig = _defaults_of(TrainingConfig)
+    optimizer: OptimizerConfig = _defaults_of(OptimizerConfig)
+    pipeline: PipelineConfig = _defaults_of(PipelineConfig)
+    parallel: ParallelConfig = _defaults_of(ParallelConfig)
+    precision: PrecisionConfig = _defaults_of(PrecisionConfig)
+    checkpoint: CheckpointConfig = _defaults_of(CheckpointConfig)
+    logging: LoggingConfig = _defaults_of(LoggingConfig)
+    worker: WorkerConfig = _defaults_of(WorkerConfig)
+    cluster: ClusterConfig = _defaults_of(ClusterConfig)
+    faults: FaultsConfig = _defaults_of(FaultsConfig)

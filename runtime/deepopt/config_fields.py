@@ -6,16 +6,15 @@ this module does not do: know any key of the job (`deepopt.config` does).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Annotated, NoReturn
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict
 from pydantic_core import PydanticCustomError
 
-REFUSED = "deepopt"  # the pydantic error type of `refuse`
+from deepopt.import_path import IMPORT_PATH_REMEDY, is_import_path
 
-_IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+REFUSED = "deepopt"  # the pydantic error type of `refuse`
 
 
 class Section(BaseModel):
@@ -41,11 +40,8 @@ def refuse(message: str, *, remedy: str, fields: Sequence[str] = ()) -> NoReturn
 
 
 def _check_import_path(path: str) -> str:
-    if not _IMPORT_PATH.fullmatch(path):
-        refuse(
-            f"{path!r} is not an import path",
-            remedy='write "package.module:name", for example "my_project.model:build"',
-        )
+    if not is_import_path(path):
+        refuse(f"{path!r} is not an import path", remedy=IMPORT_PATH_REMEDY)
     return path
 
 

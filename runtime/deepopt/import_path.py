@@ -7,12 +7,25 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import pkgutil
+import re
+import sys
 import traceback
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from deepopt.errors import InputError
+
+IMPORT_PATH_REMEDY = 'write "package.module:name", for example "my_project.model:build"'
+
+_NAME = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*"
+_IMPORT_PATH = re.compile(rf"({_NAME}):({_NAME})")
+
+
+def is_import_path(text: str) -> bool:
+    """Whether a text has the form `package.module:name`; nothing is imported."""
+    return _IMPORT_PATH.fullmatch(text) is not None
 
 
 def import_object(path: str, *, field: str) -> Any:
@@ -29,12 +42,9 @@ def import_object(path: str, *, field: str) -> Any:
         InputError: the path is malformed, there is no such module or attribute, or the module
             raised while it was imported.
     """
-    module_name, colon, name = path.partition(":")
-    if not (colon and module_name and name):
-        raise InputError(
-            f"{field}: {path!r} is not an import path",
-            remedy='write "package.module:name", for example "my_project.model:build"',
-        )
+    if not is_import_path(path):
+        raise InputError(f"{field}: {path!r} is not an import path", remedy=IMPORT_PATH_REMEDY)
+    module_name, _, name = path.partition(":")
     found: Any = _import_module(module_name, path=path, field=field)
     reached = module_name
     for part in name.split("."):
@@ -58,7 +68,8 @@ def _import_module(module_name: str, *, path: str, field: str) -> ModuleType:
             raise _raised_on_import(error, module_name, path=path, field=field) from error
         raise InputError(
             f"{field}: there is no module {missing!r} (from {path})",
-            remedy="check the spelling, install it, or add its folder to PYTHONPATH; "
+            remedy=_suggest_module(missing)
+            or "check the spelling, install it, or add its folder to PYTHONPATH; "
             f"deepopt looked from {Path.cwd()}",
         ) from error
     except (Exception, SystemExit) as error:  # the edge to the user's own code
@@ -77,25 +88,27 @@ def _raised_on_import(
 
 
 def _where(error: BaseException, module_name: str) -> str:
-    """The place to look at: `, file:line: source`, in the module itself where possible."""
+    """The place to look at: `, file:line: source`, in the user's own package where possible."""
     if isinstance(error, SyntaxError):
         return f", {error.filename}:{error.lineno}: {(error.text or '').strip()}"
-    frames = [
-        (frame.f_globals.get("__name__"), summary)
-        for (frame, _), summary in zip(
-            traceback.walk_tb(error.__traceback__),
-            traceback.extract_tb(error.__traceback__),
-            strict=True,
-        )
-        if frame.f_globals.get("__name__") != __name__
-        and not summary.filename.startswith("<frozen importlib")
-        and frame.f_globals.get("__name__") != "importlib"
+    package = module_name.partition(".")[0]
+    summaries = traceback.extract_tb(error.__traceback__)
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    own = [
+        summary
+        for frame, summary in zip(frames, summaries, strict=True)
+        if str(frame.f_globals.get("__name__")).partition(".")[0] == package
     ]
-    own = [summary for name, summary in frames if name == module_name]
-    if not frames:
-        return ""
-    at = own[-1] if own else frames[-1][1]
+    at = (own or summaries)[-1]
     return f", {at.filename}:{at.lineno}: {at.line}"
+
+
+def _suggest_module(missing: str) -> str:
+    package, _, name = missing.rpartition(".")
+    folders = getattr(sys.modules.get(package), "__path__", [])
+    modules = [module.name for module in pkgutil.iter_modules(folders)]
+    close = difflib.get_close_matches(name, modules, n=1)
+    return f"did you mean {package}.{close[0]}?" if close else ""
 
 
 def _suggest_attribute(owner: object, name: str) -> str:

@@ -2,13 +2,12 @@
 
 Everything wrong with a job is reported at once, each with file and line (or the override), key,
 value, what was expected, and the next step. What this module does not do: resolve `auto` (the
-planner does), import import paths (`deepopt.import_path` does), or describe keys
-(`deepopt.job_reference` does).
+planner does) or import import paths (`deepopt.import_path` does). Descriptions of the keys come
+from `deepopt.job_reference` and are passed on here, so that callers know one module.
 """
 
 from __future__ import annotations
 
-import copy
 import difflib
 import json
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,17 @@ from deepopt.config import JobConfig
 from deepopt.config_fields import REFUSED
 from deepopt.errors import JobFileError
 from deepopt.job_keys import field_at, keys_of, section_within, suggest_key
+from deepopt.job_reference import init_template, job_file_reference, job_schema
 from deepopt.job_yaml import Document, KeyPath, dotted, dump_yaml, parse_yaml
+
+__all__ = [
+    "dump_job",
+    "init_template",
+    "job_file_reference",
+    "job_schema",
+    "load_job",
+    "make_job",
+]
 
 _EXPECTED = {  # pydantic's error types in words; {names} come from the error's context
     "bool_type": "true or false",
@@ -106,9 +115,9 @@ def load_job(path: str | Path | None = None, overrides: Sequence[str] = ()) -> J
             remedy="start with a key such as `training:`; `deepopt init` writes a whole file",
         )
     parsed = tuple(_parse_override(text) for text in overrides)
-    values: dict[str, Any] = copy.deepcopy(document.value or {})
+    values: dict[str, Any] = document.value or {}
     for override in parsed:
-        _apply(override, values)
+        values = _apply(override, values)
     origin = _Origin(source=source, document=document, overrides=parsed)
     return _validate(values, origin=origin)
 
@@ -172,20 +181,19 @@ def _parse_override(text: str) -> _Override:
     return _Override(text=text, path=path, value=document.value)
 
 
-def _apply(override: _Override, values: dict[str, Any]) -> None:
-    section = values
-    for depth, part in enumerate(override.path[:-1], start=1):
-        inner = section.get(part)
-        if inner is None:
-            inner = section[part] = {}
-        if not isinstance(inner, dict):
-            raise JobFileError(
-                f"--set {override.text}: {dotted(override.path[:depth])} is {_show(inner)}, "
-                "which has no keys",
-                remedy=f"set {dotted(override.path[:depth])} itself",
-            )
-        section = inner
-    section[override.path[-1]] = copy.deepcopy(override.value)
+def _apply(override: _Override, values: Mapping[str, Any], depth: int = 0) -> dict[str, Any]:
+    """The values with an override applied below the first `depth` parts of its path."""
+    part = override.path[depth]
+    if depth == len(override.path) - 1:
+        return {**values, part: override.value}
+    inner = values.get(part)
+    if not isinstance(inner, Mapping | None):
+        section = dotted(override.path[: depth + 1])
+        raise JobFileError(
+            f"--set {override.text}: {section} is {_show(inner)}, which has no keys",
+            remedy=f"set {section} itself",
+        )
+    return {**values, part: _apply(override, inner or {}, depth + 1)}
 
 
 def _validate(values: dict[str, Any], *, origin: _Origin) -> JobConfig:
