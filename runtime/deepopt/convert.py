@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import copy
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from deepopt.config import JobConfig
 from deepopt.errors import DeepoptError, InputError
@@ -65,7 +67,7 @@ def build_chain(job: JobConfig, *, device: str) -> Chain:
     """
     factory = import_object(job.model.factory, field="model.factory")
     try:
-        with torch.device(device):
+        with torch.device(device), _NoRandomFill() if device == "meta" else nullcontext():
             model = factory(**job.model.kwargs)
     except DeepoptError:
         raise
@@ -308,6 +310,37 @@ def _make_layer(chain: Chain, index: int, module: torch.nn.Module, job: JobConfi
         tied={n: chain.ties[n] for n in parameters if n in chain.ties},
         buffers={n: b for n, b in _named(name, module.named_buffers()) if n in persistent},
     )
+
+
+class _NoRandomFill(TorchFunctionMode):
+    """Leaves initial values out: on the meta device there are none to set.
+
+    Not only to save the work: the first random fill of a meta tensor imports torch's compiler,
+    which takes 1 to 3 s in every process.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        fills = func in _RANDOM_FILLS or (
+            getattr(func, "__module__", "") == "torch.nn.init" and func.__name__.endswith("_")
+        )
+        if fills:
+            tensor = args[0] if args else kwargs["tensor"]
+            if isinstance(tensor, torch.Tensor) and tensor.is_meta:
+                return tensor
+        return func(*args, **kwargs)
+
+
+_RANDOM_FILLS = frozenset(
+    getattr(torch.Tensor, name)
+    for name in ("normal_", "uniform_", "exponential_", "bernoulli_", "log_normal_", "random_")
+)
 
 
 def _cross_entropy(output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

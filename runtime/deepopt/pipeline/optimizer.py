@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch.optim.adamw import adamw
 
 from deepopt.config import OptimizerConfig
 from deepopt.errors import CheckpointError
@@ -18,7 +19,10 @@ _NORM_EPSILON = 1e-6  # of torch.nn.utils.clip_grad_norm_, whose bits we keep
 
 
 class LayerOptimizer:
-    """Optimizer, masters and moments of one layer.
+    """AdamW with decoupled decay (arXiv:1711.05101) over the masters and moments of one layer.
+
+    The arithmetic is torch's functional `adamw`; its `Optimizer` class would import torch's
+    compiler into every worker.
 
     Args:
         layer: its parameters may be bf16; then fp32 masters are kept beside them.
@@ -33,25 +37,15 @@ class LayerOptimizer:
                 self._masters[name] = parameter
             else:
                 self._masters[name] = torch.nn.Parameter(parameter.detach().float())
-        # Decay acts on matrices; gains, biases and other vectors are left alone.
-        decayed = [p for p in self._masters.values() if p.dim() >= 2]
-        others = [p for p in self._masters.values() if p.dim() < 2]
-        groups = [
-            {"params": decayed, "weight_decay": config.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
-        self._optimizer = (
-            torch.optim.AdamW(
-                [group for group in groups if group["params"]],
-                lr=config.learning_rate,
-                betas=config.betas,
-                eps=config.eps,
-                foreach=False,  # one implementation everywhere: others differ in the last bit
-                fused=False,
-            )
-            if self._masters
-            else None
-        )
+        self._config = config
+        self._moments = {
+            name: {
+                "step": torch.zeros((), dtype=torch.float32),
+                "exp_avg": torch.zeros_like(master.data),
+                "exp_avg_sq": torch.zeros_like(master.data),
+            }
+            for name, master in self._masters.items()
+        }
 
     def step(self, grads: Mapping[str, torch.Tensor], learning_rate: float) -> None:
         """Update the layer.
@@ -60,18 +54,45 @@ class LayerOptimizer:
             grads: fp32, by parameter name, already clipped.
             learning_rate: of this step.
         """
-        if self._optimizer is None:
+        # Decay acts on matrices; gains, biases and other vectors are left alone.
+        decayed = [name for name, master in self._masters.items() if master.dim() >= 2]
+        others = [name for name, master in self._masters.items() if master.dim() < 2]
+        with torch.no_grad():
+            self._adamw(decayed, grads, learning_rate, self._config.weight_decay)
+            self._adamw(others, grads, learning_rate, 0.0)
+            for name, parameter in self.layer.trainable.items():
+                if self._masters[name] is not parameter:
+                    parameter.copy_(self._masters[name])
+
+    def _adamw(
+        self,
+        names: Sequence[str],
+        grads: Mapping[str, torch.Tensor],
+        learning_rate: float,
+        weight_decay: float,
+    ) -> None:
+        if not names:
             return
-        for name, master in self._masters.items():
-            master.grad = grads[name]
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
-        self._optimizer.step()
-        for name, parameter in self.layer.trainable.items():
-            master = self._masters[name]
-            if master is not parameter:
-                parameter.data.copy_(master.data)
-                master.grad = None
+        moments = [self._moments[name] for name in names]
+        beta1, beta2 = self._config.betas
+        adamw(
+            [self._masters[name] for name in names],
+            [grads[name] for name in names],
+            [m["exp_avg"] for m in moments],
+            [m["exp_avg_sq"] for m in moments],
+            [],
+            [m["step"] for m in moments],
+            foreach=False,  # one implementation everywhere: others differ in the last bit
+            fused=False,
+            capturable=False,
+            amsgrad=False,
+            maximize=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=learning_rate,
+            weight_decay=weight_decay,
+            eps=self._config.eps,
+        )
 
     def export_state(self) -> dict[str, torch.Tensor]:
         """The layer's state by key of `LayerState`: the live tensors, not copies."""
@@ -80,10 +101,8 @@ class LayerOptimizer:
             for name, parameter in self.layer.parameters.items()
         }
         tensors |= {f"buffer/{name}": buffer for name, buffer in self.layer.buffers.items()}
-        for name, master in self._masters.items():
-            assert self._optimizer is not None, "masters without an optimizer"
-            for field, value in self._optimizer.state.get(master, {}).items():
-                tensors[f"optimizer/{name}/{field}"] = value
+        for name, moments in self._moments.items():
+            tensors |= {f"optimizer/{name}/{field}": value for field, value in moments.items()}
         return tensors
 
     def load_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -103,22 +122,9 @@ class LayerOptimizer:
                     self._masters[name].copy_(value)
             for name, buffer in self.layer.buffers.items():
                 buffer.copy_(_fetch(tensors, f"buffer/{name}", buffer))
-        for name, master in self._masters.items():
-            assert self._optimizer is not None, "masters without an optimizer"
-            prefix = f"optimizer/{name}/"
-            state = {
-                key.removeprefix(prefix): value
-                for key, value in tensors.items()
-                if key.startswith(prefix)
-            }
-            if state:
-                self._optimizer.state[master] = {
-                    # `step` stays on the CPU, where torch's AdamW keeps it.
-                    field: value.clone()
-                    if value.dim() == 0
-                    else value.to(master.device, copy=True)
-                    for field, value in state.items()
-                }
+            for name, moments in self._moments.items():
+                for field, value in moments.items():
+                    value.copy_(_fetch(tensors, f"optimizer/{name}/{field}", value))
 
 
 def _fetch(tensors: Mapping[str, torch.Tensor], key: str, like: torch.Tensor) -> torch.Tensor:

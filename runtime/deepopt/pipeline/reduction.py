@@ -3,7 +3,8 @@
 A bucket is a flat range of elements with its terms: for each use of the weights (one, or
 several when they are tied) and each group, the rank that holds the term. Its total is the sum
 over uses of the sum over groups, both in order, so it has the same bits wherever the terms lie.
-Two holders swap their terms. More holders divide the range: each sums one chunk of it and hands the result round.
+Two holders swap their terms. More holders divide the range: each sums one chunk of it and hands
+the result round.
 """
 
 from __future__ import annotations
