@@ -39,7 +39,7 @@ class Executor:
         buckets: gradient bucket of each stage it holds.
         transport: to the other workers.
         reducer: sums the buckets.
-        batches: inputs and targets.
+        batches: inputs and targets; None where neither the first nor the last stage is held.
         first_rank: world rank of pipeline rank 0 of this replica.
         first_microbatch: global index of the replica's micro-batch 0.
         lookahead: receives posted ahead of the one that is waited for.
@@ -58,7 +58,7 @@ class Executor:
         buckets: Mapping[int, Bucket],
         transport: Transport,
         reducer: Reducer,
-        batches: Batches,
+        batches: Batches | None,
         first_rank: int,
         first_microbatch: int,
         lookahead: int,
@@ -144,6 +144,7 @@ class Executor:
         inputs: Tensors = () if first else self._arrived.pop((Op.F, stage, microbatch))
         targets = None
         if first or last:
+            assert self._batches is not None, f"{action} without batches"
             batch_inputs, targets = self._batches.batch(self._step, self._global(microbatch))
             inputs = (batch_inputs,) if first else inputs
         outputs = self._stages[stage].forward(self._global(microbatch), inputs, targets)

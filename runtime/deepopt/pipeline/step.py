@@ -84,7 +84,8 @@ class PipelineStep:
         layers: the layers of the held stages, by index in the chain.
         loss: maps (output, targets) to a scalar mean.
         transport: to the other workers.
-        batches: inputs and targets by (step, global micro-batch).
+        batches: inputs and targets by (step, global micro-batch); None on a worker that holds
+            neither the first nor the last stage.
         device: where the layers are.
         before_action: called before each action, for the fault script.
     """
@@ -99,7 +100,7 @@ class PipelineStep:
         layers: Mapping[int, Layer],
         loss: Loss,
         transport: Transport,
-        batches: Batches,
+        batches: Batches | None,
         device: torch.device,
         before_action: Callable[[int, Action], None] | None = None,
     ) -> None:

@@ -99,8 +99,9 @@ class StageWorker:
         with _timed(times, "build"):
             self._device = choose_device(job)
             self._skeleton = describe(job)
-            self._batches = build_batch_source(job, run_dir=self._run_directory.root)
             stages = plan.held_stages(rank)
+            if 0 in stages or plan.num_stages - 1 in stages:  # others never see a batch
+                self._batches = build_batch_source(job, run_dir=self._run_directory.root)
             indices = [i for stage in stages for i in plan.stage_layers(stage)]
             layers, loss = build_layers(job, indices, device=self._device)
         with _timed(times, "rendezvous"):
@@ -131,7 +132,7 @@ class StageWorker:
             )
             if self._assignment.checkpoint is not None:
                 data_state = self._checkpointer.load(Path(self._assignment.checkpoint))
-                if data_state is not None:
+                if data_state is not None and self._batches is not None:
                     self._batches.load_state_dict(data_state)
         with _timed(times, "peak"):
             peak, source = peak_flops(job, self._device)
@@ -260,7 +261,7 @@ class StageWorker:
             self._report(self._step_report(result, step_time_s=step_time_s))
 
     def _step_report(self, result: StepResult, *, step_time_s: float) -> StepReport:
-        assert self._batches is not None, "a step before setup()"
+        assert self._batches is not None, "rank 0 holds the first stage"
         return StepReport(
             sender=self._sender,
             step=self._step,
@@ -294,8 +295,10 @@ class StageWorker:
 
     def _save(self) -> None:
         assert self._checkpointer is not None, "a checkpoint before setup()"
-        assert self._batches is not None, "a checkpoint before setup()"
-        data_state = self._batches.state_dict() if self._sender.rank == 0 else None
+        data_state = None
+        if self._sender.rank == 0:
+            assert self._batches is not None, "rank 0 holds the first stage"
+            data_state = self._batches.state_dict()
         self._checkpointer.save(self._step, data_state=data_state)
 
 
