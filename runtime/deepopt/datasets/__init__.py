@@ -1,0 +1,1 @@
+"""From text, or a user's dataset, to batches by (step, micro-batch)."""
