@@ -1,0 +1,135 @@
+"""Losses and gradient norms are those of one process, bit for bit, wherever layers live."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.worker_processes import losses_of, make_plan
+
+from deepopt.config import JobConfig
+
+STEPS = 4
+
+MODEL = {
+    "d_model": 32,
+    "num_heads": 2,
+    "num_blocks": 6,
+    "num_experts": 4,
+    "top_k": 2,
+    "expert_hidden": 32,
+    "dropout": 0.1,
+    "router_noise": 0.1,
+}
+
+
+def make_job(**sections: Any) -> JobConfig:
+    fields: dict[str, Any] = {
+        "model": {"kwargs": MODEL},
+        "data": {"sequence_length": 32},
+        "training": {"microbatches": 8, "microbatch_size": 2, "grad_clip": 0.5},
+        "optimizer": {"warmup_steps": 2},
+        "logging": {"peak_flops": 1e9},
+    }
+    for name, section in sections.items():
+        fields[name] = fields.get(name, {}) | section
+    return JobConfig.model_validate(fields)
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    job = make_job()
+    return losses_of(
+        job, make_plan(job), run_dir=tmp_path_factory.mktemp("run"), last_step=STEPS
+    )
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        pytest.param(
+            {"schedule": "gpipe", "boundaries": (0, 4), "pipeline_size": 2}, id="gpipe-2"
+        ),
+        pytest.param({"boundaries": (0, 1, 6), "pipeline_size": 3}, id="1f1b-3-uneven"),
+        pytest.param({"boundaries": (0, 2, 4, 6), "pipeline_size": 4}, id="1f1b-4"),
+        pytest.param(
+            {
+                "placement": "mirror",
+                "schedule": "bi_stream",
+                "boundaries": (0, 2, 5),
+                "pipeline_size": 3,
+            },
+            id="mirror-3",
+        ),
+        pytest.param(
+            {
+                "placement": "mirror",
+                "schedule": "bi_stream",
+                "boundaries": (0, 2, 4, 6),
+                "pipeline_size": 4,
+            },
+            id="mirror-4",
+        ),
+        pytest.param(
+            {
+                "placement": "v",
+                "schedule": "zb_v",
+                "boundaries": (0, 2, 4, 6),
+                "pipeline_size": 2,
+            },
+            id="zb-v-2",
+        ),
+        pytest.param(
+            {"boundaries": (0, 4), "pipeline_size": 2, "data_size": 2}, id="two-replicas"
+        ),
+    ],
+)
+def test_losses_equal_those_of_one_process(
+    where: dict[str, Any], one_process: list[float], tmp_path: Path
+) -> None:
+    job = make_job()
+    losses = losses_of(job, make_plan(job, **where), run_dir=tmp_path, last_step=STEPS)
+    assert losses == one_process
+
+
+def test_recomputation_changes_no_bit(one_process: list[float], tmp_path: Path) -> None:
+    job = make_job(pipeline={"recompute": "full"})
+    plan = make_plan(
+        job, placement="mirror", schedule="bi_stream", boundaries=(0, 4), pipeline_size=2
+    )
+    assert losses_of(job, plan, run_dir=tmp_path, last_step=STEPS) == one_process
+
+
+def test_mirrored_replicas_of_four_groups_equal_one_process(tmp_path: Path) -> None:
+    job = make_job()
+    alone = losses_of(job, make_plan(job, num_groups=4), run_dir=tmp_path, last_step=STEPS)
+    plan = make_plan(
+        job,
+        placement="mirror",
+        schedule="bi_stream",
+        boundaries=(0, 4),
+        pipeline_size=2,
+        data_size=2,
+        num_groups=4,
+    )
+    assert losses_of(job, plan, run_dir=tmp_path, last_step=STEPS) == alone
+
+
+def test_bf16_with_fp32_masters_does_not_depend_on_placement(tmp_path: Path) -> None:
+    job = make_job(precision={"dtype": "bfloat16"})
+    alone = losses_of(job, make_plan(job), run_dir=tmp_path, last_step=STEPS)
+    plan = make_plan(
+        job, placement="mirror", schedule="bi_stream", boundaries=(0, 4), pipeline_size=2
+    )
+    assert losses_of(job, plan, run_dir=tmp_path, last_step=STEPS) == alone
+
+
+def test_the_number_of_groups_is_part_of_the_numbers(
+    one_process: list[float], tmp_path: Path
+) -> None:
+    """Guards the tests above: sums in another order do differ, so equality means something."""
+    job = make_job()
+    other = losses_of(job, make_plan(job, num_groups=4), run_dir=tmp_path, last_step=STEPS)
+    assert other[0] == one_process[0]
+    assert other != one_process
