@@ -61,7 +61,7 @@ def test_a_cut_last_line_is_ignored_by_readers_and_removed_by_the_next_writer(
 def test_a_last_line_that_lacks_only_its_newline_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}')
-    with JsonLinesWriter(path, durable=True) as writer:
+    with JsonLinesWriter(path) as writer:
         writer.write({"step": 3})
     assert [r["step"] for r in read_json_lines(path)] == [1, 2, 3]
 

@@ -36,12 +36,10 @@ class JsonLinesWriter:
 
     Args:
         path: the file; made with its folder when missing. A cut last line is removed.
-        durable: fsync after each line.
     """
 
-    def __init__(self, path: Path, *, durable: bool = False) -> None:
+    def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._durable = durable
         self._descriptor = os.open(
             path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644
         )
@@ -60,8 +58,6 @@ class JsonLinesWriter:
         line = memoryview((encode(record) + "\n").encode())
         while len(line):
             line = line[os.write(self._descriptor, line) :]
-        if self._durable:
-            os.fsync(self._descriptor)
 
     def close(self) -> None:
         """Close the file; more than once is fine."""
@@ -154,11 +150,23 @@ def write_json_atomic(path: Path, value: object, *, durable: bool = False) -> No
         value: as for `encode`.
         durable: on disk before this returns.
     """
+    text = json.dumps(_plain(value), indent=2, allow_nan=False, default=str) + "\n"
+    write_text_atomic(path, text, durable=durable)
+
+
+def write_text_atomic(path: Path, text: str, *, durable: bool = False) -> None:
+    """Replace a text file so that a reader sees the old one or the new one, never a part.
+
+    Args:
+        path: the file; its folder is made when missing.
+        text: written as UTF-8.
+        durable: on disk before this returns.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with staged.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(_plain(value), indent=2, allow_nan=False, default=str) + "\n")
+            file.write(text)
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
