@@ -1,0 +1,172 @@
+"""Starts the supervisor of a run and stays with the job until it ends; turns its end into words."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deepopt.cluster.process_table import find_process
+from deepopt.errors import ClusterError
+from deepopt.run_directory import RunDirectory
+from deepopt.telemetry.files import read_json
+from deepopt_cli.follow import Follower, Interrupts, Outcome, View
+from deepopt_cli.output import EXIT_INTERRUPTED, say, say_json, show_error, tell
+from deepopt_cli.run_view import Supervisor
+from deepopt_cli.views import JsonView, PlainView
+from deepopt_cli.words import closing_lines, failure_details
+
+if TYPE_CHECKING:
+    from deepopt.config import JobConfig
+
+LOG_LINES = 20  # of a supervisor that died without a word
+
+
+def start(run: RunDirectory, *, fresh: bool) -> Supervisor:
+    """Start the supervisor of a run.
+
+    Args:
+        run: the run directory, with job, model and plan in it.
+        fresh: nothing else is in it: it goes again when no supervisor can be started.
+
+    Raises:
+        DeepoptError: it cannot be started.
+    """
+    from deepopt.head.supervisor import spawn_supervisor
+
+    try:
+        pid = spawn_supervisor(run.root)
+    except BaseException:
+        if fresh:
+            shutil.rmtree(run.root, ignore_errors=True)
+        raise
+    return Supervisor(process=find_process(pid), pid=pid, host=socket.gethostname())
+
+
+def leave(run: RunDirectory, supervisor: Supervisor, *, shown_as: Path, json: bool) -> None:
+    """Say how to find a job again that nobody stays with.
+
+    Args:
+        run: the run directory.
+        supervisor: its supervisor.
+        shown_as: the run directory as the user would type it.
+        json: one JSON object instead of words.
+    """
+    if json:
+        say_json(
+            {"state": "starting", "run_dir": str(run.root), "supervisor_pid": supervisor.pid}
+        )
+        return
+    say(f"started in {shown_as}, supervisor pid {supervisor.pid}")
+    say(f"  deepopt status {shown_as}")
+    say(f"  deepopt logs -f {shown_as}")
+    say(f"  deepopt stop {shown_as}")
+
+
+def attend(
+    run: RunDirectory, *, job: JobConfig, shown_as: Path, json: bool, fresh: bool
+) -> int:
+    """Start the supervisor, follow the job, say how it ended.
+
+    Args:
+        run: the run directory, with job, model and plan in it.
+        job: for its name and how often steps are shown.
+        shown_as: the run directory as the user would type it.
+        json: JSON lines instead of words.
+        fresh: as for `start`.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        DeepoptError: the supervisor cannot be started.
+    """
+    with Interrupts() as interrupts:
+        follower = Follower(run, interrupts=interrupts)
+        supervisor = start(run, fresh=fresh)
+        view = _make_view(job, shown_as=shown_as, json=json)
+        try:
+            outcome = follower.follow(supervisor, view=view)
+        except BrokenPipeError:
+            tell(
+                f"nobody reads the output any more; the job goes on: deepopt status {shown_as}"
+            )
+            raise
+        finally:
+            view.close()
+    code = exit_code_of(outcome)
+    if json:
+        last = outcome.status or {"state": "starting", "step": 0, "workers": []}
+        ending = {"exit_code": code, "supervisor_alive": bool(supervisor.lives())}
+        say_json({**last, **ending, "run_dir": str(run.root)})
+    _show_end(outcome, run=run, supervisor=supervisor, shown_as=shown_as, json=json)
+    return code
+
+
+def exit_code_of(outcome: Outcome) -> int:
+    """The exit code of a job that was followed to its end.
+
+    Args:
+        outcome: how following ended.
+    """
+    status = outcome.status or {}
+    if not outcome.ended:
+        killed = outcome.interrupts > 1
+        return EXIT_INTERRUPTED if killed else ClusterError.exit_code
+    if status["state"] == "stopped" and outcome.interrupts:
+        return EXIT_INTERRUPTED
+    return int(status.get("exit_code") or 0)
+
+
+def _make_view(job: JobConfig, *, shown_as: Path, json: bool) -> View:
+    if json:
+        return JsonView()
+    if sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
+        from rich.console import Console
+
+        from deepopt_cli.live import LiveView
+
+        return LiveView(title=f"{job.name}  {shown_as}", console=Console())
+    return PlainView(every=job.logging.every)
+
+
+def _show_end(
+    outcome: Outcome, *, run: RunDirectory, supervisor: Supervisor, shown_as: Path, json: bool
+) -> None:
+    status = outcome.status or {}
+    resume = f"deepopt resume {shown_as}"
+    if not outcome.ended:
+        if outcome.interrupts > 1:
+            tell(f"killed; go on from the last checkpoint with: {resume}")
+            return
+        show_error(
+            f"the supervisor (pid {supervisor.pid}) is gone; the job was "
+            f"{status.get('state', 'starting')} at step {status.get('step', 0)}",
+            details=_last_lines(run.logs / "supervisor.log"),
+            remedy=f"{resume} goes on from the newest checkpoint",
+        )
+    elif status["state"] == "failed":
+        error: Mapping[str, Any] = status.get("error") or {"message": "the job failed"}
+        show_error(
+            str(error.get("message")),
+            details=failure_details(error, logs=run.logs),
+            remedy=error.get("remedy") or f"correct the cause, then {resume}",
+        )
+    elif not json:
+        report = read_json(run.report) if run.report.exists() else {}
+        say()
+        say("\n".join(closing_lines(status, report=report, run_dir=shown_as)))
+
+
+def _last_lines(path: Path) -> str:
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    if not lines:
+        return ""
+    return "\n".join([f"the end of {path}:", *(f"  {line}" for line in lines[-LOG_LINES:])])

@@ -1,0 +1,204 @@
+"""`deepopt launch`: check a job, plan it, start it, stay with it."""
+
+from __future__ import annotations
+
+import json as json_text
+import secrets
+import shutil
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from deepopt_cli.output import reports_errors, say, say_json, tell
+
+if TYPE_CHECKING:
+    from deepopt.run_directory import RunDirectory
+    from deepopt_cli.preparation import Prepared
+
+WorkersOption = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Number of workers. [default: GPUs, or 4 without]"),
+]
+StepsOption = Annotated[int | None, typer.Option(min=1, metavar="N", help="Step to stop at.")]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="A JSON object a step, and the final status.")
+]
+DetachOption = Annotated[bool, typer.Option("--detach", help="Start the job and leave it.")]
+
+
+@reports_errors
+def launch(
+    job_file: Annotated[
+        Path | None, typer.Argument(metavar="JOB.yaml", help="Job file; none: all defaults.")
+    ] = None,
+    workers: WorkersOption = None,
+    steps: StepsOption = None,
+    run_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="New run directory. [default: runs/NAME-DATE-XXXX]"),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Set a key of the job; repeatable."),
+    ] = None,
+    hostfile: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Hosts to use, lines of `host slots=N`."),
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Running Ray cluster to join.")
+    ] = None,
+    json: JsonOption = False,
+    detach: DetachOption = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the plan and start nothing.")
+    ] = False,
+) -> None:
+    """Train a job. Without a job file, trains the built-in model on Python's own sources.
+
+    The first Ctrl-C stops the job after the step in work, with a checkpoint; the second kills it.
+
+    \b
+    Examples:
+      deepopt launch
+      deepopt launch job.yaml --workers 4 --set training.seed=1
+      deepopt launch job.yaml --dry-run
+      deepopt launch job.yaml --detach --run-dir runs/first
+      deepopt launch job.yaml --hostfile hosts --json > metrics.jsonl
+    """
+    from deepopt.job_file import load_job
+    from deepopt_cli.preparation import import_from_here, prepare, with_absolute_paths
+
+    warn_of_namesake()
+    wanted = [*(overrides or ())]
+    for key, value in (
+        ("worker.count", workers),
+        ("training.steps", steps),
+        ("cluster.hostfile", None if hostfile is None else str(hostfile)),
+        ("cluster.address", address),
+    ):
+        if value is not None:
+            wanted.append(f"{key}={json_text.dumps(value)}")
+    job = with_absolute_paths(load_job(job_file, wanted))
+    shown_as = run_dir or Path("runs") / _new_name(job.name)
+    _refuse_used(shown_as)
+    import_from_here()
+    prepared = prepare(job, plan_id=1)
+    if dry_run:
+        _show_plan(prepared, shown_as=shown_as, json=json)
+        return
+    if not json:
+        show_start(prepared, shown_as=shown_as)
+    run = _make_run_directory(shown_as, prepared)
+
+    from deepopt_cli.attend import attend, leave, start
+
+    if detach:
+        leave(run, start(run, fresh=True), shown_as=shown_as, json=json)
+        return
+    code = attend(run, job=prepared.job, shown_as=shown_as, json=json, fresh=True)
+    raise typer.Exit(code)
+
+
+def warn_of_namesake() -> None:
+    """Say on stderr when another distribution's `deepopt` is installed."""
+    from deepopt_cli.distributions import explain_namesake, namesake
+
+    if other := namesake():
+        tell(f"warning: {explain_namesake(other)}")
+
+
+def show_start(prepared: Prepared, *, shown_as: Path) -> None:
+    """Say what will be done.
+
+    Args:
+        prepared: the job.
+        shown_as: the run directory as the user would type it.
+    """
+    from deepopt_cli.preparation import plan_lines
+
+    say(f"run         {shown_as}")
+    say("\n".join(plan_lines(prepared)))
+    say()
+
+
+def write_plan(run: RunDirectory, prepared: Prepared) -> None:
+    """Write job, model and plan into a run directory, durably.
+
+    Args:
+        run: the run directory; exists.
+        prepared: the job.
+    """
+    from deepopt.job_file import dump_job
+    from deepopt.telemetry.files import write_json_atomic, write_text_atomic
+
+    write_json_atomic(run.model, prepared.skeleton.to_json(), durable=True)
+    write_json_atomic(run.plan, prepared.plan.to_json(), durable=True)
+    # Last: a folder with a job in it is a run directory.
+    write_text_atomic(run.job, dump_job(prepared.job), durable=True)
+
+
+def _new_name(job_name: str) -> str:
+    stamp = datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
+    return f"{job_name}-{stamp}-{secrets.token_hex(2)}"
+
+
+def _refuse_used(path: Path) -> None:
+    from deepopt.errors import RunDirectoryError
+    from deepopt.run_directory import RunDirectory
+
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise RunDirectoryError(f"--run-dir {path} is a file", remedy="name a new folder")
+    if RunDirectory(path).job.exists():
+        raise RunDirectoryError(
+            f"--run-dir {path} holds a job already",
+            remedy=f"deepopt resume {path} goes on with it; a new job needs a new folder",
+        )
+    if any(path.iterdir()):
+        raise RunDirectoryError(
+            f"--run-dir {path} is not empty", remedy="name a new or an empty folder"
+        )
+
+
+def _make_run_directory(path: Path, prepared: Prepared) -> RunDirectory:
+    from deepopt.errors import RunDirectoryError
+    from deepopt.run_directory import RunDirectory
+
+    run = RunDirectory(path.absolute())
+    try:
+        run.root.mkdir(parents=True, exist_ok=True)
+        write_plan(run, prepared)
+    except BaseException as error:
+        shutil.rmtree(run.root, ignore_errors=True)
+        if not isinstance(error, OSError):
+            raise
+        raise RunDirectoryError(
+            f"cannot write run directory {path}: {error.strerror}",
+            remedy="name another folder with --run-dir",
+        ) from error
+    return run
+
+
+def _show_plan(prepared: Prepared, *, shown_as: Path, json: bool) -> None:
+    if json:
+        say_json(
+            {
+                "job": prepared.job.model_dump(mode="json", by_alias=True),
+                "model": prepared.skeleton.to_json(),
+                "plan": prepared.plan.to_json(),
+                "predicted_bubble": prepared.timeline.bubble,
+                "run_dir": str(shown_as.absolute()),
+            }
+        )
+        return
+    from deepopt.schedule.draw import draw_text
+
+    show_start(prepared, shown_as=shown_as)
+    # Without its last line: the planner's costs are no seconds.
+    say(draw_text(prepared.timeline).rpartition("\n")[0])
+    say()
+    say("dry run: nothing was started")

@@ -1,0 +1,257 @@
+"""From a checked job to what can start: workers counted, model described, plan made and verified.
+
+Everything that can be wrong is found here, before a folder is made or a process started. Imports
+torch, because a model can only be described by building it (without memory).
+"""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deepopt.config import JobConfig
+from deepopt.errors import ClusterError, InputError
+from deepopt.planner.plan import Plan
+from deepopt.planner.skeleton import ModelSkeleton
+from deepopt.schedule.ir import Schedule
+from deepopt_cli.output import human_count, human_percent, ranges, table
+
+if TYPE_CHECKING:
+    from deepopt.schedule.simulate import Timeline
+
+CPU_WORKERS = 4  # enough to see a pipeline; a laptop has as many cores
+SMALL_DATA_BYTES = 32 << 20  # so much text is read and cut in a fraction of a second
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A job that can start.
+
+    Args:
+        job: with groups, number of workers and absolute paths resolved.
+        skeleton: the model.
+        plan: who holds which layers.
+        timeline: the first replica's schedule, simulated with the planner's costs.
+        source: the data in words.
+    """
+
+    job: JobConfig
+    skeleton: ModelSkeleton
+    plan: Plan
+    timeline: Timeline
+    source: str
+
+
+def import_from_here() -> None:
+    """Let import paths of the job name modules in the working directory, as `python -m` does."""
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+
+
+def with_absolute_paths(job: JobConfig) -> JobConfig:
+    """The job with paths that mean the same from every working directory."""
+
+    def absolute(path: str) -> str:
+        return str(Path(path).expanduser().absolute())
+
+    update: dict[str, dict[str, Any]] = {
+        "data": {"files": tuple(map(absolute, job.data.files))},
+        "checkpoint": {
+            "directory": job.checkpoint.directory and absolute(job.checkpoint.directory)
+        },
+        "cluster": {"hostfile": job.cluster.hostfile and absolute(job.cluster.hostfile)},
+    }
+    return _updated(job, update)
+
+
+def prepare(job: JobConfig, *, plan_id: int) -> Prepared:
+    """Check everything that a start needs and decide the plan.
+
+    Args:
+        job: with absolute paths; its import paths can be imported.
+        plan_id: number of the plan in the job.
+
+    Raises:
+        DeepoptError: what does not fit, with the values.
+    """
+    if find_spec("ray") is None:
+        raise ClusterError("ray is not installed", remedy="pip install ray")
+    source = _check_data(job)
+
+    from deepopt.convert import describe
+    from deepopt.planner.decide import make_plan, resolve_groups
+
+    num_workers = count_workers(job)
+    job = _updated(
+        job,
+        {"training": {"groups": resolve_groups(job)}, "worker": {"count": num_workers}},
+    )
+    skeleton = describe(job)
+    plan = make_plan(job, skeleton, num_workers=num_workers, plan_id=plan_id)
+    timelines = [_simulate(plan, skeleton, schedule) for schedule in _verified_schedules(plan)]
+    return Prepared(job=job, skeleton=skeleton, plan=plan, timeline=timelines[0], source=source)
+
+
+def count_workers(job: JobConfig) -> int:
+    """The number of workers: as the job says, else one a slot or GPU, else a few.
+
+    Raises:
+        InputError: it cannot be known without asking a running cluster.
+    """
+    if job.worker.count is not None:
+        return job.worker.count
+    if job.parallel.pipeline is not None:
+        return job.parallel.pipeline * job.parallel.data
+    if job.cluster.hostfile is not None:
+        from deepopt.cluster.hostfile import read_hostfile
+
+        return sum(host.slots for host in read_hostfile(Path(job.cluster.hostfile)))
+    if job.cluster.address is not None:
+        raise InputError(
+            f"how many workers the cluster at {job.cluster.address} shall run is not said",
+            remedy="add --workers N",
+        )
+    if job.worker.device != "cpu":
+        import torch
+
+        if num_gpus := torch.cuda.device_count():
+            return num_gpus
+    return CPU_WORKERS
+
+
+def _updated(job: JobConfig, update: dict[str, dict[str, Any]]) -> JobConfig:
+    sections = {
+        name: getattr(job, name).model_copy(update=fields) for name, fields in update.items()
+    }
+    return job.model_copy(update=sections)
+
+
+def _check_data(job: JobConfig) -> str:
+    """Find out cheaply whether there is data; the data in words."""
+    data = job.data
+    if data.dataset is not None:
+        from deepopt.import_path import import_object
+
+        import_object(data.dataset, field="data.dataset")
+        return data.dataset
+    if not data.files:
+        return "sources of the Python standard library"
+    found: set[str] = set()
+    for pattern in data.files:
+        matches = [name for name in _matches(pattern) if Path(name).is_file()]
+        if not matches:
+            raise InputError(
+                f"data.files: {pattern!r} matches no file",
+                remedy="check the path; a folder needs a glob, for example folder/**/*.txt",
+            )
+        found.update(matches)
+    size_bytes = sum(Path(name).stat().st_size for name in found)
+    if size_bytes <= SMALL_DATA_BYTES and data.tokenizer == "bytes":
+        from deepopt.datasets.batch_source import build_batch_source
+
+        return build_batch_source(job, run_dir=None).description
+    return f"{len(found)} files, {size_bytes / 1e6:,.1f} MB, tokenizer {data.tokenizer}"
+
+
+def _matches(pattern: str) -> list[str]:
+    # Path.glob refuses absolute patterns.
+    names = glob.glob(pattern, recursive=True)  # noqa: PTH207
+    return [*names, pattern] if Path(pattern).exists() else names
+
+
+def _verified_schedules(plan: Plan) -> list[Schedule]:
+    """The schedule of each replica that differs from the ones before it.
+
+    Raises:
+        ScheduleError: a schedule is wrong.
+    """
+    from deepopt.schedule.builders import build
+    from deepopt.schedule.lowering import lower
+    from deepopt.schedule.verify import verify
+    from deepopt.schedule.verify_lowered import verify_lowered
+
+    placement = plan.make_placement()
+    different = dict.fromkeys(plan.directions(index) for index in range(plan.data_size))
+    schedules = []
+    for directions in different:
+        schedule = build(plan.schedule, placement=placement, directions=directions)
+        verify(schedule)
+        verify_lowered(schedule, rows=lower(schedule, reduce=True))
+        schedules.append(schedule)
+    return schedules
+
+
+def _simulate(plan: Plan, skeleton: ModelSkeleton, schedule: Schedule) -> Timeline:
+    """The schedule in time, in the planner's unit of cost; transfers and updates take none."""
+    from deepopt.planner.decide import layer_costs
+    from deepopt.schedule.simulate import CostTable, simulate
+
+    costs = layer_costs(skeleton)
+    edges = [*plan.boundaries, len(costs)]
+    stages = tuple(sum(costs[start:end]) for start, end in itertools.pairwise(edges))
+    return simulate(schedule, CostTable(forward_s=stages, input_s=stages, weight_s=stages))
+
+
+def plan_lines(prepared: Prepared) -> list[str]:
+    """What will be done, in words.
+
+    Args:
+        prepared: the job.
+    """
+    job, skeleton, plan = prepared.job, prepared.skeleton, prepared.plan
+    training = job.training
+    kwargs = ", ".join(f"{key}={value}" for key, value in job.model.kwargs.items())
+    replicas = f" x {plan.data_size} replicas" if plan.data_size > 1 else ""
+    return [
+        f"model       {job.model.factory}({kwargs}), {len(skeleton.layers)} layers, "
+        f"{human_count(skeleton.num_parameters)} parameters, {job.precision.dtype}",
+        f"data        {prepared.source}",
+        f"training    {training.steps} steps of {training.microbatches} micro-batches x "
+        f"{training.microbatch_size} x {job.data.sequence_length} tokens, "
+        f"{plan.num_groups} groups, seed {training.seed}",
+        f"plan        {plan.pipeline_size} ranks{replicas}, placement {plan.placement}, schedule "
+        f"{plan.schedule}, predicted bubble {human_percent(prepared.timeline.bubble)}",
+        f"cluster     {_cluster_words(job)}",
+        "",
+        stage_table(plan, skeleton),
+    ]
+
+
+def stage_table(plan: Plan, skeleton: ModelSkeleton) -> str:
+    """Stages, their layers and the ranks that hold them.
+
+    Args:
+        plan: who holds which layers.
+        skeleton: their parameters.
+    """
+    edges = [*plan.boundaries, len(plan.layer_names)]
+    rows: list[Sequence[object]] = []
+    for stage, (start, end) in enumerate(itertools.pairwise(edges)):
+        names = plan.layer_names[start:end]
+        count = sum(layer.num_parameters for layer in skeleton.layers[start:end])
+        rows.append(
+            (
+                stage,
+                end - start,
+                names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]}",
+                human_count(count),
+                ranges(plan.holders(stage)),
+            )
+        )
+    return table(("stage", "layers", "from .. to", "parameters", "ranks"), rows)
+
+
+def _cluster_words(job: JobConfig) -> str:
+    workers = f"{job.worker.count} workers, device {job.worker.device}"
+    if job.cluster.address is not None:
+        return f"{workers}, in the Ray cluster at {job.cluster.address}"
+    if job.cluster.hostfile is not None:
+        return f"{workers}, on the hosts of {job.cluster.hostfile}"
+    return f"{workers}, in a private Ray on this machine"

@@ -1,0 +1,244 @@
+"""A job in words and tables: status, steps, plans, failures. From plain JSON data to text, no I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from deepopt_cli.output import human_count, human_percent, human_seconds, ranges, table
+
+
+def step_line(record: Mapping[str, Any], *, last_step: int | None, eta_s: float | None) -> str:
+    """A line of `metrics.jsonl` in words.
+
+    Args:
+        record: the line.
+        last_step: where the job stops; None when unknown.
+        eta_s: predicted seconds to there; None when unknown.
+    """
+    step = record.get("step", 0)
+    width = len(str(last_step or step))
+    total = "" if last_step is None else f"/{last_step}"
+    parts = [f"step {step:>{width}}{total}", f"loss {_number(record.get('loss'), '.4f')}"]
+    for key, name, form in (
+        ("grad_norm", "grad norm", ".3f"),
+        ("learning_rate", "lr", ".2e"),
+    ):
+        if record.get(key) is not None:
+            parts.append(f"{name} {_number(record[key], form)}")
+    if (rate := record.get("tokens_per_s")) is not None:
+        parts.append(f"{human_count(rate)} tokens/s")
+    if (share := record.get("mfu")) is not None:
+        parts.append(f"MFU {100 * share:.1f} %")
+    if (share := record.get("bubble")) is not None:
+        parts.append(f"bubble {human_percent(share)}")
+    if eta_s is not None:
+        parts.append(f"ETA {human_seconds(eta_s)}")
+    return "  ".join(parts)
+
+
+def event_line(record: Mapping[str, Any]) -> str:
+    """A line of `events.jsonl` in words, with its time of day (UTC)."""
+    from deepopt.telemetry.events import headline
+
+    day, _, clock = str(record.get("time", "")).partition("T")
+    return f"{clock[:8] or day} {headline(record)}".strip()
+
+
+def worker_table(status: Mapping[str, Any], *, age_s: float = 0.0) -> str:
+    """The workers of a status as a table.
+
+    Args:
+        status: the content of `status.json`.
+        age_s: seconds since it was written; added to the ages of heartbeats.
+    """
+    busy = status.get("stage_busy") or {}
+    rows = [
+        (
+            worker["rank"],
+            worker["host"],
+            worker["pid"],
+            ranges(worker["stages"]),
+            worker.get("device") or None,
+            worker.get("state"),
+            worker.get("step"),
+            worker.get("action") or None,
+            human_percent(busy.get(str(worker["rank"]))),
+            heartbeat_age(worker, age_s=age_s),
+        )
+        for worker in status.get("workers") or ()
+    ]
+    header = [
+        "rank",
+        "host",
+        "pid",
+        "stages",
+        "device",
+        "state",
+        "step",
+        "action",
+        "busy",
+        "heartbeat",
+    ]
+    return table(header, rows)
+
+
+def heartbeat_age(worker: Mapping[str, Any], *, age_s: float) -> str:
+    """How long ago a worker was heard.
+
+    Args:
+        worker: an entry of `workers`.
+        age_s: seconds since the status was written.
+    """
+    heard_s = worker.get("heartbeat_age_s")
+    return "-" if heard_s is None else human_seconds(heard_s + age_s)
+
+
+def status_lines(
+    status: Mapping[str, Any], *, supervisor_alive: bool | None, age_s: float | None
+) -> list[str]:
+    """A status in words.
+
+    Args:
+        status: the content of `status.json`.
+        supervisor_alive: None when that cannot be seen from this host.
+        age_s: seconds since it was written.
+    """
+    from deepopt_cli.run_view import ENDED
+
+    state = status.get("state")
+    gone = supervisor_alive is False and state not in ENDED
+    if gone:
+        state_words = f"recorded as {state}, but its supervisor is gone"
+    else:
+        state_words = str(state)
+        if state not in ENDED and age_s is not None:
+            state_words += f" (as of {human_seconds(age_s)} ago)"
+    lines = [
+        f"job         {status.get('name')} ({status.get('job_id')})",
+        f"state       {state_words}",
+    ]
+    progress = f"{status.get('step')}/{status.get('last_step')}"
+    if status.get("loss") is not None:
+        progress += f", loss {_number(status['loss'], '.4f')}"
+    lines.append(f"step        {progress}")
+    if status.get("tokens_per_s") is not None:
+        lines.append(f"speed       {speed(status)}")
+    if state not in ENDED and not gone:
+        lines.append(f"time left   {human_seconds(status.get('eta_s'))}")
+    lines.append(
+        f"plan        {status.get('placement')}, {status.get('schedule')}, "
+        f"plan {status.get('plan_id')}, generation {status.get('generation')}, "
+        f"{status.get('restarts', 0)} restarts"
+    )
+    if status.get("bubble") is not None:
+        lines.append(f"bubble      {human_percent(status['bubble'])}")
+    checkpoint = status.get("checkpoint_step")
+    lines.append(f"checkpoint  {f'step {checkpoint}' if checkpoint else 'none yet'}")
+    return lines
+
+
+def speed(status: Mapping[str, Any]) -> str:
+    """Rates of a status: tokens/s, a worker, MFU."""
+    words = f"{human_count(status['tokens_per_s'])} tokens/s"
+    if (each := status.get("tokens_per_s_per_worker")) is not None:
+        words += f" ({human_count(each)} a worker)"
+    if (share := status.get("mfu")) is not None:
+        words += f", MFU {100 * share:.1f} %"
+    return words
+
+
+def failure_details(error: Mapping[str, Any], *, logs: Path) -> str:
+    """What stands between `error:` and `hint:`: the culprit, its traceback, then its victims.
+
+    Args:
+        error: the `error` of a status.
+        logs: folder of log files.
+    """
+    culprit = error.get("culprit")
+    if not culprit:
+        return ""
+    rank = culprit.get("rank")
+    lines = [
+        f"culprit  rank {rank} on {culprit.get('host')}, pid {culprit.get('pid')}",
+        f"doing    {_doing(culprit)}",
+    ]
+    if culprit.get("message") and culprit["message"] not in str(error.get("message")):
+        lines.append(f"said     {culprit['message']}")
+    lines.append(f"log      {logs / f'rank-{rank}.log'}")
+    if culprit.get("traceback"):
+        lines += ["", culprit["traceback"].rstrip("\n")]
+    victims = error.get("victims") or []
+    if victims:
+        who = ranges(victim["rank"] for victim in victims)
+        ends = {str(victim.get("message", "")) for victim in victims}
+        why = f": {ends.pop()}" if len(ends) == 1 else ""
+        several = "s" if len(victims) > 1 else ""
+        lines += ["", f"{len(victims)} victim{several} followed (rank{several} {who}){why}"]
+    return "\n".join(lines)
+
+
+def _doing(culprit: Mapping[str, Any]) -> str:
+    from deepopt.errors import ScheduleError
+    from deepopt.schedule.ir import parse_action
+
+    step = culprit.get("step")
+    when = f"step {step}" if step else "before the first step"
+    try:
+        action = parse_action(str(culprit.get("action")))
+    except ScheduleError:
+        held = ranges(culprit.get("stages") or ())
+        return f"{when}, between actions" + (f"; it holds stages {held}" if held else "")
+    microbatch = "" if action.microbatch is None else f", micro-batch {action.microbatch}"
+    return f"{when}, stage {action.stage}, op {action.op}{microbatch}"
+
+
+def closing_lines(
+    status: Mapping[str, Any], *, report: Mapping[str, Any], run_dir: Path
+) -> list[str]:
+    """The end of a job in words.
+
+    Args:
+        status: its last status.
+        report: the content of `report.json`; empty when there is none.
+        run_dir: as the user would type it.
+    """
+    step = status.get("step")
+    lines = [f"{status.get('state')} at step {step} of {status.get('last_step')}"]
+    if status.get("loss") is not None:
+        lines[0] += f", loss {_number(status['loss'], '.4f')}"
+    if status.get("tokens_per_s") is not None:
+        lines.append(f"  speed       {speed(status)}")
+    lines += [f"  {line}" for line in report_lines(report)]
+    if status.get("checkpoint_step"):
+        lines.append(f"  checkpoint  step {status['checkpoint_step']}")
+    if status.get("state") == "finished":
+        lines.append(f"  weights     {run_dir / 'final'}")
+    else:
+        lines.append(f"  go on       deepopt resume {run_dir}")
+    return lines
+
+
+def report_lines(report: Mapping[str, Any]) -> list[str]:
+    """Simulated against measured step time, from the closing report.
+
+    Args:
+        report: the content of `report.json`; empty when there is none.
+    """
+    measured = report.get("measured_step_s")
+    simulated = report.get("simulated_step_s")
+    if measured is None:
+        return []
+    words = f"measured {_milliseconds(measured)}"
+    if simulated:
+        words += f", simulated {_milliseconds(simulated)} ({100 * (simulated / measured - 1):+.1f} %)"
+    return [f"step time   {words}"]
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.1f} ms" if seconds < 1 else f"{seconds:.3f} s"
+
+
+def _number(value: object, form: str) -> str:
+    return format(value, form) if isinstance(value, int | float) else "not finite"
