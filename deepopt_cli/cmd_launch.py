@@ -5,6 +5,7 @@ from __future__ import annotations
 import json as json_text
 import secrets
 import shutil
+import sys
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -69,7 +70,7 @@ def launch(
       deepopt launch job.yaml --hostfile hosts --json > metrics.jsonl
     """
     from deepopt.job_file import load_job
-    from deepopt_cli.preparation import import_from_here, prepare, with_absolute_paths
+    from deepopt_cli.preparation import import_from, prepare, with_absolute_paths
 
     warn_of_namesake()
     wanted = [*(overrides or ())]
@@ -84,7 +85,7 @@ def launch(
     job = with_absolute_paths(load_job(job_file, wanted))
     shown_as = run_dir or Path("runs") / _new_name(job.name)
     _refuse_used(shown_as)
-    import_from_here()
+    import_from([Path.cwd()], job=job)
     prepared = prepare(job, plan_id=1)
     if dry_run:
         _show_plan(prepared, shown_as=shown_as, json=json)
@@ -125,7 +126,7 @@ def show_start(prepared: Prepared, *, shown_as: Path) -> None:
 
 
 def write_plan(run: RunDirectory, prepared: Prepared) -> None:
-    """Write job, model and plan into a run directory, durably.
+    """Write model, plan and job into a run directory, durably.
 
     Args:
         run: the run directory; exists.
@@ -138,6 +139,20 @@ def write_plan(run: RunDirectory, prepared: Prepared) -> None:
     write_json_atomic(run.plan, prepared.plan.to_json(), durable=True)
     # Last: a folder with a job in it is a run directory.
     write_text_atomic(run.job, dump_job(prepared.job), durable=True)
+
+
+def _write_launch(run: RunDirectory) -> None:
+    from deepopt.clock import utc_now
+    from deepopt.telemetry.files import write_json_atomic
+    from deepopt_cli.distributions import own_version
+
+    content = {
+        "import_root": str(Path.cwd()),
+        "command": sys.argv,
+        "version": own_version(),
+        "time": utc_now(),
+    }
+    write_json_atomic(run.launch, content, durable=True)
 
 
 def _new_name(job_name: str) -> str:
@@ -171,6 +186,7 @@ def _make_run_directory(path: Path, prepared: Prepared) -> RunDirectory:
     run = RunDirectory(path.absolute())
     try:
         run.root.mkdir(parents=True, exist_ok=True)
+        _write_launch(run)
         write_plan(run, prepared)
     except BaseException as error:
         shutil.rmtree(run.root, ignore_errors=True)

@@ -62,7 +62,7 @@ def resume(
     from deepopt.planner.plan import Plan
     from deepopt.planner.skeleton import ModelSkeleton
     from deepopt.telemetry.files import read_json
-    from deepopt_cli.preparation import import_from_here, prepare, with_absolute_paths
+    from deepopt_cli.preparation import import_from, prepare, with_absolute_paths
     from deepopt_cli.run_view import open_run, read_status
 
     warn_of_namesake()
@@ -79,7 +79,7 @@ def resume(
     if _is_done(status, last_step=job.training.steps):
         _say_done(status, run=run, shown_as=run_dir, steps=job.training.steps, json=json)
         return
-    import_from_here()
+    import_from([*_launch_roots(run), Path.cwd()], job=job)
     saved_plan = Plan.from_json(read_json(run.plan))
     saved_model = ModelSkeleton.from_json(read_json(run.model))
     prepared = prepare(job, plan_id=saved_plan.plan_id + 1)
@@ -95,6 +95,16 @@ def resume(
         return
     code = attend(run, job=prepared.job, shown_as=run_dir, json=json, fresh=False)
     raise typer.Exit(code)
+
+
+def _launch_roots(run: RunDirectory) -> list[Path]:
+    """Where the job was launched; nothing for a run that does not say."""
+    from deepopt.telemetry.files import read_json
+
+    if not run.launch.is_file():
+        return []
+    root = read_json(run.launch).get("import_root")
+    return [Path(root)] if isinstance(root, str) else []
 
 
 def _refuse_incomplete(run: RunDirectory, shown_as: Path) -> None:

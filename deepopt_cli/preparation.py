@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import itertools
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,11 +49,23 @@ class Prepared:
     source: str
 
 
-def import_from_here() -> None:
-    """Let import paths of the job name modules in the working directory, as `python -m` does."""
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
+def import_from(roots: Sequence[Path], *, job: JobConfig) -> None:
+    """Let the import paths of a job start in some folders, here and in the processes of the job.
+
+    As `python -m` does it with the working directory. A job that names nothing outside deepopt
+    changes nothing.
+
+    Args:
+        roots: absolute folders, the first one first.
+        job: names the factories.
+    """
+    paths = (job.model.factory, job.model.loss, job.data.dataset)
+    if all(path is None or path.startswith("deepopt.") for path in paths):
+        return
+    new = [str(root) for root in dict.fromkeys(roots) if str(root) not in sys.path]
+    sys.path[:0] = new
+    inherited = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([*new, *([inherited] if inherited else [])])
 
 
 def with_absolute_paths(job: JobConfig) -> JobConfig:

@@ -221,19 +221,28 @@ def closing_lines(
 
 
 def report_lines(report: Mapping[str, Any]) -> list[str]:
-    """Simulated against measured step time, from the closing report.
+    """Simulated against measured, from the closing report.
 
     Args:
         report: the content of `report.json`; empty when there is none.
     """
-    measured = report.get("measured_step_s")
-    simulated = report.get("simulated_step_s")
-    if measured is None:
-        return []
-    words = f"measured {_milliseconds(measured)}"
-    if simulated:
-        words += f", simulated {_milliseconds(simulated)} ({100 * (simulated / measured - 1):+.1f} %)"
-    return [f"step time   {words}"]
+    lines = []
+    measured, simulated = report.get("measured_step_s"), report.get("simulated_step_s")
+    if measured is not None:
+        words = f"measured {_milliseconds(measured)}"
+        if simulated:
+            error = 100 * (simulated / measured - 1)
+            words += f", simulated {_milliseconds(simulated)} ({error:+.1f} %)"
+        lines.append(f"step time   {words}")
+    measured, simulated = report.get("measured_bubble"), report.get("simulated_bubble")
+    if measured is not None:
+        words = f"measured {human_percent(measured)}"
+        if simulated is not None:
+            words += f", simulated {human_percent(simulated)}"
+        if report.get("shared_cores"):
+            words += f" (the workers share {report['shared_cores']} cores)"
+        lines.append(f"bubble      {words}")
+    return lines
 
 
 def _milliseconds(seconds: float) -> str:

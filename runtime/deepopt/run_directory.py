@@ -2,7 +2,7 @@
 
 | file | writer |
 |---|---|
-| job.yaml, model.json, plan.json | the command line, before anything starts; plan.json again by
+| launch.json, job.yaml, model.json, plan.json | the command line, before anything starts; plan.json again by
 the head |
 | supervisor.json, logs/supervisor.log | the supervisor |
 | journal.jsonl, status.json, metrics.jsonl, events.jsonl | the head alone |
@@ -31,6 +31,11 @@ class RunDirectory:
     def job(self) -> Path:
         """The resolved job: every key, defaults included."""
         return self.root / "job.yaml"
+
+    @property
+    def launch(self) -> Path:
+        """Where and with which version the job was launched: its import paths start there."""
+        return self.root / "launch.json"
 
     @property
     def model(self) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import types
 from collections.abc import Iterator
@@ -62,6 +63,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with a model, a text and a job file."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setenv("PYTHONPATH", "/inherited")
     monkeypatch.delitem(sys.modules, "my_model", raising=False)
     (tmp_path / "my_model.py").write_text(MODEL)
     (tmp_path / "text.txt").write_text("to be or not to be " * 100)
@@ -264,15 +266,31 @@ def test_resume_takes_the_workers_of_before(supervision: Supervision, stopped: P
     assert json.loads((stopped / "plan.json").read_text())["pipeline_size"] == 2
 
 
-def test_resume_works_from_another_folder(
+def test_resume_from_another_folder_still_finds_the_model(
     supervision: Supervision,
     stopped: Path,
     tmp_path_factory: pytest.TempPathFactory,
-    monkeypatch: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    monkeypatch.chdir(elsewhere)
+    monkeypatch.delitem(sys.modules, "my_model")
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path != str(stopped.parent)])
+    monkeypatch.setenv("PYTHONPATH", "/inherited")
     result = deepopt("resume", stopped)
     assert result.exit_code == 0, result.stderr
+    # The supervisor and its workers inherit it.
+    wanted = [str(stopped.parent), str(elsewhere), "/inherited"]
+    assert os.environ["PYTHONPATH"].split(os.pathsep) == wanted
+
+
+def test_a_job_without_code_of_its_own_leaves_the_import_path_alone(
+    supervision: Supervision, here: Path
+) -> None:
+    (here / "job.yaml").write_text("data: {files: [text.txt], sequence_length: 16}\n")
+    assert launch("--detach").exit_code == 0
+    assert os.environ["PYTHONPATH"] == "/inherited"
+    assert str(here) not in sys.path
 
 
 def test_resume_may_change_how_but_not_what(supervision: Supervision, stopped: Path) -> None:

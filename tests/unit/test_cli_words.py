@@ -102,12 +102,19 @@ def test_a_failure_without_a_culprit_has_no_details() -> None:
 
 
 def test_a_finished_job_says_where_the_weights_are() -> None:
-    report = {"measured_step_s": 0.2, "simulated_step_s": 0.19}
+    report = {
+        "measured_step_s": 0.2,
+        "simulated_step_s": 0.19,
+        "measured_bubble": 0.3,
+        "simulated_bubble": 0.25,
+        "shared_cores": 2,
+    }
     ended = status(state="finished", step=5, checkpoint_step=5)
     assert words.closing_lines(ended, report=report, run_dir=Path("runs/a")) == [
         "finished at step 5 of 5, loss 4.2500",
         "  speed       12.3k tokens/s (6.17k a worker), MFU 12.3 %",
         "  step time   measured 200.0 ms, simulated 190.0 ms (-5.0 %)",
+        "  bubble      measured 30 %, simulated 25 % (the workers share 2 cores)",
         "  checkpoint  step 5",
         "  weights     runs/a/final",
     ]
