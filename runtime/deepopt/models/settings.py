@@ -44,12 +44,12 @@ class MoeTransformerSettings:
 
     vocab_size: int = 256
     d_model: int = 128
-    num_blocks: int = 6
+    num_blocks: int = 8
     num_heads: int = 4
     num_experts: int = 8
     top_k: int = 2
     num_shared_experts: int = 1
-    expert_hidden: int = 128
+    expert_hidden: int = 64
     num_dense_layers: int = 1
     dense_hidden: int | None = None
     tie_embeddings: bool = True
@@ -60,7 +60,7 @@ class MoeTransformerSettings:
     router_kwargs: Mapping[str, Any] = field(default_factory=dict)
     rope_base: float = 10000.0
     norm_eps: float = 1e-5
-    init_std: float = 0.02
+    init_std: float = 0.08
 
     def __post_init__(self) -> None:
         smallest = {"num_shared_experts": 0, "num_dense_layers": 0}
