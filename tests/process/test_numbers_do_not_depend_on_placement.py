@@ -6,40 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.worker_processes import losses_of, make_plan
 
-from deepopt.config import JobConfig
+from support.worker_processes import losses_of, make_plan, tiny_job
 
-STEPS = 4
-
-MODEL = {
-    "d_model": 32,
-    "num_heads": 2,
-    "num_blocks": 6,
-    "num_experts": 4,
-    "top_k": 2,
-    "expert_hidden": 32,
-    "dropout": 0.1,
-    "router_noise": 0.1,
-}
-
-
-def make_job(**sections: Any) -> JobConfig:
-    fields: dict[str, Any] = {
-        "model": {"kwargs": MODEL},
-        "data": {"sequence_length": 32},
-        "training": {"microbatches": 8, "microbatch_size": 2, "grad_clip": 0.5},
-        "optimizer": {"warmup_steps": 2},
-        "logging": {"peak_flops": 1e9},
-    }
-    for name, section in sections.items():
-        fields[name] = fields.get(name, {}) | section
-    return JobConfig.model_validate(fields)
+STEPS = 3
 
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    job = make_job()
+    job = tiny_job()
     return losses_of(
         job, make_plan(job), run_dir=tmp_path_factory.mktemp("run"), last_step=STEPS
     )
@@ -88,13 +63,13 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
 def test_losses_equal_those_of_one_process(
     where: dict[str, Any], one_process: list[float], tmp_path: Path
 ) -> None:
-    job = make_job()
+    job = tiny_job()
     losses = losses_of(job, make_plan(job, **where), run_dir=tmp_path, last_step=STEPS)
     assert losses == one_process
 
 
 def test_recomputation_changes_no_bit(one_process: list[float], tmp_path: Path) -> None:
-    job = make_job(pipeline={"recompute": "full"})
+    job = tiny_job(pipeline={"recompute": "full"})
     plan = make_plan(
         job, placement="mirror", schedule="bi_stream", boundaries=(0, 4), pipeline_size=2
     )
@@ -102,7 +77,7 @@ def test_recomputation_changes_no_bit(one_process: list[float], tmp_path: Path) 
 
 
 def test_mirrored_replicas_of_four_groups_equal_one_process(tmp_path: Path) -> None:
-    job = make_job()
+    job = tiny_job()
     alone = losses_of(job, make_plan(job, num_groups=4), run_dir=tmp_path, last_step=STEPS)
     plan = make_plan(
         job,
@@ -117,7 +92,7 @@ def test_mirrored_replicas_of_four_groups_equal_one_process(tmp_path: Path) -> N
 
 
 def test_bf16_with_fp32_masters_does_not_depend_on_placement(tmp_path: Path) -> None:
-    job = make_job(precision={"dtype": "bfloat16"})
+    job = tiny_job(precision={"dtype": "bfloat16"})
     alone = losses_of(job, make_plan(job), run_dir=tmp_path, last_step=STEPS)
     plan = make_plan(
         job, placement="mirror", schedule="bi_stream", boundaries=(0, 4), pipeline_size=2
@@ -129,7 +104,7 @@ def test_the_number_of_groups_is_part_of_the_numbers(
     one_process: list[float], tmp_path: Path
 ) -> None:
     """Guards the tests above: sums in another order do differ, so equality means something."""
-    job = make_job()
+    job = tiny_job()
     other = losses_of(job, make_plan(job, num_groups=4), run_dir=tmp_path, last_step=STEPS)
     assert other[0] == one_process[0]
     assert other != one_process

@@ -5,14 +5,18 @@ The caller plays the head: it hands out assignments, collects messages and may c
 
 from __future__ import annotations
 
+import argparse
 import multiprocessing
 import queue
 import traceback
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from deepopt.checkpoint.manifest import Manifest
+from deepopt.checkpoint.store import CheckpointStore
 from deepopt.config import JobConfig
 from deepopt.convert import describe
 from deepopt.planner.plan import Plan
@@ -33,7 +37,9 @@ _TIMEOUT_S = 90.0
 
 # Children are forked from a server that has imported torch but never ran it.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["deepopt.worker.stage_worker"])
+_context.set_forkserver_preload(
+    ["deepopt.worker.stage_worker", "deepopt.models.moe_transformer"]
+)
 
 
 @dataclass
@@ -49,6 +55,32 @@ class Outcome:
     @property
     def losses(self) -> list[float]:
         return [report.loss for report in self.reports]
+
+
+TINY_MODEL = {
+    "d_model": 32,
+    "num_heads": 2,
+    "num_blocks": 6,
+    "num_experts": 4,
+    "top_k": 2,
+    "expert_hidden": 32,
+    "dropout": 0.1,
+    "router_noise": 0.1,
+}
+
+
+def tiny_job(**sections: Mapping[str, Any]) -> JobConfig:
+    """The built-in model in small, with dropout, router noise, tied weights and active clipping."""
+    fields: dict[str, Any] = {
+        "model": {"kwargs": TINY_MODEL},
+        "data": {"sequence_length": 32, "files": [argparse.__file__]},
+        "training": {"microbatches": 8, "microbatch_size": 2, "grad_clip": 0.5},
+        "optimizer": {"warmup_steps": 2},
+        "logging": {"peak_flops": 1e9},
+    }
+    for name, section in sections.items():
+        fields[name] = {**fields.get(name, {}), **section}
+    return JobConfig.model_validate(fields)
 
 
 def make_plan(
@@ -113,14 +145,15 @@ def train(
     try:
         while len(outcome.ended) + len(outcome.failures) < plan.world_size:
             _take(outcome, messages.get(timeout=_TIMEOUT_S))
+            if any(failure.kind != "peer" for failure in outcome.failures.values()):
+                break  # the head would kill the others now
     except queue.Empty:
         raise AssertionError(f"workers said nothing for {_TIMEOUT_S} s: {outcome}") from None
     finally:
         for process in processes:
-            process.join(timeout=10)
-            if process.is_alive():
+            if outcome.failures:
                 process.kill()
-                process.join()
+            process.join()
     outcome.reports.sort(key=lambda report: report.step)
     return outcome
 
@@ -157,3 +190,26 @@ def _work(assignment: Assignment, messages: Any) -> None:
     except Exception as error:  # noqa: BLE001 - the process's edge
         traceback.print_exc()
         messages.put(worker.describe_failure(error))
+
+
+def commit(outcome: Outcome, job: JobConfig, plan: Plan, *, run_dir: Path) -> Path:
+    """Commit the last checkpoint of a group that ended well, as the head would."""
+    assert not outcome.failures, "\n".join(f.traceback for f in outcome.failures.values())
+    step = max(written.step for written in outcome.shards)
+    sender = outcome.shards[0].sender
+    manifest = Manifest(
+        job_id=sender.job_id,
+        step=step,
+        generation=sender.generation,
+        plan=plan.to_json(),
+        plan_fingerprint=plan.fingerprint(),
+        skeleton_fingerprint=describe(job).fingerprint(),
+        seed=job.training.seed,
+        num_groups=plan.num_groups,
+        tokens_seen=None,
+        data_fingerprint=None,
+        data_state=None,
+        created_at="",
+        shards=tuple(s for w in outcome.shards if w.step == step for s in w.shards),
+    )
+    return CheckpointStore(run_dir / "checkpoints").commit(manifest)

@@ -74,6 +74,7 @@ class StageWorker:
         self._run_directory = RunDirectory(Path(assignment.run_dir))
         self._report = report
         self._step = assignment.start_step
+        self._is_set_up = False
         self._wishes = Wish.NONE
         self._wishes_lock = threading.Lock()
         self._busy_s: dict[str, list[float]] = defaultdict(list)
@@ -136,6 +137,7 @@ class StageWorker:
                     self._batches.load_state_dict(data_state)
         with _timed(times, "peak"):
             peak, source = peak_flops(job, self._device)
+        self._is_set_up = True
         return WorkerReady(
             sender=self._sender,
             pid=os.getpid(),
@@ -203,7 +205,7 @@ class StageWorker:
     def describe_failure(self, error: BaseException) -> Failure:
         """What the head should know of an error that `setup` or `run` raised."""
         beat = self.heartbeat()
-        own = "setup" if self._pipeline is None else "error"
+        own = "error" if self._is_set_up else "setup"
         kind = "peer" if isinstance(error, TransportError) else own
         remedy = ""
         if isinstance(error, DeepoptError):
@@ -218,7 +220,7 @@ class StageWorker:
         return Failure(
             sender=self._sender,
             kind=kind,
-            step=0 if self._pipeline is None else beat.step,
+            step=beat.step if self._is_set_up else 0,
             action=beat.action,
             message=message,
             traceback="".join(traceback.format_exception(error)),
