@@ -56,8 +56,8 @@ def test_the_time_left_follows_the_last_steps() -> None:
     pace = Pace()
     assert pace.time_left_s(10) is None
     for _ in range(20):
-        pace.add(9.0)
+        pace.add(report(1.0, step_time_s=9.0))
     for _ in range(20):
-        pace.add(2.0)
+        pace.add(report(1.0, step_time_s=2.0))
     assert pace.time_left_s(10) == 20.0
     assert pace.time_left_s(-1) == 0.0

@@ -1,0 +1,1 @@
+"""Where processes run: hosts, Ray clusters, worker groups."""

@@ -21,6 +21,8 @@ from deepopt.worker.messages import (
     WorkerReady,
 )
 
+STAGE_WORKER = "deepopt.worker.stage_worker:StageWorker"  # does the work in a worker's process
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerUp:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from deepopt.worker.messages import StepReport
@@ -89,20 +88,28 @@ def metrics_line(report: StepReport, figures: StepFigures, *, time: str) -> dict
     return {**report.scalars, **line}
 
 
+@dataclass(slots=True)
 class Pace:
-    """The mean step time of the last steps, for the time left."""
+    """Step times of one launch, for the time left and for the closing report.
 
-    def __init__(self) -> None:
-        self._recent_s: deque[float] = deque(maxlen=PACE_STEPS)
-        self.all_s: list[float] = []
+    Args:
+        step_s: of each step.
+        update_s: the shortest update of any worker in each step; the others' include waiting.
+        reduce_s: the same of gradient sums.
+    """
 
-    def add(self, step_time_s: float) -> None:
-        """Take one step's time."""
-        self._recent_s.append(step_time_s)
-        self.all_s.append(step_time_s)
+    step_s: list[float] = field(default_factory=list)
+    update_s: list[float] = field(default_factory=list)
+    reduce_s: list[float] = field(default_factory=list)
+
+    def add(self, report: StepReport) -> None:
+        """Take one step."""
+        self.step_s.append(report.step_time_s)
+        if report.workers:
+            self.update_s.append(min(times.update_s for times in report.workers))
+            self.reduce_s.append(min(times.reduce_s for times in report.workers))
 
     def time_left_s(self, num_steps: int) -> float | None:
         """Seconds for so many steps more; None before the first step."""
-        if not self._recent_s:
-            return None
-        return max(0, num_steps) * sum(self._recent_s) / len(self._recent_s)
+        recent_s = self.step_s[-PACE_STEPS:]
+        return max(0, num_steps) * sum(recent_s) / len(recent_s) if recent_s else None

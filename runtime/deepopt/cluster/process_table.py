@@ -1,0 +1,145 @@
+"""Linux processes by pid and start time, so that a reused pid is never taken for its predecessor.
+
+Reads `/proc`; knows nothing of Ray.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import time
+from collections import defaultdict
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+_PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+_POLL_S = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """One process for its whole life.
+
+    Args:
+        pid: process id.
+        start_time: in clock ticks since boot, field 22 of `/proc/PID/stat`.
+    """
+
+    pid: int
+    start_time: int
+
+    def is_alive(self) -> bool:
+        """Whether it still runs; a zombie does not."""
+        found = _read_stat(self.pid)
+        return found is not None and found.start_time == self.start_time and found.state != "Z"
+
+    def send(self, number: signal.Signals) -> bool:
+        """Send a signal, if it is still the same process.
+
+        Returns:
+            Whether there was a process to send it to.
+        """
+        if not self.is_alive():
+            return False
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+            return True
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class _Stat:
+    start_time: int
+    parent: int
+    state: str
+
+
+def _read_stat(pid: int) -> _Stat | None:
+    try:
+        content = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return None
+    # The second field is the command in parentheses and may hold anything, also parentheses.
+    fields = content[content.rindex(")") + 2 :].split()
+    return _Stat(start_time=int(fields[19]), parent=int(fields[1]), state=fields[0])
+
+
+def this_process() -> Process:
+    """The calling process."""
+    process = find_process(os.getpid())
+    assert process is not None, "/proc lacks the calling process"
+    return process
+
+
+def find_process(pid: int) -> Process | None:
+    """The process that has a pid now; None when there is none."""
+    found = _read_stat(pid)
+    return None if found is None else Process(pid, found.start_time)
+
+
+def become_subreaper() -> None:
+    """Adopt orphans among this process's descendants, so that they stay its descendants."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"prctl(PR_SET_CHILD_SUBREAPER): {os.strerror(code)}")
+
+
+def descendants(pid: int) -> list[Process]:
+    """All living processes below one, parents before their children."""
+    children: dict[int, list[Process]] = defaultdict(list)
+    for entry in os.scandir("/proc"):
+        if entry.name.isdigit():
+            found = _read_stat(int(entry.name))
+            if found is not None and found.state != "Z":
+                children[found.parent].append(Process(int(entry.name), found.start_time))
+    below: list[Process] = []
+    queue = [pid]
+    while queue:
+        for process in children.pop(queue.pop(), []):
+            below.append(process)
+            queue.append(process.pid)
+    return below
+
+
+def kill_descendants(*, timeout_s: float) -> list[Process]:
+    """Kill everything below the calling process, again and again until nothing is left.
+
+    Args:
+        timeout_s: how long at most.
+
+    Returns:
+        What is still there after the timeout.
+    """
+    until_s = time.monotonic() + timeout_s
+    while True:
+        left = descendants(os.getpid())
+        for process in left:
+            process.send(signal.SIGKILL)
+        _reap()
+        if not left or time.monotonic() > until_s:
+            return left
+        time.sleep(_POLL_S)
+
+
+def _reap() -> None:
+    with suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
+def wait_until_gone(processes: Iterable[Process], *, timeout_s: float) -> list[Process]:
+    """Wait for processes to end.
+
+    Returns:
+        Those that are still there after the timeout.
+    """
+    until_s = time.monotonic() + timeout_s
+    left = [process for process in processes if process.is_alive()]
+    while left and time.monotonic() < until_s:
+        time.sleep(_POLL_S)
+        left = [process for process in left if process.is_alive()]
+    return left

@@ -1,0 +1,165 @@
+"""Starts the Ray processes of this host as children of the calling process, and ends them.
+
+The only module that leans on Ray's insides: `ray.init(address="local")` and `ray start` also start
+a dashboard server, a log monitor and an autoscaler, which cost two seconds of a start on a small
+machine and which a private cluster has no use for. What runs here is the GCS (on the head host) and
+the raylet with its two agents. The caller adopts orphans (`process_table.become_subreaper`), so
+that ending its descendants ends everything.
+
+Ray must not have been imported before `prepare_environment`.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deepopt.errors import ClusterError
+
+# A socket's path has at most 107 bytes on Linux; Ray puts 73 of its own behind the temp folder.
+LONGEST_TEMP_PATH = 107 - 73
+TEMP_PREFIX = "deepopt-"
+LOOPBACK = "127.0.0.1"
+MIB = 1 << 20
+
+# Settings of another Ray that a private one must not take over.
+_FOREIGN = (
+    "RAY_ADDRESS",
+    "RAY_AUTH_TOKEN_PATH",
+    "RAY_JOB_CONFIG_JSON_ENV_VAR",
+    "RAY_NAMESPACE",
+    "RAY_RUNTIME_ENV_HOOK",
+    "RAY_TMPDIR",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeRequest:
+    """What the Ray processes of one host are started with.
+
+    Args:
+        node_ip: address of this host that the others reach it by; they listen there alone.
+        gcs_address: of the head host; None: this is the head host.
+        slots: workers that this host may hold.
+        use_gpus: whether a worker takes a GPU; otherwise it takes a CPU slot.
+        temp_dir: short folder of this cluster alone.
+        object_store_bytes: shared memory for Ray's objects.
+    """
+
+    node_ip: str
+    gcs_address: str | None
+    slots: int
+    use_gpus: bool
+    temp_dir: str
+    object_store_bytes: int
+
+
+def make_temp_dir() -> Path:
+    """A new folder with a path short enough for Ray's sockets.
+
+    Raises:
+        ClusterError: there is none.
+    """
+    roots = [Path(tempfile.gettempdir()), Path("/tmp")]
+    for root in roots:
+        # mkdtemp adds eight characters
+        if len(str(root)) + 1 + len(TEMP_PREFIX) + 8 <= LONGEST_TEMP_PATH and root.is_dir():
+            return Path(tempfile.mkdtemp(prefix=TEMP_PREFIX, dir=root))
+    raise ClusterError(
+        f"no short folder for temporary files: {', '.join(map(str, roots))}",
+        remedy=f"set TMPDIR to a folder of at most {LONGEST_TEMP_PATH - 17} characters",
+    )
+
+
+def prepare_environment(*, threads: int, token: str, loopback: bool) -> None:
+    """Set this process's environment for a private Ray; its processes inherit it.
+
+    Args:
+        threads: CPU threads of a worker, for libraries that read OMP_NUM_THREADS when they load.
+        token: secret that all processes of the cluster share.
+        loopback: whether the cluster is this host alone.
+    """
+    for name in _FOREIGN:
+        os.environ.pop(name, None)
+    os.environ.update(
+        OMP_NUM_THREADS=str(threads),
+        RAY_AUTH_MODE="token",
+        RAY_AUTH_TOKEN=token,
+        RAY_USAGE_STATS_ENABLED="0",
+        RAY_worker_niceness="0",  # Ray's default is 15: training would yield to everything
+    )
+    if loopback:
+        # Without it Ray replaces 127.0.0.1 by an address that others can reach.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+
+
+def make_token() -> str:
+    """A new secret."""
+    return secrets.token_hex(32)
+
+
+def start_node(request: NodeRequest) -> Any:
+    """Start the Ray processes of this host.
+
+    Args:
+        request: what with.
+
+    Returns:
+        Ray's own node; its `gcs_address` and `node_id` are of interest.
+
+    Raises:
+        ClusterError: Ray is missing or did not start.
+    """
+    try:
+        from ray._private.node import Node
+        from ray._private.parameter import RayParams
+    except ImportError as error:
+        raise ClusterError(
+            f"Ray cannot be imported: {error}",
+            remedy="install it with `pip install ray`, or install deepopt anew",
+        ) from error
+    make_params: Any = RayParams  # annotated with the strings of the command line
+    params = make_params(
+        gcs_address=request.gcs_address,
+        node_ip_address=request.node_ip,
+        num_cpus=0 if request.use_gpus else request.slots,
+        num_gpus=request.slots if request.use_gpus else 0,
+        object_store_memory=request.object_store_bytes,
+        temp_dir=request.temp_dir,
+        include_dashboard=False,
+        include_log_monitor=False,
+        no_monitor=True,
+    )
+    kind = _without_dashboard(Node) if request.gcs_address is None else Node
+    try:
+        return kind(
+            params,
+            head=request.gcs_address is None,
+            shutdown_at_exit=False,
+            spawn_reaper=False,
+        )
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ClusterError(
+            f"Ray did not start on {request.node_ip}: {reason}",
+            remedy="look at supervisor.log; free memory, disk or ports, or use another address",
+        ) from error
+
+
+def _without_dashboard(node: Any) -> Any:
+    class QuietNode(node):  # type: ignore[misc]
+        def start_api_server(self, **_: Any) -> None:
+            """Nobody asks it anything; it would take a second of a start."""
+
+    return QuietNode
+
+
+def remove_temp_dir(path: Path) -> None:
+    """Remove the folder that `make_temp_dir` made, and nothing else."""
+    if path.name.startswith(TEMP_PREFIX):
+        shutil.rmtree(path, ignore_errors=True)

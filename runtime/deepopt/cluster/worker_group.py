@@ -1,0 +1,305 @@
+"""The worker group of a job on Ray actors: starts them, hears of their ends, kills them.
+
+Events go to a callback from Ray's own threads, so nothing is polled: a dead process is heard of in
+milliseconds. Workers are killed by pid with SIGKILL, here or by an agent on their host, because
+Ray's own kill is a message that a stopped process does not read.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from ray.exceptions import RayActorError, RayError
+from ray.util.scheduling_strategies import (
+    NodeAffinitySchedulingStrategy,
+    PlacementGroupSchedulingStrategy,
+)
+
+import ray
+from deepopt.cluster.crash_log import read_crash
+from deepopt.cluster.group import (
+    STAGE_WORKER,
+    ExportEnded,
+    HeadEvent,
+    WorkerGone,
+    WorkerUp,
+)
+from deepopt.cluster.host_agent import HostAgent
+from deepopt.cluster.process_table import Process, find_process
+from deepopt.cluster.slots import Slots
+from deepopt.errors import ClusterError
+from deepopt.run_directory import RunDirectory
+from deepopt.worker.actor import REQUESTS, Whereabouts, WorkerActor
+from deepopt.worker.messages import Assignment
+
+logger = logging.getLogger(__name__)
+
+_POLL_S = 0.01
+_AGENT_TIMEOUT_S = 5.0  # for an agent's answer; its host may be gone
+
+
+@dataclass(slots=True, kw_only=True)
+class _Worker:
+    actor: Any
+    log_size: int
+    pid: int = 0
+    process: Process | None = None  # on the head's host only
+    agent: Any = None  # on other hosts only
+    ended: bool = False  # its actor is gone, says Ray
+
+
+@dataclass(slots=True, kw_only=True)
+class _Members:
+    generation: int
+    workers: list[_Worker]
+    references: list[Any] = field(default_factory=list)
+
+
+class RayWorkerGroup:
+    """Worker processes of one generation at a time, as `cluster.group.WorkerGroup` has it.
+
+    Args:
+        slots: where workers may run.
+        run: the run directory.
+        head: handle of the head actor; workers send it messages.
+        tell: takes events, from any thread.
+        stage_worker: import path of the class that does the work.
+    """
+
+    def __init__(
+        self,
+        *,
+        slots: Slots,
+        run: RunDirectory,
+        head: Any,
+        tell: Callable[[HeadEvent], None],
+        stage_worker: str = STAGE_WORKER,
+    ) -> None:
+        self._slots = slots
+        self._run = run
+        self._head = head
+        self._tell = tell
+        self._stage_worker = stage_worker
+        self._members = _Members(generation=0, workers=[])
+        self._agents: dict[str, Any] = {}
+        # Ray unpickles a class by its import path: workers need deepopt, not this process.
+        as_actor: Any = ray.remote  # its annotations lack concurrency groups
+        self._actor_class = as_actor(concurrency_groups={REQUESTS: 1})(WorkerActor)
+
+    def prepare(self, generation: int, *, num_workers: int) -> None:
+        """Begin to start the processes of a generation; a repeated call changes nothing.
+
+        Raises:
+            ClusterError: there are fewer places than workers.
+        """
+        if self._members.generation == generation:
+            return
+        if num_workers > len(self._slots.places):
+            raise ClusterError(
+                f"{num_workers} workers on {len(self._slots.places)} places",
+                remedy="this is a bug in deepopt: please report it with the job file",
+            )
+        workers = []
+        for rank in range(num_workers):
+            log = self._run.rank_log(rank)
+            workers.append(
+                _Worker(
+                    actor=self._actor_class.options(**self._options(rank)).remote(
+                        rank, run_dir=str(self._run.root), stage_worker=self._stage_worker
+                    ),
+                    log_size=log.stat().st_size if log.exists() else 0,
+                )
+            )
+        self._members = members = _Members(generation=generation, workers=workers)
+        for rank, worker in enumerate(workers):
+            self._watch(
+                members,
+                worker.actor.whereabouts.remote(),
+                partial(self._on_up, members, rank),
+                partial(self._on_gone, members, rank),
+            )
+            members.references.append(worker.actor.warm_up.remote())
+
+    def launch(self, assignments: Sequence[Assignment]) -> None:
+        """Let each worker set up and run."""
+        members = self._members
+        for rank, assignment in enumerate(assignments):
+            self._watch(
+                members,
+                members.workers[rank].actor.work.remote(assignment, self._head),
+                self._tell,
+                partial(self._on_gone, members, rank),
+            )
+
+    def request_stop(self) -> None:
+        """Ask the workers to stop, with a checkpoint, after the step in work."""
+        self._request("stop")
+
+    def request_checkpoint(self) -> None:
+        """Ask the workers for a checkpoint after the step in work."""
+        self._request("checkpoint")
+
+    def export(self, rank: int, *, checkpoint: str) -> None:
+        """Ask a worker whose run has ended for the final weights."""
+        members = self._members
+
+        def failed(error: BaseException) -> None:
+            if isinstance(error, RayActorError):
+                self._on_gone(members, rank, error)
+                return
+            cause = getattr(error, "cause", None) or error
+            reason = getattr(cause, "message", None) or f"{type(cause).__name__}: {cause}"
+            self._tell(
+                ExportEnded(generation=members.generation, folder=None, reason=str(reason))
+            )
+
+        self._watch(
+            members,
+            members.workers[rank].actor.export.remote(checkpoint),
+            lambda folder: self._tell(
+                ExportEnded(generation=members.generation, folder=folder)
+            ),
+            failed,
+        )
+
+    def kill(self, rank: int) -> None:
+        """Kill one worker."""
+        self._kill(self._members.workers[rank])
+
+    def kill_all(self, *, timeout_s: float) -> None:
+        """Kill all workers and wait until they are gone.
+
+        Raises:
+            ClusterError: some are still there after the timeout.
+        """
+        until_s = time.monotonic() + timeout_s
+        left = [worker for worker in self._members.workers if not self._is_gone(worker)]
+        for worker in left:
+            self._kill(worker)
+        while left and time.monotonic() < until_s:
+            time.sleep(_POLL_S)
+            left = [worker for worker in left if not self._is_gone(worker)]
+        if left:
+            pids = ", ".join(str(worker.pid or "unknown") for worker in left)
+            raise ClusterError(
+                f"{len(left)} killed worker(s) are still there after {timeout_s:g} s, pid {pids}",
+                remedy="a process that hangs in a driver or on a disk cannot be killed: look at "
+                "the host",
+            )
+
+    # --- inside --------------------------------------------------------------------------
+
+    def _options(self, rank: int) -> dict[str, Any]:
+        slots, place = self._slots, self._slots.places[rank]
+        options: dict[str, Any] = {
+            "num_cpus": 0 if slots.use_gpus else 1,
+            "num_gpus": 1 if slots.use_gpus else 0,
+            "max_restarts": 0,  # the head restarts; so a death is heard of at once
+            "max_task_retries": 0,
+        }
+        if place.bundle_index is not None:
+            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
+                placement_group=slots.placement_group,
+                placement_group_bundle_index=place.bundle_index,
+            )
+        elif place.node_id is not None:
+            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(
+                node_id=place.node_id, soft=False
+            )
+        if slots.worker_environment:
+            options["runtime_env"] = {"env_vars": dict(slots.worker_environment)}
+        return options
+
+    def _watch(
+        self,
+        members: _Members,
+        reference: Any,
+        done: Callable[[Any], None],
+        failed: Callable[[BaseException], None],
+    ) -> None:
+        members.references.append(reference)
+
+        def settle(future: Any) -> None:
+            try:
+                error = future.exception()
+                if error is None:
+                    done(future.result())
+                else:
+                    failed(error)
+            except Exception:  # Ray would swallow it
+                logger.exception("an answer of a worker could not be taken")
+
+        reference.future().add_done_callback(settle)
+
+    def _on_up(self, members: _Members, rank: int, found: Whereabouts) -> None:
+        worker = members.workers[rank]
+        worker.pid = found.pid
+        if found.node_id == self._slots.head_node_id:
+            worker.process = find_process(found.pid)
+        else:
+            worker.agent = self._agent(found.node_id)
+            worker.agent.watch.remote(found.pid)
+        self._tell(
+            WorkerUp(generation=members.generation, rank=rank, pid=found.pid, host=found.host)
+        )
+
+    def _on_gone(self, members: _Members, rank: int, error: BaseException) -> None:
+        worker = members.workers[rank]
+        if worker.ended:
+            return
+        worker.ended = True
+        crash = read_crash(self._run.rank_log(rank), start=worker.log_size)
+        if crash.headline:
+            reason = f"its process crashed: {crash.headline}"
+        elif isinstance(error, RayActorError):
+            reason = "its process is gone: killed, or out of memory"
+        else:
+            reason = f"its process failed: {str(error).strip().splitlines()[-1]}"
+        logger.info("rank %d is gone; Ray says: %s", rank, str(error).strip())
+        self._tell(
+            WorkerGone(
+                generation=members.generation, rank=rank, reason=reason, traceback=crash.text
+            )
+        )
+
+    def _agent(self, node_id: str) -> Any:
+        if node_id not in self._agents:
+            self._agents[node_id] = (
+                ray.remote(HostAgent)
+                .options(
+                    num_cpus=0,
+                    scheduling_strategy=NodeAffinitySchedulingStrategy(
+                        node_id=node_id, soft=False
+                    ),
+                )
+                .remote()
+            )
+        return self._agents[node_id]
+
+    def _request(self, what: str) -> None:
+        for worker in self._members.workers:
+            self._members.references.append(worker.actor.request.remote(what))
+
+    def _kill(self, worker: _Worker) -> None:
+        if worker.process is not None:
+            worker.process.send(signal.SIGKILL)
+        elif worker.agent is not None:
+            worker.agent.kill.remote([worker.pid])
+        ray.kill(worker.actor, no_restart=True)
+
+    def _is_gone(self, worker: _Worker) -> bool:
+        if worker.process is not None:
+            return not worker.process.is_alive()
+        if worker.agent is not None and not worker.ended:
+            try:
+                living = ray.get(worker.agent.living.remote(), timeout=_AGENT_TIMEOUT_S)
+            except RayError:  # the agent is gone, and its host with it, or silent
+                return worker.ended
+            return worker.pid not in living
+        return worker.ended

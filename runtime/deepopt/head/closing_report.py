@@ -1,0 +1,148 @@
+"""The closing report: how the job went, and the step time that its own figures predict.
+
+Each worker measures how long its operations keep its device busy; the simulator puts these times
+into the schedule's order. What the prediction lacks: the loading of data, the exchange of norms,
+and everything else on the machine.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from deepopt.planner.plan import Plan
+from deepopt.schedule.builders import build
+from deepopt.schedule.ir import Op, parse_action
+from deepopt.schedule.simulate import CostTable, Timeline, simulate
+
+if TYPE_CHECKING:
+    from deepopt.head.controller import Controller
+
+WARM_UP_STEPS = 2  # left out of the median: caches and allocators fill
+
+
+def cost_table(
+    op_times_s: Iterable[Mapping[str, float]],
+    *,
+    plan: Plan,
+    update_s: float,
+    reduce_s: float,
+) -> CostTable | None:
+    """What the workers measured, as the simulator wants it.
+
+    Args:
+        op_times_s: of each worker, seconds by `STAGE OP`, for example `2F`.
+        plan: who holds which layers.
+        update_s: of one worker.
+        reduce_s: of one worker.
+
+    Returns:
+        None when a stage was not measured.
+    """
+    found: dict[tuple[int, Op], list[float]] = defaultdict(list)
+    for times in op_times_s:
+        for name, seconds in times.items():
+            action = parse_action(f"{name}0")
+            found[action.stage, action.op].append(seconds)
+    stages = range(plan.num_stages)
+
+    def mean(stage: int, op: Op) -> float:
+        return statistics.fmean(found[stage, op])
+
+    forward, inputs, weights, prepares = [], [], [], []
+    for stage in stages:
+        if (stage, Op.F) not in found:
+            return None
+        forward.append(mean(stage, Op.F))
+        if (stage, Op.I) in found and (stage, Op.W) in found:
+            inputs.append(mean(stage, Op.I))
+            weights.append(mean(stage, Op.W))
+        elif (stage, Op.B) in found:  # the schedule knows no parts; their sum counts
+            inputs.append(mean(stage, Op.B))
+            weights.append(0.0)
+        else:
+            return None
+        prepares.append(mean(stage, Op.R) if (stage, Op.R) in found else 0.0)
+    held = max(len(plan.held_stages(rank)) for rank in range(plan.pipeline_size))
+    return CostTable(
+        forward_s=tuple(forward),
+        input_s=tuple(inputs),
+        weight_s=tuple(weights),
+        prepare_s=tuple(prepares),
+        reduce_s=(reduce_s,) * plan.num_stages,
+        update_s=(update_s / held,) * plan.num_stages,
+    )
+
+
+def predict(plan: Plan, costs: CostTable, *, cores: int | None) -> Timeline:
+    """The step of the plan's first replica in time.
+
+    Args:
+        plan: who holds which layers.
+        costs: seconds of each operation.
+        cores: host cores that the workers share; None where each has a device of its own.
+    """
+    schedule = build(
+        plan.schedule, placement=plan.make_placement(), directions=plan.directions(0)
+    )
+    if cores is not None:  # the other replicas work at the same time
+        cores = max(1, cores // plan.data_size)
+    return simulate(schedule, costs, cores=cores)
+
+
+def shared_cores(devices: Sequence[str], hosts: Sequence[str]) -> int | None:
+    """Cores that the workers share; None when each has a device or a core of its own.
+
+    Args:
+        devices: of each worker, for example `cpu`.
+        hosts: of each worker.
+    """
+    cores = len(os.sched_getaffinity(0))
+    shared = len(set(hosts)) == 1 and all(device == "cpu" for device in devices)
+    return cores if shared and len(devices) > cores else None
+
+
+def make_report(controller: Controller) -> dict[str, Any]:
+    """The content of `report.json`, when the job has ended."""
+    progress, pace, generation = controller.progress, controller.pace, controller.generation
+    steady = pace.step_s[WARM_UP_STEPS:] or pace.step_s
+    outcome = controller.outcome
+    report: dict[str, Any] = {
+        "job_id": controller.identity.job_id,
+        "state": None if outcome is None else str(outcome.state),
+        "step": progress.step,
+        "checkpoint_step": progress.checkpoint_step,
+        "restarts": progress.restarts,
+        "placement": str(controller.plan.placement),
+        "schedule": controller.plan.schedule,
+        "loss": None if progress.report is None else progress.report.loss,
+        "measured_step_s": statistics.median(steady) if steady else None,
+        "measured_bubble": None if progress.figures is None else progress.figures.bubble,
+        "simulated_step_s": None,
+        "simulated_bubble": None,
+        "shared_cores": None,
+        "op_times_s": {},
+        "setup_s": {},
+    }
+    if generation is None:
+        return report
+    ready = [member.ready for member in generation.members if member.ready is not None]
+    report["setup_s"] = {str(word.sender.rank): dict(word.setup_s) for word in ready}
+    ended = [member.ended for member in generation.members if member.ended is not None]
+    report["op_times_s"] = {str(word.sender.rank): dict(word.op_times_s) for word in ended}
+    costs = cost_table(
+        [word.op_times_s for word in ended],
+        plan=controller.plan,
+        update_s=statistics.median(pace.update_s) if pace.update_s else 0.0,
+        reduce_s=statistics.median(pace.reduce_s) if pace.reduce_s else 0.0,
+    )
+    if costs is not None:
+        cores = shared_cores([word.device for word in ready], [word.host for word in ready])
+        timeline = predict(controller.plan, costs, cores=cores)
+        report["simulated_step_s"] = timeline.makespan_s
+        report["simulated_bubble"] = timeline.bubble
+        report["shared_cores"] = cores
+    return report

@@ -1,0 +1,310 @@
+"""The supervisor: a process that owns a job's Ray, outlives the terminal and leaves nothing behind.
+
+`spawn_supervisor` starts it detached; `python -m deepopt.head.supervisor RUN_DIR` is it. It starts
+or joins the cluster, creates the head, forwards requests, and takes everything down by pid.
+SIGTERM asks for a clean stop, a second one kills. Its end: no process, no temporary folder.
+Importing this module loads neither Ray nor torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Protocol
+
+from deepopt.cluster.group import STAGE_WORKER
+from deepopt.cluster.process_table import become_subreaper, this_process
+from deepopt.errors import ClusterError, DeepoptError
+from deepopt.head.run_lock import lock_run_directory
+from deepopt.head.state import JobState
+from deepopt.head.supervision import (
+    end_without_head,
+    job_id_of,
+    leftover_temp_dir,
+    show_starting,
+    take_requests,
+    write_supervisor,
+)
+from deepopt.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from deepopt.cluster.slots import Slots
+    from deepopt.config import JobConfig
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.1  # between two looks for requests
+KILL_GRACE_S = 40.0  # for the head to kill its workers and to write down the end
+EXIT_INTERRUPTED = 130
+
+
+class Cluster(Protocol):
+    """What the supervisor needs of a cluster."""
+
+    node_ip: str
+    slots: Slots
+
+    def close(self) -> list[str]:
+        """Take down what belongs to the job; returns what could not be removed."""
+        ...
+
+
+class _Interrupted(BaseException):
+    """A signal came while nothing was running that could be stopped cleanly."""
+
+
+def spawn_supervisor(run_dir: Path, *, stage_worker: str = STAGE_WORKER) -> int:
+    """Start the supervisor of a run in a session of its own; it inherits the run's lock.
+
+    Args:
+        run_dir: a run directory with job, model and plan in it.
+        stage_worker: import path of the workers' class; tests have others.
+
+    Returns:
+        Its process id; the caller is its parent.
+
+    Raises:
+        RunDirectoryError: another supervisor has the run, or the folder cannot be written.
+    """
+    run = RunDirectory(run_dir.absolute())
+    lock = lock_run_directory(run.root)
+    try:
+        run.logs.mkdir(exist_ok=True)
+        show_starting(run)
+        command = [sys.executable, "-m", "deepopt.head.supervisor", str(run.root)]
+        command += ["--lock", str(lock), "--stage-worker", stage_worker]
+        os.set_inheritable(lock, True)
+        log = str(run.logs / "supervisor.log")
+        return os.posix_spawn(
+            sys.executable,
+            command,
+            os.environ,
+            setsid=True,
+            file_actions=[
+                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                (os.POSIX_SPAWN_OPEN, 1, log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644),
+                (os.POSIX_SPAWN_DUP2, 1, 2),
+            ],
+        )
+    finally:
+        os.close(lock)
+
+
+class Supervisor:
+    """Starts, attends and takes down one launch of a job.
+
+    Args:
+        run: the run directory; its lock is held.
+        stage_worker: import path of the workers' class.
+    """
+
+    def __init__(self, run: RunDirectory, *, stage_worker: str) -> None:
+        self._run = run
+        self._stage_worker = stage_worker
+        self._cluster: Cluster | None = None
+        self._temp_dir: Path | None = None
+        self._interruptible = True
+        self._stops = 0  # requests to stop, by signal or file
+        self._forwarded = 0
+        self._kill_by_s: float | None = None
+
+    def supervise(self) -> int:
+        """Do everything.
+
+        Returns:
+            The exit code of the job.
+        """
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        self._take_signals()
+        state, exit_code, error = JobState.STOPPED, 0, None
+        told = False
+        try:
+            state, exit_code = self._launch()
+            told = True
+        except (_Interrupted, SystemExit):
+            logger.info("stopped before the head was there")
+        except DeepoptError as failure:
+            logger.exception("failed")
+            state, exit_code, error = JobState.FAILED, failure.exit_code, failure
+        except Exception as failure:  # the process's edge
+            logger.exception("failed")
+            state, exit_code = JobState.FAILED, 1
+            error = DeepoptError(
+                f"the supervisor failed: {type(failure).__name__}: {failure}",
+                remedy="this is a bug in deepopt: please report it with logs/supervisor.log",
+            )
+        finally:
+            self._interruptible = False
+            self._tear_down()
+        if not told:
+            end_without_head(self._run, state=state, exit_code=exit_code, error=error)
+        logger.info("%s, exit code %d", state, exit_code)
+        return exit_code
+
+    def _launch(self) -> tuple[JobState, int]:
+        become_subreaper()
+        from deepopt.job_file import load_job
+
+        job = load_job(self._run.job)
+        job_id = job_id_of(self._run, name=job.name)
+        namespace = f"deepopt-{job_id}"
+        self._clear_leftovers()
+        with self._start_deadline(job.cluster.start_timeout_s):
+            self._cluster = self._start_cluster(job, job_id=job_id, namespace=namespace)
+        self._take_signals()  # Ray has put its own handler in place
+        return self._attend(job, self._cluster, job_id=job_id)
+
+    def _start_cluster(self, job: JobConfig, *, job_id: str, namespace: str) -> Cluster:
+        from deepopt.cluster.choose import start_cluster
+        from deepopt.planner.plan import Plan
+        from deepopt.telemetry.files import read_json
+
+        def note(temp_dir: Path | None) -> None:
+            self._temp_dir = temp_dir
+            write_supervisor(
+                self._run,
+                process=this_process(),
+                job_id=job_id,
+                namespace=namespace,
+                temp_dir=temp_dir,
+            )
+
+        note(None)
+        num_workers = Plan.from_json(read_json(self._run.plan)).world_size
+        return start_cluster(job, num_workers=num_workers, namespace=namespace, note=note)
+
+    def _attend(self, job: JobConfig, cluster: Cluster, *, job_id: str) -> tuple[JobState, int]:
+        """Create the head and wait for its end."""
+        from ray.exceptions import RayActorError, RayTaskError
+
+        import ray
+        from deepopt.head.actor import HeadArguments, create_head
+
+        arguments = HeadArguments(
+            run_dir=str(self._run.root),
+            job_id=job_id,
+            slots=cluster.slots,
+            node_ip=cluster.node_ip,
+            supervisor_pid=os.getpid(),
+            stage_worker=self._stage_worker,
+        )
+        head = create_head(arguments)
+        self._interruptible = False
+        ended = head.run.remote()
+        try:
+            while not ray.wait([ended], timeout=POLL_S)[0]:
+                self._forward(head, job)
+            outcome = ray.get(ended)
+        except RayTaskError as error:
+            if isinstance(error.cause, DeepoptError):
+                raise error.cause from error
+            raise
+        except RayActorError as error:
+            raise ClusterError(
+                f"the head's process is gone: {error}",
+                remedy="see logs/head.log; `deepopt resume` goes on from the newest checkpoint",
+            ) from error
+        return JobState(outcome.state), outcome.exit_code
+
+    def _forward(self, head: Any, job: JobConfig) -> None:
+        """Pass requests on to the head; end it when it does not heed them in time."""
+        for kind in take_requests(self._run):
+            if kind == "checkpoint":
+                head.request.remote("checkpoint")
+            else:
+                self._stops += 2 if kind == "kill" else 1
+        now_s = time.monotonic()
+        if self._stops > self._forwarded:
+            kill = self._stops > 1
+            head.request.remote("kill" if kill else "stop")
+            grace_s = 0.0 if kill else job.faults.stop_grace_s + job.checkpoint.timeout_s
+            self._kill_by_s = now_s + grace_s + KILL_GRACE_S
+            self._forwarded = self._stops
+        if self._kill_by_s is not None and now_s > self._kill_by_s:
+            logger.warning("the head did not end in time; taking everything down")
+            raise _Interrupted
+
+    # --- start and end -------------------------------------------------------------------
+
+    def _take_signals(self) -> None:
+        signal.signal(signal.SIGTERM, self._on_signal)
+        signal.signal(signal.SIGINT, self._on_signal)
+
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
+        self._stops += 1
+        logger.info("got %s", signal.Signals(number).name)
+        if self._interruptible:
+            raise _Interrupted
+
+    @contextmanager
+    def _start_deadline(self, timeout_s: float) -> Iterator[None]:
+        def expire(*_: object) -> None:
+            raise ClusterError(
+                f"the cluster did not start within cluster.start_timeout_s ({timeout_s:g} s)",
+                remedy="see logs/supervisor.log; raise cluster.start_timeout_s on a slow machine",
+            )
+
+        signal.signal(signal.SIGALRM, expire)
+        signal.setitimer(signal.ITIMER_REAL, timeout_s)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0.0)
+
+    def _clear_leftovers(self) -> None:
+        """Remove what an earlier supervisor of this run left when it was killed."""
+        from deepopt.cluster.ray_node import remove_temp_dir
+
+        folder = leftover_temp_dir(self._run)
+        if folder is not None:
+            logger.info("removing %s, left by an earlier supervisor", folder)
+            remove_temp_dir(folder)
+
+    def _tear_down(self) -> None:
+        from deepopt.cluster.local import close_own_ray
+
+        left = []
+        try:
+            if self._cluster is not None:
+                left = self._cluster.close()
+            elif self._temp_dir is not None:  # it failed half-way
+                left = close_own_ray(self._temp_dir)
+        except Exception:  # the process's edge: go on to the end
+            logger.exception("taking the cluster down failed")
+        for what in left:
+            logger.warning("could not remove %s", what)
+
+
+def main() -> None:
+    """The process's entry."""
+    parser = argparse.ArgumentParser(prog="python -m deepopt.head.supervisor")
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--lock", type=int, default=None, help="inherited lock descriptor")
+    parser.add_argument("--stage-worker", default=STAGE_WORKER)
+    arguments = parser.parse_args()
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    run = RunDirectory(arguments.run_dir.absolute())
+    if arguments.lock is None:
+        try:
+            lock_run_directory(run.root)
+        except DeepoptError as error:
+            sys.exit(f"error: {error.message}\n\nhint: {error.remedy}")
+    else:
+        os.set_inheritable(arguments.lock, False)  # what Ray starts must not hold it
+    code = Supervisor(run, stage_worker=arguments.stage_worker).supervise()
+    logging.shutdown()
+    os._exit(code)  # Ray's and torch's exit hooks have nothing left to do
+
+
+if __name__ == "__main__":
+    main()

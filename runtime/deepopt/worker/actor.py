@@ -1,0 +1,190 @@
+"""The Ray shell around `StageWorker`: one process, its log, its messages, its signs of life.
+
+Training runs in the actor's default thread; requests come in by a concurrency group of their own,
+so that they are heard while a step runs. torch is imported by `warm_up`, not with this module.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import socket
+import threading
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+from deepopt.run_directory import RunDirectory
+from deepopt.worker.mailbox import Mailbox
+from deepopt.worker.messages import Assignment, Failure, RunEnded
+from deepopt.worker.process_output import redirect_output
+
+logger = logging.getLogger(__name__)
+
+_ray: Any = ray  # its annotations are half there, and wrong where they are
+
+REQUESTS = "requests"  # concurrency group of calls that are answered while a step runs
+FLUSH_TIMEOUT_S = 60.0  # for the head to take the last messages of a run
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Whereabouts:
+    """Where a worker's process is.
+
+    Args:
+        pid: process id on its host.
+        host: host name.
+        node_id: Ray's id of the host.
+    """
+
+    pid: int
+    host: str
+    node_id: str
+
+
+class WorkerActor:
+    """The process of one rank in one generation.
+
+    Args:
+        rank: the rank.
+        run_dir: the run directory, for the log.
+        stage_worker: import path of the class that does the work.
+    """
+
+    def __init__(self, rank: int, *, run_dir: str, stage_worker: str) -> None:
+        redirect_output(RunDirectory(Path(run_dir)).rank_log(rank))
+        self._stage_worker = stage_worker
+        self._worker: Any = None
+        self._asked: set[str] = set()
+        self._lock = threading.Lock()
+
+    def whereabouts(self) -> Whereabouts:
+        """Where this process is."""
+        return Whereabouts(
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            node_id=ray.get_runtime_context().get_node_id(),
+        )
+
+    def warm_up(self) -> None:
+        """Import what the work needs, while the head is still busy; errors come up in `work`."""
+        try:
+            self._load_class()
+        except Exception:  # said again, and reported, by `work`
+            logger.exception("importing %s failed", self._stage_worker)
+
+    def work(self, assignment: Assignment, head: Any) -> RunEnded | Failure:
+        """Set up and train; every error becomes a `Failure`.
+
+        Args:
+            assignment: who this worker is and what it shall do.
+            head: handle of the head actor; takes messages by `tell`.
+        """
+        assignment = replace(assignment, node_ip=str(_ray.util.get_node_ip_address()))
+        sender = assignment.sender
+        logger.info(
+            "generation %d, rank %d, pid %d", sender.generation, sender.rank, os.getpid()
+        )
+        mailbox = Mailbox(head.tell.remote, wait=_wait)
+        done = threading.Event()
+        try:
+            worker = self._load_class()(assignment, report=mailbox.post)
+            self._adopt(worker)
+            threading.Thread(
+                target=_beat,
+                args=(worker, mailbox, done, assignment.job.faults.heartbeat_s),
+                name="heartbeat",
+                daemon=True,
+            ).start()
+            mailbox.post(worker.setup())
+            ended: RunEnded | Failure = worker.run()
+        except BaseException as error:  # the process's edge: SystemExit of a model's code too
+            logger.exception("rank %d failed", sender.rank)
+            ended = self._describe(error, assignment)
+            # Its peers wait for it: let go at once, but do not let that delay the report.
+            threading.Thread(target=self._close, name="close", daemon=True).start()
+        finally:
+            done.set()
+        if not mailbox.flush(timeout_s=FLUSH_TIMEOUT_S):
+            logger.warning("the head has not taken all messages in %g s", FLUSH_TIMEOUT_S)
+        return ended
+
+    def export(self, checkpoint: str) -> str:
+        """Write the final weights.
+
+        Args:
+            checkpoint: folder of the last checkpoint.
+
+        Returns:
+            The folder written.
+        """
+        return str(self._worker.export(checkpoint))
+
+    @ray.method(concurrency_group=REQUESTS)
+    def request(self, what: str) -> None:
+        """Pass a request on, or keep it until there is a worker.
+
+        Args:
+            what: `stop` or `checkpoint`.
+        """
+        with self._lock:
+            if self._worker is None:
+                self._asked.add(what)
+            else:
+                _pass_on(self._worker, what)
+
+    def _load_class(self) -> Any:
+        module, _, name = self._stage_worker.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+    def _adopt(self, worker: Any) -> None:
+        with self._lock:
+            self._worker = worker
+            for what in self._asked:
+                _pass_on(worker, what)
+
+    def _describe(self, error: BaseException, assignment: Assignment) -> Failure:
+        if self._worker is not None:
+            described: Failure = self._worker.describe_failure(error)
+            return described
+        return Failure(  # deepopt itself could not be imported here
+            sender=assignment.sender,
+            kind="setup",
+            step=0,
+            action="",
+            message=f"{type(error).__name__}: {error}",
+            exit_code=3,
+            remedy="install deepopt with its dependencies in the same place on every host",
+            pid=os.getpid(),
+            host=socket.gethostname(),
+        )
+
+    def _close(self) -> None:
+        try:
+            if self._worker is not None:
+                self._worker.close()
+        except Exception:  # the process's edge: it ends in any case
+            logger.exception("closing failed")
+
+
+def _pass_on(worker: Any, what: str) -> None:
+    if what == "stop":
+        worker.request_stop()
+    else:
+        worker.request_checkpoint()
+
+
+def _beat(worker: Any, mailbox: Mailbox, done: threading.Event, interval_s: float) -> None:
+    while True:
+        mailbox.post_if_idle(worker.heartbeat())
+        if done.wait(interval_s):
+            return
+
+
+def _wait(references: list[Any], timeout_s: float) -> list[Any]:
+    if not references:
+        return []
+    _, left = ray.wait(references, num_returns=len(references), timeout=timeout_s)
+    return list(left)
