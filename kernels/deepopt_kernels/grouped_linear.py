@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from deepopt_kernels.weight_grad import WeightGradHolder, produce
 
@@ -77,11 +77,11 @@ class _GroupedLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_TH: torch.Tensor) -> tuple[Any, ...]:
-        (x_TD,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        weight_EHD: torch.Tensor = ctx.weight  # type: ignore[attr-defined]
-        counts: tuple[int, ...] = ctx.counts  # type: ignore[attr-defined]
-        needs_x, needs_weight, _, _ = ctx.needs_input_grad  # type: ignore[attr-defined]
+    def backward(ctx: Any, grad_TH: torch.Tensor) -> tuple[Any, ...]:
+        (x_TD,) = ctx.saved_tensors
+        weight_EHD: torch.Tensor = ctx.weight
+        counts: tuple[int, ...] = ctx.counts
+        needs_x, needs_weight, _, _ = ctx.needs_input_grad
         grad_x = grad_weight = None
         if needs_x:
             grad_x = x_TD.new_empty(x_TD.shape)
@@ -89,7 +89,7 @@ class _GroupedLinear(torch.autograd.Function):
                 torch.mm(grad_TH[rows], weight_EHD[expert], out=grad_x[rows])
         if needs_weight:
             grad_weight = produce(
-                ctx.holder,  # type: ignore[attr-defined]
+                ctx.holder,
                 weight_EHD,
                 lambda: _weight_gradient(x_TD, grad_TH, weight_EHD, counts),
             )

@@ -34,7 +34,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 
 class WeightGradHolder:
@@ -206,10 +206,10 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_out: torch.Tensor) -> tuple[Any, ...]:
-        (x,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        weight: torch.Tensor = ctx.weight  # type: ignore[attr-defined]
-        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad  # type: ignore[attr-defined]
+    def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[Any, ...]:
+        (x,) = ctx.saved_tensors
+        weight: torch.Tensor = ctx.weight
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         rows, grad_rows = _as_matrix(x), _as_matrix(grad_out)
         grad_x = grad_weight = grad_bias = None
         if needs_x:
@@ -220,15 +220,13 @@ class _Linear(torch.autograd.Function):
             grad_x = grad_x.reshape(x.shape)
         if needs_weight:
             grad_weight = produce(
-                ctx.holder,  # type: ignore[attr-defined]
+                ctx.holder,
                 weight,
                 lambda: grad_rows.t().mm(rows),
             )
         if needs_bias:
-            if ctx.fused_bias:  # type: ignore[attr-defined]
-                grad_bias = grad_rows.sum(0)
-            else:
-                grad_bias = grad_out.sum(tuple(range(grad_out.dim() - 1)))
+            summed = grad_rows if ctx.fused_bias else grad_out
+            grad_bias = summed.sum(tuple(range(summed.dim() - 1)))
         return grad_x, grad_weight, grad_bias, None
 
 
