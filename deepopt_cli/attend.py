@@ -6,23 +6,26 @@ import os
 import shutil
 import socket
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deepopt.clock import SystemClock
 from deepopt.cluster.process_table import find_process
 from deepopt.errors import ClusterError
 from deepopt.run_directory import RunDirectory
 from deepopt.telemetry.files import read_json
-from deepopt_cli.follow import Follower, Interrupts, Outcome, View
+from deepopt_cli.follow import POLL_S, Follower, Interrupts, Outcome, View
 from deepopt_cli.output import EXIT_INTERRUPTED, say, say_json, show_error, tell
-from deepopt_cli.run_view import Supervisor
+from deepopt_cli.run_view import Supervisor, read_supervisor
 from deepopt_cli.views import JsonView, PlainView
 from deepopt_cli.words import closing_lines, failure_details
 
 if TYPE_CHECKING:
     from deepopt.config import JobConfig
 
+SIGN_TIMEOUT_S = 10.0  # for a new supervisor to write its pid into the run directory
 LOG_LINES = 20  # of a supervisor that died without a word
 
 
@@ -38,6 +41,10 @@ def start(run: RunDirectory, *, fresh: bool) -> Supervisor:
     """
     from deepopt.head.supervisor import spawn_supervisor
 
+    for path in run.requests.glob(
+        "*.json"
+    ):  # to an earlier launch, which ended before it read them
+        path.unlink(missing_ok=True)
     try:
         pid = spawn_supervisor(run.root)
     except BaseException:
@@ -47,24 +54,47 @@ def start(run: RunDirectory, *, fresh: bool) -> Supervisor:
     return Supervisor(process=find_process(pid), pid=pid, host=socket.gethostname())
 
 
-def leave(run: RunDirectory, supervisor: Supervisor, *, shown_as: Path, json: bool) -> None:
-    """Say how to find a job again that nobody stays with.
+def detach(run: RunDirectory, *, shown_as: Path, json: bool, fresh: bool) -> int:
+    """Start the supervisor and say how to find the job again.
 
     Args:
-        run: the run directory.
-        supervisor: its supervisor.
+        run: the run directory, with job, model and plan in it.
         shown_as: the run directory as the user would type it.
         json: one JSON object instead of words.
+        fresh: as for `start`.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        DeepoptError: the supervisor cannot be started.
     """
+    supervisor = start(run, fresh=fresh)
+    if not _has_signed(run, supervisor):
+        _show_vanished({}, run=run, supervisor=supervisor, shown_as=shown_as)
+        return ClusterError.exit_code
     if json:
         say_json(
             {"state": "starting", "run_dir": str(run.root), "supervisor_pid": supervisor.pid}
         )
-        return
+        return 0
     say(f"started in {shown_as}, supervisor pid {supervisor.pid}")
     say(f"  deepopt status {shown_as}")
     say(f"  deepopt logs -f {shown_as}")
     say(f"  deepopt stop {shown_as}")
+    return 0
+
+
+def _has_signed(run: RunDirectory, supervisor: Supervisor) -> bool:
+    """Wait until `status` and `stop` can find a supervisor; False when it died before."""
+    clock = SystemClock()
+    deadline_s = clock.monotonic_s() + SIGN_TIMEOUT_S
+    while supervisor.lives() and clock.monotonic_s() < deadline_s:
+        found = read_supervisor(run)
+        if found is not None and found.pid == supervisor.pid:
+            return True
+        time.sleep(POLL_S / 4)
+    return bool(supervisor.lives())
 
 
 def attend(
@@ -143,12 +173,7 @@ def _show_end(
         if outcome.interrupts > 1:
             tell(f"killed; go on from the last checkpoint with: {resume}")
             return
-        show_error(
-            f"the supervisor (pid {supervisor.pid}) is gone; the job was "
-            f"{status.get('state', 'starting')} at step {status.get('step', 0)}",
-            details=_last_lines(run.logs / "supervisor.log"),
-            remedy=f"{resume} goes on from the newest checkpoint",
-        )
+        _show_vanished(status, run=run, supervisor=supervisor, shown_as=shown_as)
     elif status["state"] == "failed":
         error: Mapping[str, Any] = status.get("error") or {"message": "the job failed"}
         show_error(
@@ -160,6 +185,17 @@ def _show_end(
         report = read_json(run.report) if run.report.exists() else {}
         say()
         say("\n".join(closing_lines(status, report=report, run_dir=shown_as)))
+
+
+def _show_vanished(
+    status: Mapping[str, Any], *, run: RunDirectory, supervisor: Supervisor, shown_as: Path
+) -> None:
+    show_error(
+        f"the supervisor (pid {supervisor.pid}) is gone; the job was "
+        f"{status.get('state', 'starting')} at step {status.get('step', 0)}",
+        details=_last_lines(run.logs / "supervisor.log"),
+        remedy=f"deepopt resume {shown_as} goes on from the newest checkpoint",
+    )
 
 
 def _last_lines(path: Path) -> str:

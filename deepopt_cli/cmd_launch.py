@@ -94,12 +94,12 @@ def launch(
         show_start(prepared, shown_as=shown_as)
     run = _make_run_directory(shown_as, prepared)
 
-    from deepopt_cli.attend import attend, leave, start
+    from deepopt_cli import attend
 
     if detach:
-        leave(run, start(run, fresh=True), shown_as=shown_as, json=json)
-        return
-    code = attend(run, job=prepared.job, shown_as=shown_as, json=json, fresh=True)
+        code = attend.detach(run, shown_as=shown_as, json=json, fresh=True)
+    else:
+        code = attend.attend(run, job=prepared.job, shown_as=shown_as, json=json, fresh=True)
     raise typer.Exit(code)
 
 

@@ -88,12 +88,12 @@ def resume(
         show_start(prepared, shown_as=run_dir)
     write_plan(run, prepared)
 
-    from deepopt_cli.attend import attend, leave, start
+    from deepopt_cli import attend
 
     if detach:
-        leave(run, start(run, fresh=False), shown_as=run_dir, json=json)
-        return
-    code = attend(run, job=prepared.job, shown_as=run_dir, json=json, fresh=False)
+        code = attend.detach(run, shown_as=run_dir, json=json, fresh=False)
+    else:
+        code = attend.attend(run, job=prepared.job, shown_as=run_dir, json=json, fresh=False)
     raise typer.Exit(code)
 
 

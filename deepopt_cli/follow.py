@@ -14,12 +14,14 @@ from types import FrameType, TracebackType
 from typing import Any, Protocol, Self
 
 from deepopt.clock import Clock, SystemClock
+from deepopt.cluster.ray_node import remove_temp_dir
+from deepopt.head.supervision import leftover_temp_dir
 from deepopt.run_directory import RunDirectory
 from deepopt.telemetry.files import JsonLinesTail
 from deepopt_cli.run_view import ENDED, Supervisor, read_status, request
 
 POLL_S = 0.1  # a step line appears within this time
-KILL_GRACE_S = 10.0  # the supervisor's time to kill everything by itself, before it is killed
+KILL_GRACE_S = 50.0  # more than the supervisor gives its head; it cleans up better than we can
 TEARDOWN_TIMEOUT_S = 30.0  # the supervisor's time to remove its Ray after the job has ended
 
 
@@ -90,8 +92,8 @@ class Interrupts:
 class Follower:
     """Follows one launch of a job.
 
-    Make it before the supervisor is started: what is in the files by then belongs to an earlier
-    launch and is left out.
+    Make it before the supervisor is started: figures and events that are in the files by then
+    belong to an earlier launch and are left out. The status is replaced with the start itself.
 
     Args:
         run: the run directory.
@@ -111,8 +113,6 @@ class Follower:
         self._clock = clock or SystemClock()
         self._metrics = JsonLinesTail(run.metrics, at_end=True)
         self._events = JsonLinesTail(run.events, at_end=True)
-        earlier = read_status(run)
-        self._earlier = None if earlier is None else earlier.get("updated_at")
         self._handled = 0
         self._killed_s: float | None = None
 
@@ -120,13 +120,13 @@ class Follower:
         """Show the job until it has ended and its supervisor is gone, or until that dies.
 
         Args:
-            supervisor: of this launch; a status of another one is not shown.
+            supervisor: of this launch.
             view: shows what comes.
         """
         status: dict[str, Any] | None = None
         while True:
             lives = supervisor.lives()  # asked before reading: its last words count
-            status = self._look(supervisor, view) or status
+            status = self._look(view) or status
             ended = status is not None and status.get("state") in ENDED
             if ended or not lives:
                 break
@@ -134,17 +134,12 @@ class Follower:
             time.sleep(POLL_S)
         if ended:
             self._await_teardown(supervisor, view)
-            status = self._look(supervisor, view) or status
+            status = self._look(view) or status
         return Outcome(status=status, ended=ended, interrupts=self._interrupts.count)
 
-    def _look(self, supervisor: Supervisor, view: View) -> dict[str, Any] | None:
-        """Show what is new; the status when it is of this launch."""
+    def _look(self, view: View) -> dict[str, Any] | None:
+        """Show what is new; return the status."""
         status = read_status(self._run)  # first: the figures it speaks of are on disk by then
-        if status is not None and (
-            status.get("supervisor_pid") != supervisor.pid
-            or status.get("updated_at") == self._earlier  # in a new container pids come again
-        ):
-            status = None
         if status is not None:
             view.status(status)
         for record in self._metrics.read_new():
@@ -165,20 +160,27 @@ class Follower:
             elif self._handled == 2:
                 request(self._run, kind="kill")
                 self._killed_s = now_s
-                view.note("killing the job")
+                view.note("killing the job; Ctrl-C again does not wait for its supervisor")
             else:
-                supervisor.kill()
+                self._kill(supervisor)
         if self._killed_s is not None and now_s - self._killed_s > KILL_GRACE_S:
             view.note(f"the supervisor did not end within {KILL_GRACE_S:g} s: SIGKILL")
-            supervisor.kill()
+            self._kill(supervisor)
             self._killed_s = now_s
+
+    def _kill(self, supervisor: Supervisor) -> None:
+        """End the supervisor and all below it, and remove the Ray folder that it cannot now."""
+        supervisor.kill()
+        folder = leftover_temp_dir(self._run)
+        if folder is not None:
+            remove_temp_dir(folder)
 
     def _await_teardown(self, supervisor: Supervisor, view: View) -> None:
         deadline_s = self._clock.monotonic_s() + TEARDOWN_TIMEOUT_S
         patience = self._interrupts.count + 1
         while supervisor.lives():
             if self._interrupts.count > patience:
-                supervisor.kill()
+                self._kill(supervisor)
             if self._clock.monotonic_s() > deadline_s:
                 view.note(
                     f"warning: supervisor {supervisor.pid} still runs {TEARDOWN_TIMEOUT_S:g} s "

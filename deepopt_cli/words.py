@@ -19,7 +19,7 @@ def step_line(record: Mapping[str, Any], *, last_step: int | None, eta_s: float 
     """
     step = record.get("step", 0)
     width = len(str(last_step or step))
-    total = "" if last_step is None else f"/{last_step}"
+    total = f"/{last_step}" if last_step else ""
     parts = [f"step {step:>{width}}{total}", f"loss {_number(record.get('loss'), '.4f')}"]
     for key, name, form in (
         ("grad_norm", "grad norm", ".3f"),
@@ -115,11 +115,12 @@ def status_lines(
         state_words = str(state)
         if state not in ENDED and age_s is not None:
             state_words += f" (as of {human_seconds(age_s)} ago)"
-    lines = [
-        f"job         {status.get('name')} ({status.get('job_id')})",
-        f"state       {state_words}",
-    ]
-    progress = f"{status.get('step')}/{status.get('last_step')}"
+    lines = [f"state       {state_words}"]
+    if status.get("job_id"):
+        lines.insert(0, f"job         {status.get('name')} ({status['job_id']})")
+    progress = str(status.get("step", 0))
+    if status.get("last_step"):
+        progress += f"/{status['last_step']}"
     if status.get("loss") is not None:
         progress += f", loss {_number(status['loss'], '.4f')}"
     lines.append(f"step        {progress}")
@@ -127,11 +128,12 @@ def status_lines(
         lines.append(f"speed       {speed(status)}")
     if state not in ENDED and not gone:
         lines.append(f"time left   {human_seconds(status.get('eta_s'))}")
-    lines.append(
-        f"plan        {status.get('placement')}, {status.get('schedule')}, "
-        f"plan {status.get('plan_id')}, generation {status.get('generation')}, "
-        f"{status.get('restarts', 0)} restarts"
-    )
+    if status.get("placement"):
+        lines.append(
+            f"plan        {status.get('placement')}, {status.get('schedule')}, "
+            f"plan {status.get('plan_id')}, generation {status.get('generation')}, "
+            f"{status.get('restarts', 0)} restarts"
+        )
     if status.get("bubble") is not None:
         lines.append(f"bubble      {human_percent(status['bubble'])}")
     checkpoint = status.get("checkpoint_step")

@@ -27,6 +27,7 @@ DEFAULTS: dict[str, Any] = {
     "heeds_kill": True,
     "teardown_s": 0.0,
     "report": None,
+    "stillborn": False,  # ends before it has written anything
     "child": False,  # starts a process that would outlive it
     "log": "",
 }
@@ -40,6 +41,9 @@ class FakeSupervisors:
 
     def spawn(self, run_dir: Path, **scenario: Any) -> int:
         """Start one; the pid. What differs from `DEFAULTS` is given by name."""
+        step = scenario.get("start_step", 0)
+        starting = status(state="starting", step=step, workers=[], supervisor_pid=0)
+        write(run_dir / "status.json", starting)
         command = [sys.executable, "-S", __file__, str(run_dir), json.dumps(scenario)]
         self._processes.append(subprocess.Popen(command, start_new_session=True))
         return self._processes[-1].pid
@@ -159,17 +163,18 @@ def write_supervisor(run_dir: Path, *, pid: int, start_time: int | None = None) 
 def main(run_dir: Path, scenario: dict[str, Any]) -> None:
     """Play the scenario."""
     play = {**DEFAULTS, **scenario}
-    write_supervisor(run_dir, pid=os.getpid())
     logs = run_dir / "logs"
     logs.mkdir(exist_ok=True)
     (logs / "supervisor.log").write_text(play["log"])
+    if play["stillborn"]:
+        return
+    write_supervisor(run_dir, pid=os.getpid())
     if play["child"]:
         sleep = [sys.executable, "-S", "-c", "import time; time.sleep(120)"]
         child = subprocess.Popen(sleep, start_new_session=True)
         (run_dir / "child.pid").write_text(str(child.pid))
     step, state, asked = play["start_step"], "running", None
     common = {"last_step": play["steps"]}
-    write(run_dir / "status.json", status(state="starting", step=step, workers=[], **common))
     append(
         run_dir / "events.jsonl",
         {"time": "2026-01-01T10:11:12", "kind": "state", "state": state},

@@ -140,6 +140,23 @@ def test_a_detached_launch_in_json(supervision: Supervision, here: Path) -> None
     assert shown["supervisor_pid"] > 0
 
 
+def test_a_detached_supervisor_that_dies_at_once_is_reported(
+    supervision: Supervision, here: Path
+) -> None:
+    supervision.scenario = {"stillborn": True, "log": "no module named ray"}
+    result = launch("--detach")
+    assert result.exit_code == 3
+    assert "is gone; the job was starting at step 0" in result.stderr
+    assert "no module named ray" in result.stderr
+
+
+def test_a_detached_job_can_be_stopped_at_once(supervision: Supervision, here: Path) -> None:
+    supervision.scenario = {"steps": 10_000}
+    assert launch("--detach").exit_code == 0
+    result = deepopt("stop", "run")
+    assert result.stdout.startswith("stopped at step"), result.stderr
+
+
 def test_json_puts_nothing_else_on_stdout(supervision: Supervision, here: Path) -> None:
     lines = [json.loads(line) for line in launch("--json").stdout.splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 3]
@@ -293,18 +310,26 @@ def test_a_job_without_code_of_its_own_leaves_the_import_path_alone(
     assert str(here) not in sys.path
 
 
+def test_a_request_that_an_earlier_launch_did_not_read_ends_no_later_one(
+    supervision: Supervision, stopped: Path
+) -> None:
+    fake_supervisor.write(stopped / "requests" / "late.json", {"kind": "kill"})
+    result = deepopt("resume", "run")
+    assert result.exit_code == 0
+    assert "finished at step 5" in result.stdout
+
+
 def test_resume_may_change_how_but_not_what(supervision: Supervision, stopped: Path) -> None:
-    ok = deepopt("resume", "run", "--set", "pipeline.placement=line", "--detach")
-    assert ok.exit_code == 0, ok.stderr
     refused = deepopt("resume", "run", "--set", "training.seed=1")
     assert refused.exit_code == 1
     assert "resume cannot change training.seed" in refused.stderr
+    assert deepopt("resume", "run", "--set", "pipeline.placement=line").exit_code == 0
+    assert load_job(stopped / "job.yaml").pipeline.placement == "line"
 
 
 def test_resume_of_a_living_job_is_refused(supervision: Supervision, here: Path) -> None:
     supervision.scenario = {"steps": 10_000}
     assert launch("--detach").exit_code == 0
-    fake_supervisor.wait_for(here / "run" / "status.json")
     result = deepopt("resume", "run")
     assert result.exit_code == 1
     assert "lives" in result.stderr

@@ -212,7 +212,7 @@ def test_stop_ends_a_job_with_a_checkpoint_and_waits_for_it(
     run_dir: Path, supervisors: FakeSupervisors
 ) -> None:
     pid = supervisors.spawn(run_dir, steps=10_000, teardown_s=0.2)
-    fake_supervisor.wait_for(run_dir / "status.json")
+    fake_supervisor.wait_for(run_dir / "supervisor.json")
     result = deepopt("stop", run_dir)
     assert result.exit_code == 0, result.stderr
     assert result.stdout.startswith("stopped at step ")
@@ -225,7 +225,7 @@ def test_stop_ends_a_job_with_a_checkpoint_and_waits_for_it(
 
 def test_stop_kill_asks_for_no_checkpoint(run_dir: Path, supervisors: FakeSupervisors) -> None:
     supervisors.spawn(run_dir, steps=10_000)
-    fake_supervisor.wait_for(run_dir / "status.json")
+    fake_supervisor.wait_for(run_dir / "supervisor.json")
     assert deepopt("stop", run_dir, "--kill").exit_code == 0
     assert json.loads((run_dir / "seen.jsonl").read_text()) == {"kind": "kill"}
 
@@ -260,7 +260,7 @@ def test_stop_of_a_job_that_fails_meanwhile_returns_its_exit_code(
     supervisors.spawn(
         run_dir, end="failed", exit_code=5, error=error, heeds_stop=False, steps=20
     )
-    fake_supervisor.wait_for(run_dir / "status.json")
+    fake_supervisor.wait_for(run_dir / "supervisor.json")
     result = deepopt("stop", run_dir)
     assert result.exit_code == 5
     assert "out of memory" in result.stderr
