@@ -1,0 +1,292 @@
+"""Searched orders: right, within memory, never slower than the classical ones, repeatable."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deepopt.errors import ScheduleError
+from deepopt.schedule.bound import lower_bound_s
+from deepopt.schedule.builders import BUILDERS, build, misfit
+from deepopt.schedule.ir import Direction, Op, Placement, PlacementKind, Schedule, place
+from deepopt.schedule.list_scheduler import (
+    Key,
+    ListRules,
+    deepest,
+    earliest,
+    fewest,
+    list_schedule,
+)
+from deepopt.schedule.local_search import CodedProblem, improve
+from deepopt.schedule.search import search
+from deepopt.schedule.simulate import CostTable, simulate
+from deepopt.schedule.verify import peak_activations, verify
+
+DOWN, UP = Direction.DOWN, Direction.UP
+LAYER = (20.0, 22.0, 16.0)  # measured F, I, W of a transformer layer, in milliseconds
+LITTLE = 30_000
+
+
+def directions(placement: Placement, microbatches: int) -> tuple[Direction, ...]:
+    down = microbatches if placement.up is None else (microbatches + 1) // 2
+    return (DOWN,) * down + (UP,) * (microbatches - down)
+
+
+def even(placement: Placement, ops: tuple[float, float, float] = LAYER) -> CostTable:
+    share = placement.num_ranks / placement.num_stages
+    forward, inputs, weight = (share * time for time in ops)
+    return CostTable.uniform(
+        placement.num_stages, forward_s=forward, input_s=inputs, weight_s=weight
+    )
+
+
+@st.composite
+def placements(draw: st.DrawFn) -> Placement:
+    kind = draw(st.sampled_from(list(PlacementKind)))
+    stages = draw(st.integers(1, 2)) if kind is PlacementKind.LINE else 1
+    return place(kind, num_ranks=draw(st.integers(1, 4)), stages_per_rank=stages)
+
+
+@st.composite
+def tables(draw: st.DrawFn, placement: Placement) -> CostTable:
+    times = st.integers(1, 9).map(float)
+    stages = st.tuples(*[times] * placement.num_stages)
+    return CostTable(
+        forward_s=draw(stages),
+        input_s=draw(stages),
+        weight_s=draw(stages),
+        rank_factor=draw(st.tuples(*[times] * placement.num_ranks)),
+        latency_s=draw(st.integers(0, 5).map(float)),
+        transfer_s=draw(st.integers(0, 2).map(float)),
+    )
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.data(), st.integers(1, 6))
+def test_a_search_is_right_and_never_slower_than_the_best_builder(
+    data: st.DataObject, microbatches: int
+) -> None:
+    placement = data.draw(placements())
+    costs = data.draw(tables(placement))
+    ways = directions(placement, microbatches)
+    result = search(placement, directions=ways, costs=costs, effort=2_000)
+    verify(result.schedule)
+    assert simulate(result.schedule, costs).makespan_s == result.makespan_s
+    fitting = [name for name in BUILDERS if misfit(name, placement=placement) is None]
+    fastest = min(
+        simulate(build(name, placement=placement, directions=ways), costs).makespan_s
+        for name in fitting
+    )
+    assert result.makespan_s <= fastest == result.builder_makespan_s
+    assert result.lower_bound_s <= result.makespan_s * (1 + 1e-9)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data(), st.integers(1, 6))
+def test_no_builder_beats_the_bound(data: st.DataObject, microbatches: int) -> None:
+    placement = data.draw(placements())
+    costs = data.draw(tables(placement))
+    ways = directions(placement, microbatches)
+    bound = lower_bound_s(placement, directions=ways, costs=costs)
+    for name in BUILDERS:
+        if misfit(name, placement=placement) is None:
+            schedule = build(name, placement=placement, directions=ways)
+            assert bound <= simulate(schedule, costs).makespan_s * (1 + 1e-9)
+
+
+def test_the_bound_is_reached_where_an_order_is_known_to_be_best() -> None:
+    placement = place(PlacementKind.LINE, num_ranks=4)
+    ways, costs = directions(placement, 8), even(placement, (1, 1, 1))
+    bound = lower_bound_s(placement, directions=ways, costs=costs)
+    schedule = build("zb_h1", placement=placement, directions=ways)
+    assert simulate(schedule, costs).makespan_s == bound == 8 * 3 + 3
+
+
+def test_the_bound_counts_the_update_of_every_held_stage() -> None:
+    placement = place(PlacementKind.MIRROR, num_ranks=2)
+    plain = CostTable.uniform(2, forward_s=1, input_s=1, weight_s=1)
+    charged = CostTable(forward_s=(1, 1), input_s=(1, 1), weight_s=(1, 1), update_s=(3.0, 4.0))
+    ways = directions(placement, 4)
+    difference = lower_bound_s(placement, directions=ways, costs=charged) - lower_bound_s(
+        placement, directions=ways, costs=plain
+    )
+    assert difference == 7
+
+
+@pytest.mark.parametrize(
+    ("kind", "ranks", "microbatches", "memory_cap", "gap"),
+    [
+        (PlacementKind.MIRROR, 4, 8, 5, 0.001),
+        (PlacementKind.MIRROR, 4, 16, 5, 0.005),
+        (PlacementKind.V, 4, 8, 8, 0.01),
+        (PlacementKind.LINE, 4, 8, 7, 0.001),
+    ],
+)
+def test_searched_orders_come_close_to_the_bound(
+    kind: PlacementKind, ranks: int, microbatches: int, memory_cap: int, gap: float
+) -> None:
+    placement = place(kind, num_ranks=ranks)
+    result = search(
+        placement,
+        directions=directions(placement, microbatches),
+        costs=even(placement),
+        memory_cap=memory_cap,
+        effort=10 * LITTLE,
+    )
+    assert result.gap <= gap
+    assert max(result.peak_activations) <= memory_cap
+
+
+def test_a_slow_rank_is_searched_around() -> None:
+    placement = place(PlacementKind.V, num_ranks=4)
+    slow = CostTable(
+        forward_s=(10.0,) * 8,
+        input_s=(11.0,) * 8,
+        weight_s=(8.0,) * 8,
+        rank_factor=(1.0, 1.6, 1.0, 1.3),
+    )
+    result = search(placement, directions=(DOWN,) * 8, costs=slow, effort=LITTLE)
+    assert result.makespan_s < result.builder_makespan_s
+
+
+def test_the_same_inputs_give_the_same_order() -> None:
+    placement = place(PlacementKind.MIRROR, num_ranks=3)
+    first, second = (
+        search(
+            placement,
+            directions=directions(placement, 6),
+            costs=even(placement),
+            effort=LITTLE,
+            seed=5,
+        )
+        for _ in range(2)
+    )
+    assert first == second
+
+
+def test_memory_that_holds_nothing_is_refused() -> None:
+    placement = place(PlacementKind.V, num_ranks=2)
+    with pytest.raises(ScheduleError, match="no order of 4 micro-batches fits a memory of 1"):
+        search(
+            placement,
+            directions=(DOWN,) * 4,
+            costs=even(placement),
+            memory_cap=1,
+            effort=LITTLE,
+        )
+
+
+def test_a_cap_that_no_builder_fits_is_met_by_a_found_order() -> None:
+    placement = place(PlacementKind.LINE, num_ranks=4, stages_per_rank=2)
+    result = search(
+        placement,
+        directions=(DOWN,) * 8,
+        costs=even(placement),
+        memory_cap=5,
+        effort=LITTLE,
+    )
+    assert result.builder is None
+    assert max(result.peak_activations) <= 5
+
+
+KEYS = list(itertools.product((deepest, earliest, fewest), (deepest, earliest)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.data(),
+    st.integers(1, 7),
+    st.sampled_from(KEYS),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([None, 1, 2]),
+    st.integers(0, 9),
+    st.integers(0, 4),
+)
+def test_the_list_scheduler_never_starves_and_keeps_every_cap(
+    data: st.DataObject,
+    microbatches: int,
+    keys: tuple[Key, Key],
+    split: bool,
+    forward_first: bool,
+    backlog: int | None,
+    latency: int,
+    room: int,
+) -> None:
+    placement = data.draw(placements())
+    ways = directions(placement, microbatches)
+    copies = [*placement.down, *(placement.up or ())]
+    streams = max(copies.count(rank) for rank in range(placement.num_ranks))
+    rank_cap = streams + room
+    cap = data.draw(st.integers(1, 4))
+    rules = ListRules(
+        duration=lambda stage, op, rank: 1.0 + stage % 3 + (op is Op.W),
+        cap=lambda stage, direction: cap,
+        split=split,
+        latency=latency,
+        rank_cap=rank_cap,
+        forward_key=keys[0],
+        backward_key=keys[1],
+        forward_first=forward_first,
+        weight_backlog=backlog,
+        weight_patience=0.5,
+    )
+    order = list_schedule(placement, directions=ways, rules=rules)
+    schedule = Schedule(name="listed", placement=placement, directions=ways, actions=order)
+    verify(schedule, memory_cap=rank_cap)
+    assert max(peak_activations(schedule)) <= min(rank_cap, cap * streams)
+
+
+def test_a_rank_cap_below_one_slot_per_stream_is_refused() -> None:
+    placement = place(PlacementKind.MIRROR, num_ranks=2)
+    rules = ListRules(
+        duration=lambda stage, op, rank: 1.0,
+        cap=lambda stage, direction: 1,
+        split=True,
+        rank_cap=1,
+    )
+    with pytest.raises(
+        ScheduleError, match="works on 2 streams of micro-batches and may hold 1"
+    ):
+        list_schedule(placement, directions=(DOWN, UP), rules=rules)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.data(), st.integers(1, 6), st.integers(0, 3))
+def test_local_search_only_improves_and_keeps_the_memory(
+    data: st.DataObject, microbatches: int, seed: int
+) -> None:
+    placement = data.draw(placements())
+    costs = data.draw(tables(placement))
+    ways = directions(placement, microbatches)
+    name = next(name for name in BUILDERS if misfit(name, placement=placement) is None)
+    schedule = build(name, placement=placement, directions=ways)
+    problem = CodedProblem(placement, directions=ways, costs=costs)
+    rows = problem.encode(schedule)
+    before = problem.ends(rows)
+    assert before is not None
+    cap = max(peak_activations(schedule))
+    better = improve(problem, rows, memory_cap=cap, effort=3_000, seed=seed)
+    after = problem.ends(better)
+    assert after is not None
+    assert max(after) <= max(before)
+    improved = Schedule(
+        name="improved", placement=placement, directions=ways, actions=problem.decode(better)
+    )
+    verify(improved, memory_cap=cap)
+
+
+def test_coded_times_are_the_simulators() -> None:
+    placement = place(PlacementKind.MIRROR, num_ranks=4)
+    ways, costs = directions(placement, 7), even(placement)
+    schedule = build("bi_stream", placement=placement, directions=ways)
+    problem = CodedProblem(placement, directions=ways, costs=costs)
+    rows = problem.encode(schedule)
+    ends = problem.ends(rows)
+    assert ends is not None
+    assert max(ends) == simulate(schedule, costs).makespan_s
+    rows[0].reverse()
+    assert problem.ends(rows) is None
