@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import enum
 import json
+import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -320,5 +321,10 @@ def _as_transport_error(what: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ConnectionError) as error:  # torch raises DistError, a RuntimeError
-        reason = str(error).strip().splitlines()
-        raise TransportError(f"{what} failed: {reason[0] if reason else error!r}") from error
+        raise TransportError(f"{what} failed: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """What a backend says, without the place in its sources and its advice."""
+    first, *_ = str(error).strip().splitlines() or [repr(error)]
+    return re.sub(r"^\[\S+:\d+\] ", "", first).partition(" This is typically")[0].rstrip(".")

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from deepopt.config import FaultInjection
-from deepopt.errors import TrainingError
+from deepopt.errors import InputError, TrainingError
 from deepopt.schedule.ir import Action
 
 
@@ -30,6 +30,23 @@ class FaultScript:
 
     def __bool__(self) -> bool:
         return bool(self._due)
+
+    def check(self, program: Iterable[Action]) -> None:
+        """Refuse a fault whose operation this worker never runs: it would never strike.
+
+        Raises:
+            InputError: names the operation and those that there are.
+        """
+        actions = list(program)
+        known = {str(a) for a in actions} | {a.op.value for a in actions}
+        for fault in self._due:
+            if fault.point.op is not None and fault.point.op not in known:
+                raise InputError(
+                    f"faults.inject: rank {fault.point.rank} never runs {fault.point.op!r} "
+                    "in this schedule",
+                    remedy=f"use one of {', '.join(sorted({a.op.value for a in actions}))}, or "
+                    "an action like " + str(actions[0]),
+                )
 
     def __call__(self, step: int, action: Action) -> None:
         """Strike, if a fault is due before this action of this step."""

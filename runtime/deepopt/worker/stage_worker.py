@@ -123,6 +123,7 @@ class StageWorker:
                 device=self._device,
                 before_action=script if script else None,
             )
+            script.check(self._pipeline.executor.program)
             self._checkpointer = LayerCheckpointer(
                 self._run_directory,
                 job=job,

@@ -1,0 +1,128 @@
+"""Whole jobs as a user runs them: the numbers, kills, stops, resumes, and what stays behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from support import launcher
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on one worker that nothing happens to."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    job = launcher.write_job(folder)
+    result = launcher.run("launch", job, "--workers", 1, "--run-dir", folder / "run")
+    assert result.returncode == 0, result.stdout + result.stderr
+    return folder / "run"
+
+
+def test_a_run_directory_holds_all_of_a_finished_job(unbroken: Path) -> None:
+    content = launcher.status(unbroken)
+    assert (content["state"], content["step"], content["exit_code"]) == ("finished", 8, 0)
+    for name in ("job.yaml", "model.json", "plan.json", "journal.jsonl", "report.json"):
+        assert (unbroken / name).is_file(), name
+    assert list((unbroken / "tensorboard").glob("events.*"))
+    assert (unbroken / "final" / "model.safetensors").is_file()
+    line = json.loads((unbroken / "metrics.jsonl").read_text().splitlines()[0])
+    assert {"step", "loss", "tokens_per_s", "tokens_per_s_per_worker", "mfu"} <= set(line)
+
+
+def test_nothing_stays_behind_a_finished_job(unbroken: Path) -> None:
+    assert launcher.processes_of(unbroken) == []
+    ray_temp_dir = json.loads((unbroken / "supervisor.json").read_text())["ray_temp_dir"]
+    assert not Path(ray_temp_dir).exists()
+
+
+def test_a_worker_killed_in_mid_run_changes_no_loss(unbroken: Path, tmp_path: Path) -> None:
+    job = launcher.write_job(
+        tmp_path, faults={"inject": [{"kill": {"rank": 2, "step": 5, "op": "I"}}]}
+    )
+    run_dir = tmp_path / "run"
+    result = launcher.run(
+        "launch",
+        job,
+        "--workers",
+        4,
+        "--set",
+        "pipeline.placement=mirror",
+        "--run-dir",
+        run_dir,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert launcher.losses(run_dir) == launcher.losses(unbroken)
+    content = launcher.status(run_dir)
+    assert (content["generation"], content["restarts"]) == (2, 1)
+    lost = [
+        event
+        for event in map(json.loads, (run_dir / "events.jsonl").read_text().splitlines())
+        if event["kind"] == "worker_lost" and event["failure"] == "death"
+    ]
+    assert [event["rank"] for event in lost] == [2]
+
+
+def test_a_stopped_job_resumes_on_fewer_workers_with_the_same_losses(
+    unbroken: Path, tmp_path: Path
+) -> None:
+    job = launcher.write_job(tmp_path)
+    run_dir = tmp_path / "run"
+    launched = launcher.run("launch", job, "--workers", 3, "--run-dir", run_dir, "--detach")
+    assert launched.returncode == 0, launched.stdout + launched.stderr
+    launcher.wait_for_file(run_dir, lambda content: content["step"] >= 2)
+    stopped = launcher.run("stop", run_dir)
+    assert stopped.returncode == 0, stopped.stdout + stopped.stderr
+    content = launcher.status(run_dir)
+    assert content["state"] in ("stopped", "finished")
+    assert content["supervisor_alive"] is False
+    job_id = content["job_id"]
+
+    resumed = launcher.run("resume", run_dir, "--workers", 2)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert launcher.losses(run_dir) == launcher.losses(unbroken)
+    assert launcher.status(run_dir)["job_id"] == job_id
+
+
+def test_the_first_interrupt_stops_with_a_checkpoint(tmp_path: Path) -> None:
+    job = launcher.write_job(tmp_path, training={"steps": 10_000}, checkpoint={"every": 0})
+    run_dir = tmp_path / "run"
+    process = launcher.start("launch", job, "--workers", 2, "--run-dir", run_dir)
+    launcher.wait_for_file(run_dir, lambda content: content["step"] >= 2)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=launcher.TIMEOUT_S)
+    assert process.returncode == 130, output
+    content = launcher.status(run_dir)
+    assert content["state"] == "stopped"
+    assert content["checkpoint_step"] == content["step"]
+    assert launcher.processes_of(run_dir) == []
+
+
+def test_a_model_that_raises_fails_the_job_and_names_the_culprit(tmp_path: Path) -> None:
+    job = launcher.write_job(
+        tmp_path, faults={"inject": [{"raise": {"rank": 1, "step": 2, "op": "F"}}]}
+    )
+    run_dir = tmp_path / "run"
+    result = launcher.run("launch", job, "--workers", 2, "--run-dir", run_dir)
+    assert result.returncode == 5, result.stdout + result.stderr
+    assert "rank 1" in result.stderr
+    assert "fault script raised" in result.stderr
+    culprit = launcher.status(run_dir)["error"]["culprit"]
+    assert (culprit["rank"], culprit["step"]) == (1, 2)
+    assert "TrainingError" in culprit["traceback"]
+    assert launcher.processes_of(run_dir) == []
+
+
+def test_more_deaths_than_the_budget_end_with_exit_code_4(tmp_path: Path) -> None:
+    job = launcher.write_job(
+        tmp_path,
+        faults={"max_restarts": 0, "inject": [{"kill": {"rank": 0, "step": 1}}]},
+    )
+    result = launcher.run("launch", job, "--workers", 1, "--run-dir", tmp_path / "run")
+    assert result.returncode == 4, result.stdout + result.stderr
+    assert launcher.status(tmp_path / "run")["state"] == "failed"
