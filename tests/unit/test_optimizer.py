@@ -121,8 +121,6 @@ def test_a_state_of_another_shape_is_refused() -> None:
 def test_learning_rate_warms_up_then_stays_or_decays() -> None:
     constant = OptimizerConfig(learning_rate=1.0, warmup_steps=4)
     assert [learning_rate(s, constant) for s in (1, 2, 4, 5, 1000)] == [0.25, 0.5, 1, 1, 1]
-    cosine = OptimizerConfig(
-        learning_rate=1.0, warmup_steps=4, decay_steps=24, min_ratio=0.1
-    )
+    cosine = OptimizerConfig(learning_rate=1.0, warmup_steps=4, decay_steps=24, min_ratio=0.1)
     rates = [learning_rate(s, cosine) for s in (4, 14, 24, 100)]
     assert rates == pytest.approx([1.0, 0.55, 0.1, 0.1])
