@@ -55,9 +55,10 @@ else:
 
 
 UNFINISHED = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from support.hosts import HostGroup
+signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the test run ignores it
 group = HostGroup(Path(sys.argv[1]))
 with group:
     print(*group.namespaces(), flush=True)
