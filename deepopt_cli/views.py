@@ -8,8 +8,9 @@ from typing import Any
 from deepopt_cli.output import say, say_json, tell
 from deepopt_cli.words import event_line, step_line
 
-# In events.jsonl like all others, but a line each would hide the steps.
-QUIET_EVENTS = frozenset({"worker_ready", "message_refused"})
+# In events.jsonl like all others; but a line each would hide the steps, and an error is said, with
+# its culprit, at the end.
+QUIET_EVENTS = frozenset({"worker_ready", "message_refused", "error"})
 
 
 class PlainView:
@@ -22,18 +23,22 @@ class PlainView:
     def __init__(self, *, every: int) -> None:
         self._every = every
         self._last_step: int | None = None
-        self._eta_s: float | None = None
+        self._pace_s: float | None = None
 
     def status(self, status: Mapping[str, Any]) -> None:
         """Remember what steps are shown with."""
         self._last_step = status.get("last_step")
-        self._eta_s = status.get("eta_s")
+        left = (self._last_step or 0) - int(status.get("step") or 0)
+        if left > 0 and status.get("eta_s") is not None:
+            self._pace_s = status["eta_s"] / left
 
     def step(self, record: Mapping[str, Any]) -> None:
         """A line, where `logging.every` wants one."""
         step = record.get("step", 0)
         if step == 1 or step % self._every == 0 or step == self._last_step:
-            say(step_line(record, last_step=self._last_step, eta_s=self._eta_s))
+            left = (self._last_step or 0) - step
+            eta_s = left * self._pace_s if left > 0 and self._pace_s is not None else None
+            say(step_line(record, last_step=self._last_step, eta_s=eta_s))
 
     def event(self, record: Mapping[str, Any]) -> None:
         """A line, unless there would be too many of its kind."""
@@ -60,7 +65,7 @@ class JsonView:
 
     def event(self, record: Mapping[str, Any]) -> None:
         """Warnings and losses only, for people."""
-        if record.get("kind") in ("warning", "error", "worker_lost"):
+        if record.get("kind") in ("warning", "worker_lost"):
             tell(event_line(record))
 
     def note(self, text: str) -> None:
