@@ -20,6 +20,7 @@ def start_cluster(
     *,
     num_workers: int,
     namespace: str,
+    python_path: str,
     note: Callable[[Path | None], None],
 ) -> LocalCluster | SshCluster | JoinedCluster:
     """Start or join the cluster that a job asks for.
@@ -28,6 +29,7 @@ def start_cluster(
         job: the resolved job.
         num_workers: workers that it shall hold.
         namespace: Ray namespace of the job.
+        python_path: PYTHONPATH of the calling process, for workers that do not inherit it.
         note: told the folder of a cluster of our own before it is used.
 
     Raises:
@@ -42,6 +44,7 @@ def start_cluster(
             device=job.worker.device,
             threads=job.worker.threads,
             namespace=namespace,
+            python_path=python_path,
             timeout_s=job.cluster.start_timeout_s,
         )
     temp_dir = ray_node.make_temp_dir()
@@ -57,6 +60,7 @@ def start_cluster(
             threads=job.worker.threads,
             object_store_mb=job.cluster.object_store_mb,
             namespace=namespace,
+            python_path=python_path,
             temp_dir=temp_dir,
             timeout_s=job.cluster.start_timeout_s,
         )

@@ -22,6 +22,7 @@ class JoinedCluster:
         device: `worker.device` of the job; `auto` takes GPUs where there are any.
         threads: CPU threads of a worker.
         namespace: Ray namespace of the job.
+        python_path: PYTHONPATH for the workers; empty for none.
         timeout_s: how long to wait for the places, `cluster.start_timeout_s`.
 
     Raises:
@@ -36,6 +37,7 @@ class JoinedCluster:
         device: str,
         threads: int,
         namespace: str,
+        python_path: str,
         timeout_s: float,
     ) -> None:
         if address.startswith("ray://"):
@@ -59,7 +61,10 @@ class JoinedCluster:
                 use_gpus=use_gpus,
                 head_node_id=context.get_node_id(),
                 placement_group=self._group,
-                worker_environment={"OMP_NUM_THREADS": str(threads)},
+                worker_environment={
+                    "OMP_NUM_THREADS": str(threads),
+                    **({"PYTHONPATH": python_path} if python_path else {}),
+                },
             )
         except BaseException:
             self.close()

@@ -141,10 +141,10 @@ def start_node(request: NodeRequest) -> Any:
             params,
             head=request.gcs_address is None,
             shutdown_at_exit=False,
-            spawn_reaper=False,
+            spawn_reaper=True,  # the kernel kills them when this process's main thread ends
         )
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
         raise ClusterError(
             f"Ray did not start on {request.node_ip}: {reason}",
             remedy="look at supervisor.log; free memory, disk or ports, or use another address",

@@ -162,7 +162,6 @@ class Controller:
         )
         self._note("state", state=str(self.state))
         self._board.tell(events.StateChanged(state=str(self.state)))
-        self._show(force=True)
         self._form(reason="")
 
     def request_stop(self) -> None:

@@ -67,16 +67,16 @@ def job_id_of(run: RunDirectory, *, name: str) -> str:
 
 
 def write_supervisor(
-    run: RunDirectory, *, process: Process, job_id: str, namespace: str, temp_dir: Path | None
+    run: RunDirectory, *, process: Process, job_id: str, temp_dir: Path | None
 ) -> None:
-    """Say who the supervisor is and where its Ray lies."""
+    """Say who the supervisor is and where its Ray lies; the namespace is the job's id."""
     content = {
         "pid": process.pid,
         "start_time": process.start_time,
         "host": socket.gethostname(),
         "ray_temp_dir": None if temp_dir is None else str(temp_dir),
         "job_id": job_id,
-        "namespace": namespace,
+        "namespace": job_id,
     }
     write_json_atomic(run.supervisor, content, durable=True)
 

@@ -79,6 +79,7 @@ def spawn_supervisor(run_dir: Path, *, stage_worker: str = STAGE_WORKER) -> int:
     try:
         run.logs.mkdir(exist_ok=True)
         show_starting(run)
+        take_requests(run)  # what is left was meant for an earlier launch
         command = [sys.executable, "-m", "deepopt.head.supervisor", str(run.root)]
         command += ["--lock", str(lock), "--stage-worker", stage_worker]
         os.set_inheritable(lock, True)
@@ -155,14 +156,13 @@ class Supervisor:
 
         job = load_job(self._run.job)
         job_id = job_id_of(self._run, name=job.name)
-        namespace = f"deepopt-{job_id}"
         self._clear_leftovers()
         with self._start_deadline(job.cluster.start_timeout_s):
-            self._cluster = self._start_cluster(job, job_id=job_id, namespace=namespace)
+            self._cluster = self._start_cluster(job, job_id=job_id)
         self._take_signals()  # Ray has put its own handler in place
         return self._attend(job, self._cluster, job_id=job_id)
 
-    def _start_cluster(self, job: JobConfig, *, job_id: str, namespace: str) -> Cluster:
+    def _start_cluster(self, job: JobConfig, *, job_id: str) -> Cluster:
         from deepopt.cluster.choose import start_cluster
         from deepopt.planner.plan import Plan
         from deepopt.telemetry.files import read_json
@@ -173,13 +173,18 @@ class Supervisor:
                 self._run,
                 process=this_process(),
                 job_id=job_id,
-                namespace=namespace,
                 temp_dir=temp_dir,
             )
 
         note(None)
         num_workers = Plan.from_json(read_json(self._run.plan)).world_size
-        return start_cluster(job, num_workers=num_workers, namespace=namespace, note=note)
+        return start_cluster(
+            job,
+            num_workers=num_workers,
+            namespace=job_id,
+            python_path=os.environ.get("PYTHONPATH", ""),
+            note=note,
+        )
 
     def _attend(self, job: JobConfig, cluster: Cluster, *, job_id: str) -> tuple[JobState, int]:
         """Create the head and wait for its end."""
