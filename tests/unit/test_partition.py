@@ -101,3 +101,10 @@ def test_more_stages_than_layers_are_refused(
 ) -> None:
     with pytest.raises(PlanError, match=f"3 layers cannot form {num_stages} stages"):
         cut([1.0, 1.0, 1.0], num_stages)
+
+
+def test_a_cheap_layer_is_left_for_a_stage_that_needs_one() -> None:
+    """Taking as many layers behind as fit would leave the inner pair only a dear one."""
+    costs = [1.0, 3.0, 0.0, 2.0, 0.0, 2.0, 0.0]
+    stages = stage_costs(costs, partition_folded(costs, 5))
+    assert (folded_load(stages), max(stages)) == (4.0, 3.0)

@@ -47,7 +47,7 @@ def partition_folded(costs: Sequence[float], num_stages: int) -> tuple[int, ...]
     load is half of the pair's cost) and V placement (all go through both). The greatest pair
     cost is the smallest possible, with the middle stage of an odd number counted twice; among
     the best, the costliest single stage is the smallest possible. Exact in both up to a relative
-    1e-12, in about num_layers^2 steps per tried bound. What freedom is left goes into evening
+    1e-12. What freedom is left goes into evening
     out the stages, layer by layer, without a claim to the optimum.
 
     Args:
@@ -169,39 +169,41 @@ def _evenest_line(sums: Sequence[float], num_stages: int, cap: float) -> tuple[i
 def _folded(
     sums: Sequence[float], num_stages: int, *, pair_cap: float, stage_cap: float
 ) -> tuple[int, ...] | None:
-    """Take pairs from both ends: for each number of layers taken in front, the most behind.
+    """Take pairs from both ends under the caps: depth first, the largest stages first.
 
-    More layers taken behind is never worse as long as one stays for each stage to come, so the
-    most is all there is to remember.
+    A state that failed is not tried again, and one whose rest cannot fit into the pairs to come
+    is not entered, so both a loose and an impossible cap are decided early.
     """
-    num_layers = len(sums) - 1
-    most = {0: 0}
-    steps: list[dict[int, tuple[int, int]]] = []
-    for pair in range(num_stages // 2):
+    num_layers, num_pairs = len(sums) - 1, num_stages // 2
+    odd = num_stages % 2 == 1
+    failed: set[tuple[int, int, int]] = set()
+
+    def search(pair: int, front: int, behind: int) -> tuple[int, ...] | None:
+        rest = sums[behind] - sums[front]
+        if pair == num_pairs:
+            if odd:
+                fits = front < behind and rest <= stage_cap and 2 * rest <= pair_cap
+                return (front,) if fits else None
+            return () if front == behind else None
+        room_to_come = (num_pairs - pair) * pair_cap + (
+            min(stage_cap, pair_cap / 2) if odd else 0
+        )
+        if rest > room_to_come * (1 + _RELATIVE_STEP) or (pair, front, behind) in failed:
+            return None
         later = num_stages - 2 * (pair + 1)
-        new: dict[int, int] = {}
-        came: dict[int, tuple[int, int]] = {}
-        for front, back in most.items():
-            behind = num_layers - back
-            for end in range(front + 1, behind - later):
-                cost = sums[end] - sums[front]
-                if cost > stage_cap or cost > pair_cap:
-                    break
-                room = min(stage_cap, pair_cap - cost)
-                start = bisect.bisect_left(sums, sums[behind] - room)
-                start = max(start, end + later)
-                if start < behind and num_layers - start > new.get(end, -1):
-                    new[end] = num_layers - start
-                    came[end] = (front, back)
-        most = new
-        steps.append(came)
-    for front, back in most.items():
-        middle = sums[num_layers - back] - sums[front]
-        empty = num_layers - back == front
-        small = middle <= stage_cap and 2 * middle <= pair_cap
-        if (small and not empty) if num_stages % 2 else empty:
-            return _unfold(steps, front, back, num_layers, odd=bool(num_stages % 2))
-    return None
+        cap = min(stage_cap, pair_cap)
+        last = min(bisect.bisect_right(sums, sums[front] + cap) - 1, behind - later - 1)
+        for end in range(last, front, -1):
+            room = min(stage_cap, pair_cap - (sums[end] - sums[front]))
+            first = max(bisect.bisect_left(sums, sums[behind] - room), end + later)
+            for start in range(first, behind):
+                inner = search(pair + 1, end, start)
+                if inner is not None:
+                    return (front, *inner, start)
+        failed.add((pair, front, behind))
+        return None
+
+    return search(0, 0, num_layers)
 
 
 def _even_out(
@@ -227,21 +229,3 @@ def _even_out(
                 if fits and squares(cut) < squares(best):
                     best, moved = cut, True
     return tuple(best)
-
-
-def _unfold(
-    steps: Sequence[dict[int, tuple[int, int]]],
-    front: int,
-    back: int,
-    num_layers: int,
-    *,
-    odd: bool,
-) -> tuple[int, ...]:
-    middle = [front] if odd else []
-    before: list[int] = []
-    after: list[int] = []
-    for came in reversed(steps):
-        after.append(num_layers - back)
-        front, back = came[front]
-        before.append(front)
-    return (*reversed(before), *middle, *after)
