@@ -228,6 +228,16 @@ def test_a_dead_worker_is_shown_with_the_action_it_was_in(open_head: Open) -> No
     assert (culprit["step"], culprit["action"], culprit["pid"]) == (3, "1B2", 101)
 
 
+def test_a_sign_older_than_the_last_step_does_not_say_the_action(open_head: Open) -> None:
+    head = open_head(max_restarts=0).start().ready()
+    head.beat(1, step=3, progress=7, action="1B2")
+    head.steps(1, 3)
+    head.dies(1)
+    head.wait(0.5)
+    culprit = head.status["error"]["culprit"]
+    assert (culprit["step"], culprit["action"]) == (4, "")
+
+
 def test_an_error_of_the_model_fails_the_job_at_once(open_head: Open) -> None:
     head = open_head().start().ready()
     head.fails(1, "error", message="loss is nan", traceback="Traceback ...", exit_code=5)

@@ -10,7 +10,7 @@ import os
 import signal
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +54,7 @@ class Process:
 class _Stat:
     start_time: int
     parent: int
+    session: int
     state: str
 
 
@@ -64,7 +65,12 @@ def _read_stat(pid: int) -> _Stat | None:
         return None
     # The second field is the command in parentheses and may hold anything, also parentheses.
     fields = content[content.rindex(")") + 2 :].split()
-    return _Stat(start_time=int(fields[19]), parent=int(fields[1]), state=fields[0])
+    return _Stat(
+        start_time=int(fields[19]),
+        parent=int(fields[1]),
+        session=int(fields[3]),
+        state=fields[0],
+    )
 
 
 def this_process() -> Process:
@@ -91,11 +97,8 @@ def become_subreaper() -> None:
 def descendants(pid: int) -> list[Process]:
     """All living processes below one, parents before their children."""
     children: dict[int, list[Process]] = defaultdict(list)
-    for entry in os.scandir("/proc"):
-        if entry.name.isdigit():
-            found = _read_stat(int(entry.name))
-            if found is not None and found.state != "Z":
-                children[found.parent].append(Process(int(entry.name), found.start_time))
+    for process, stat in _living():
+        children[stat.parent].append(process)
     below: list[Process] = []
     queue = [pid]
     while queue:
@@ -103,6 +106,23 @@ def descendants(pid: int) -> list[Process]:
             below.append(process)
             queue.append(process.pid)
     return below
+
+
+def session_members(session: int) -> list[Process]:
+    """All living processes of a session, its leader included.
+
+    Args:
+        session: process id of the leader; it need not live any more.
+    """
+    return [process for process, stat in _living() if stat.session == session]
+
+
+def _living() -> Iterator[tuple[Process, _Stat]]:
+    for entry in os.scandir("/proc"):
+        if entry.name.isdigit():
+            found = _read_stat(int(entry.name))
+            if found is not None and found.state != "Z":
+                yield Process(int(entry.name), found.start_time), found
 
 
 def kill_descendants(*, timeout_s: float) -> list[Process]:

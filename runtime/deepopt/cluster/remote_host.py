@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from deepopt.cluster import ray_node
+from deepopt.cluster.last_will import LastWill
 from deepopt.cluster.process_table import (
     Process,
     become_subreaper,
@@ -85,6 +86,7 @@ def _keep(request: dict[str, Any], writer: int) -> None:
         signal.signal(signal.SIGTERM, _raise_exit)
         become_subreaper()
         temp_dir.mkdir(mode=0o700, exist_ok=True)
+        LastWill().add_folder(temp_dir)
         _redirect(temp_dir / LOG_NAME)
         ray_node.prepare_environment(
             threads=request.pop("threads"), token=request.pop("token"), loopback=False

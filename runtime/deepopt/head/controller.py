@@ -372,11 +372,16 @@ class Controller:
         """What the head itself says of a worker that cannot speak any more."""
         member = generation.members[rank]
         beat = generation.liveness.last(rank)
+        step, action = 0, ""
+        if beat is not None and member.ready is not None:
+            # Its last sign may be older than the last step that all have done.
+            step = max(beat.step, self.progress.step + 1)
+            action = beat.action if beat.step == step else ""
         return Failure(
             sender=member.sender,
             kind=kind,
-            step=0 if beat is None or member.ready is None else beat.step,
-            action="" if beat is None else beat.action,
+            step=step,
+            action=action,
             message=message,
             traceback=traceback,
             exit_code=4,

@@ -21,6 +21,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from deepopt.cluster.group import STAGE_WORKER
+from deepopt.cluster.last_will import LastWill
 from deepopt.cluster.process_table import become_subreaper, this_process
 from deepopt.errors import ClusterError, DeepoptError
 from deepopt.head.run_lock import lock_run_directory
@@ -44,6 +45,7 @@ logger = logging.getLogger(__name__)
 POLL_S = 0.1  # between two looks for requests
 KILL_GRACE_S = 40.0  # for the head to kill its workers and to write down the end
 EXIT_INTERRUPTED = 130
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Cluster(Protocol):
@@ -89,6 +91,7 @@ def spawn_supervisor(run_dir: Path, *, stage_worker: str = STAGE_WORKER) -> int:
             command,
             os.environ,
             setsid=True,
+            setsigmask=_SIGNALS,  # until it can take them
             file_actions=[
                 (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
                 (os.POSIX_SPAWN_OPEN, 1, log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644),
@@ -113,6 +116,7 @@ class Supervisor:
         self._cluster: Cluster | None = None
         self._temp_dir: Path | None = None
         self._interruptible = True
+        self._last_will: LastWill | None = None
         self._stops = 0  # requests to stop, by signal or file
         self._forwarded = 0
         self._kill_by_s: float | None = None
@@ -123,11 +127,12 @@ class Supervisor:
         Returns:
             The exit code of the job.
         """
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        self._take_signals()
         state, exit_code, error = JobState.STOPPED, 0, None
         told = False
         try:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+            self._take_signals()
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
             state, exit_code = self._launch()
             told = True
         except (_Interrupted, SystemExit):
@@ -152,6 +157,8 @@ class Supervisor:
 
     def _launch(self) -> tuple[JobState, int]:
         become_subreaper()
+        if os.getsid(0) == os.getpid():
+            self._last_will = LastWill()
         from deepopt.job_file import load_job
 
         job = load_job(self._run.job)
@@ -169,6 +176,8 @@ class Supervisor:
 
         def note(temp_dir: Path | None) -> None:
             self._temp_dir = temp_dir
+            if temp_dir is not None and self._last_will is not None:
+                self._last_will.add_folder(temp_dir)
             write_supervisor(
                 self._run,
                 process=this_process(),
@@ -240,8 +249,8 @@ class Supervisor:
     # --- start and end -------------------------------------------------------------------
 
     def _take_signals(self) -> None:
-        signal.signal(signal.SIGTERM, self._on_signal)
-        signal.signal(signal.SIGINT, self._on_signal)
+        for number in _SIGNALS:
+            signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         self._stops += 1

@@ -1,0 +1,148 @@
+"""Jobs in a Ray that others use too: what the head does when real processes die, hang or fail.
+
+One foreign cluster serves all tests of this module; the last one looks whether it is as before.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.ray_jobs import TESTS, RunningJob, foreign_ray, write_run
+
+pytestmark = pytest.mark.ray
+
+SLOTS = 3
+Launch = Callable[..., RunningJob]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Mapping[str, str]]:
+    with foreign_ray(slots=SLOTS) as environment:
+        yield environment
+
+
+@pytest.fixture
+def launch(
+    cluster: Mapping[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Launch]:
+    for name, value in cluster.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PYTHONPATH", str(TESTS))
+    launched: list[RunningJob] = []
+
+    def launch(*, num_workers: int = 2, **job: Any) -> RunningJob:
+        sections = {
+            "training": {"steps": 10_000},
+            "cluster": {"address": cluster["ADDRESS"], "start_timeout_s": 20.0},
+            "logging": {"tensorboard": False},
+        }
+        run = write_run(tmp_path / "run", num_workers=num_workers, job={**sections, **job})
+        launched.append(RunningJob(run))
+        return launched[-1]
+
+    yield launch
+    for job in launched:
+        job.process.send(signal.SIGTERM)
+        job.process.send(signal.SIGTERM)
+        job.wait()
+
+
+def fault(kind: str, *, rank: int, step: int) -> dict[str, Any]:
+    return {"inject": [{kind: {"rank": rank, "step": step}}]}
+
+
+def test_a_killed_worker_is_replaced_and_a_kill_ends_the_job(launch: Launch) -> None:
+    job = launch(faults=fault("kill", rank=1, step=3))
+    status = job.wait_for(lambda s: s["generation"] == 2 and s["step"] > 1)
+    assert (status["state"], status["restarts"]) == ("running", 1)
+    assert [worker["rank"] for worker in status["workers"]] == [0, 1]
+    (lost,) = job.events("worker_lost")
+    assert (lost["rank"], lost["failure"]) == (1, "death")
+    pids = {worker["pid"] for worker in status["workers"]}
+    assert lost["pid"] not in pids
+    log = job.run.rank_log(1).read_text()
+    assert f"set up {lost['pid']}" in log
+    assert any(f"set up {pid}" in log for pid in pids)
+    job.request("kill")
+    assert job.wait() == 130
+    assert job.status["state"] == "stopped"
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def test_a_stopped_worker_is_killed_and_replaced(launch: Launch) -> None:
+    faults = {"heartbeat_s": 0.1, "heartbeat_timeout_s": 1.5, "max_restarts": 1}
+    job = launch(faults={**faults, **fault("stop", rank=0, step=2)})
+    job.wait_for(lambda s: s["generation"] == 2 and s["state"] == "running")
+    (lost,) = job.events("worker_lost")
+    assert (lost["rank"], lost["failure"]) == (0, "hang")
+    assert not Path(f"/proc/{lost['pid']}").exists()
+
+
+def test_an_error_of_the_model_fails_the_job_with_its_traceback(launch: Launch) -> None:
+    job = launch(faults=fault("raise", rank=1, step=2))
+    assert job.wait() == 5
+    status = job.status
+    assert (status["state"], status["generation"], status["restarts"]) == ("failed", 1, 0)
+    culprit = status["error"]["culprit"]
+    assert (culprit["rank"], culprit["step"], culprit["action"]) == (1, 2, "1F0")
+    assert "TrainingError: the fault script raised" in culprit["traceback"]
+
+
+def test_a_crash_is_told_by_its_signal_and_stack(launch: Launch) -> None:
+    job = launch(num_workers=1, model={"kwargs": {"crash_at": 2}}, faults={"max_restarts": 0})
+    assert job.wait() == 4
+    culprit = job.status["error"]["culprit"]
+    assert culprit["message"] == "its process crashed: Segmentation fault"
+    assert "ray_stage_worker.py" in culprit["traceback"]
+
+
+def test_a_job_is_stopped_with_a_checkpoint_and_resumed_to_its_end(launch: Launch) -> None:
+    job = launch(num_workers=1)
+    job.wait_for(lambda s: s["step"] > 2)
+    os.kill(job.pid, signal.SIGTERM)
+    assert job.wait() == 0
+    status = job.status
+    assert (status["state"], status["checkpoint_step"]) == ("stopped", status["step"])
+    done = status["step"]
+    job = launch(num_workers=1, training={"steps": done + 3})
+    assert job.wait() == 0
+    status = job.status
+    assert (status["state"], status["generation"], status["step"]) == ("finished", 2, done + 3)
+    assert (job.run.final / "from").read_text() == f"step-{done + 3:08d}"
+
+
+def test_too_few_slots_are_refused_with_what_was_asked_and_found(launch: Launch) -> None:
+    job = launch(num_workers=4)
+    assert job.wait() == 3
+    status = job.status
+    assert status["state"] == "failed"
+    assert (
+        f"asked for 4 workers, found {SLOTS} CPU slots on 1 host" in status["error"]["message"]
+    )
+
+
+def test_the_foreign_cluster_is_as_before(
+    cluster: Mapping[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in cluster.items():
+        monkeypatch.setenv(name, value)
+    program = (
+        "import ray, time\n"
+        f"ray.init('{cluster['ADDRESS']}', log_to_driver=False, configure_logging=False)\n"
+        "until = time.monotonic() + 20\n"
+        "while ray.available_resources().get('CPU') != 3 and time.monotonic() < until:\n"
+        "    time.sleep(0.1)\n"
+        "print(ray.available_resources().get('CPU'), ray.util.placement_group_table())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout.startswith("3.0 "), done

@@ -1,0 +1,43 @@
+"""A private Ray that others may join, alive until stdin is closed: `python -m support.ray_host N`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+from deepopt.cluster import ray_node
+from deepopt.cluster.process_table import become_subreaper, kill_descendants
+
+KILL_TIMEOUT_S = 15.0
+
+
+def main() -> None:
+    become_subreaper()
+    token = ray_node.make_token()
+    ray_node.prepare_environment(threads=1, token=token, loopback=True)
+    temp_dir = ray_node.make_temp_dir()
+    node = ray_node.start_node(
+        ray_node.NodeRequest(
+            node_ip=ray_node.LOOPBACK,
+            gcs_address=None,
+            slots=int(sys.argv[1]),
+            use_gpus=False,
+            temp_dir=str(temp_dir),
+            object_store_bytes=80 * ray_node.MIB,
+        )
+    )
+    environment = {
+        name: os.environ[name]
+        for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")
+    }
+    sys.stdout.write(json.dumps({**environment, "ADDRESS": node.gcs_address}) + "\n")
+    sys.stdout.flush()
+    sys.stdin.read()
+    kill_descendants(timeout_s=KILL_TIMEOUT_S)
+    ray_node.remove_temp_dir(temp_dir)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+import sys
+
+import pytest
+
+from deepopt.cluster.hostfile import Host
+from deepopt.cluster.slots import check_slots
+from deepopt.cluster.ssh import is_local, ssh_command, take_slots
+from deepopt.errors import ClusterError
+
+HOSTS = (Host(name="a", slots=2), Host(name="b", slots=4, port=2222), Host(name="c", slots=1))
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "names"), [(1, "a"), (2, "a"), (3, "ab"), (6, "ab"), (7, "abc")]
+)
+def test_hosts_are_filled_in_the_order_of_the_file(num_workers: int, names: str) -> None:
+    used = take_slots(HOSTS, num_workers=num_workers, use_gpus=False)
+    assert "".join(host.name for host in used) == names
+
+
+def test_too_few_slots_say_what_was_asked_and_found_where() -> None:
+    with pytest.raises(ClusterError) as caught:
+        take_slots(HOSTS, num_workers=8, use_gpus=True)
+    assert caught.value.exit_code == 3
+    assert "asked for 8 workers, found 7 GPUs on 3 host(s)" in caught.value.message
+    assert "a: 2, b: 4, c: 1" in caught.value.message
+    assert caught.value.remedy == "lower --workers to 7, or add hosts or slots"
+    with pytest.raises(ClusterError):
+        check_slots(wanted=1, found={"a": 0}, what="GPUs")
+
+
+def test_ssh_asks_no_questions_and_quotes_the_command() -> None:
+    command = ssh_command(HOSTS[1], command=["a program", "up", "$x"])
+    assert command[0] == "ssh"
+    assert "BatchMode=yes" in command
+    assert command[-4:] == ["-p", "2222", "b", "'a program' up '$x'"]
+    assert "-p" not in ssh_command(HOSTS[0], command=[sys.executable])
+
+
+def test_an_address_of_this_host_is_told_from_another_s() -> None:
+    assert is_local("127.0.0.1")
+    assert not is_local("192.0.2.7")
