@@ -155,6 +155,13 @@ def test_every_held_stage_is_reduced_once_also_without_a_microbatch() -> None:
         assert tuple(reduced) == schedule.placement.stages_of(rank)
 
 
+@pytest.mark.parametrize("num_down", [2, 3, 4, 5])
+def test_ranks_that_share_stages_start_to_reduce_them_in_one_order(num_down: int) -> None:
+    rows = lower(make("bi_stream", ranks=4, microbatches=8, num_down=num_down), reduce=True)
+    orders = [[a.stage for a in row if a.op is Op.REDUCE] for row in rows]
+    assert orders == orders[::-1]
+
+
 def test_an_unknown_name_is_answered_with_the_nearest_one() -> None:
     with pytest.raises(ScheduleError, match="there is no schedule '1f1bb'") as error:
         build("1f1bb", placement=place(PlacementKind.LINE, num_ranks=2), directions=(DOWN,))

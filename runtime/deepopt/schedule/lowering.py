@@ -55,9 +55,10 @@ def lower(schedule: Schedule, *, reduce: bool) -> Lowered:
 
     Args:
         schedule: compute actions; see `verify` for its rules.
-        reduce: add one REDUCE per held stage, right after the last gradient of that stage on
-            the rank. The ranks that hold one stage may reach it in different orders relative to
-            other stages, so it has to start an exchange, not to wait for one.
+        reduce: add one REDUCE per held stage, after the last gradient of that stage on the
+            rank and after the REDUCE of every later stage there. So all ranks that hold the
+            same stages start to exchange them in one order, which channels that ignore tags
+            need. They reach it at different times: it has to start an exchange, not to wait.
     """
     sent = _sent_order(schedule)
     rows = [
@@ -146,10 +147,16 @@ def _lower_rank(
 ) -> list[Action]:
     row = schedule.actions[rank]
     receives = _receives_before(schedule, row, sent)
-    last_gradient: dict[int, int] = {}
+    # A copy that saw no micro-batch still takes part in its stage's sum.
+    last_gradient = dict.fromkeys(schedule.placement.stages_of(rank), -1)
     for index, action in enumerate(row):
         if action.op in (Op.W, Op.B):
             last_gradient[action.stage] = index
+    reductions: dict[int, list[Action]] = {}
+    latest = -1
+    for stage in sorted(last_gradient, reverse=True):
+        latest = max(latest, last_gradient[stage])
+        reductions.setdefault(latest, []).append(Action(stage, Op.REDUCE))
 
     def actions() -> Iterator[Action]:
         for index, action in enumerate(row):
@@ -157,14 +164,11 @@ def _lower_rank(
             yield action
             if (send := _output_of(schedule, action)) is not None:
                 yield send
-            if reduce and last_gradient.get(action.stage) == index:
-                yield Action(action.stage, Op.REDUCE)
-        if reduce:  # a copy that saw no micro-batch still takes part in its stage's sum
-            for stage in schedule.placement.stages_of(rank):
-                if stage not in last_gradient:
-                    yield Action(stage, Op.REDUCE)
+            if reduce:
+                yield from reductions.get(index, ())
 
-    return list(actions())
+    early = reductions.get(-1, []) if reduce else []
+    return [*early, *actions()]
 
 
 def _receives_before(
