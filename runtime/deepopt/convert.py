@@ -130,8 +130,7 @@ def build_layers(
     else:
         torch.manual_seed(job.training.seed)
         chain = build_chain(job, device="cpu")
-        modules = {i: chain.layers[i][1] for i in indices}
-        _untie(chain, modules)
+        modules = {i: _own_module(chain, i) for i in indices}
         for module in modules.values():
             module.to(device)
     loss = find_loss(job, chain.model)
@@ -190,7 +189,8 @@ def _layers_of(model: torch.nn.Module, factory: str) -> tuple[tuple[str, torch.n
     if callable(own):
         layers = tuple(own())
     elif isinstance(model, torch.nn.Sequential):
-        layers = tuple(model.named_children())
+        # named_children() would leave out a module that stands at a second place.
+        layers = tuple((name, model.get_submodule(name)) for name in model._modules)
     else:
         raise InputError(
             f"model.factory: {factory} returned a {type(model).__name__}, which does not say "
@@ -254,8 +254,14 @@ def _initialise(chain: Chain, index: int, seed: int, device: torch.device) -> to
         ):  # to_empty() undoes ties inside a layer
             _set_parameter(module, local, module.get_parameter(source.removeprefix(f"{name}.")))
     torch.manual_seed(name_seed(seed, name))
-    reset = module.reset_parameters
-    assert callable(reset), f"{name} has no reset_parameters()"
+    reset = getattr(module, "reset_parameters", None)
+    if not callable(reset):
+        raise InputError(
+            f"model.factory: layer {name} ({type(module).__name__}) has no reset_parameters(), "
+            "but the model sets deepopt_layerwise_init",
+            remedy="give every layer a reset_parameters() that initialises all of it, or leave "
+            "deepopt_layerwise_init out",
+        )
     reset()
     return module.to(device)
 
@@ -276,16 +282,23 @@ def _share_initial_value(
         module.get_parameter(local).copy_(value)
 
 
-def _untie(chain: Chain, modules: dict[int, torch.nn.Module]) -> None:
-    """Replace parameters shared between layers by copies: each layer keeps its own."""
-    for index, module in modules.items():
-        layer = chain.layers[index][0]
-        for local, full in _parameter_names(chain, index):
-            source = chain.ties.get(full)
-            if source is not None and not _within(source, layer):
-                shared = module.get_parameter(local)
-                copied = torch.nn.Parameter(shared.detach().clone(), shared.requires_grad)
-                _set_parameter(module, local, copied)
+def _own_module(chain: Chain, index: int) -> torch.nn.Module:
+    """A layer's module; a copy where it shares parameters with an earlier layer: each layer
+    keeps its own."""
+    layer, module = chain.layers[index]
+    tied = [
+        local
+        for local, full in _parameter_names(chain, index)
+        if full in chain.ties and not _within(chain.ties[full], layer)
+    ]
+    if not tied:
+        return module
+    module = copy.deepcopy(module)  # the layers may share a module, not only its parameters
+    for local in tied:
+        shared = module.get_parameter(local)
+        copied = torch.nn.Parameter(shared.detach().clone(), shared.requires_grad)
+        _set_parameter(module, local, copied)
+    return module
 
 
 def _set_parameter(module: torch.nn.Module, local: str, value: torch.nn.Parameter) -> None:

@@ -26,6 +26,39 @@ class Tied(torch.nn.Module):
         return [("embed", self.embed), ("body", self.body), ("head", self.head)]
 
 
+def repeated_modules() -> torch.nn.Sequential:
+    """One activation at two places, and one matrix at two others."""
+    act, square = torch.nn.ReLU(), torch.nn.Linear(4, 4)
+    return torch.nn.Sequential(square, act, square, act, torch.nn.Linear(4, 2))
+
+
+class Residual(torch.nn.Module):
+    """A layer around a norm that another layer may hold, too."""
+
+    def __init__(self, norm: torch.nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+        self.body = torch.nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.body(self.norm(x))
+
+
+def shared_norm() -> torch.nn.Sequential:
+    """Two layers hold one module."""
+    norm = torch.nn.LayerNorm(6)
+    return torch.nn.Sequential(Residual(norm), Residual(norm))
+
+
+class Uninitialised(torch.nn.Sequential):
+    """Promises initialisation by layer, but its activation has none."""
+
+    deepopt_layerwise_init = True
+
+    def __init__(self) -> None:
+        super().__init__(torch.nn.Linear(2, 2), torch.nn.ReLU())
+
+
 class Stray(torch.nn.Module):
     """A parameter outside every layer."""
 

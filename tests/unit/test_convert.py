@@ -61,6 +61,29 @@ def test_tied_weights_start_equal_and_are_parameters_of_their_own() -> None:
     assert first is not last
 
 
+def test_a_module_at_two_places_of_a_sequential_is_two_layers() -> None:
+    job = make_job("support.models:repeated_modules")
+    skeleton = describe(job)
+    assert [layer.name for layer in skeleton.layers] == ["0", "1", "2", "3", "4"]
+    assert [p.tied_to for p in skeleton.layer("2").parameters] == ["0.weight", "0.bias"]
+    layers, _ = build_layers(job, range(5), device=CPU)
+    assert layers[2].parameters["2.weight"] is not layers[0].parameters["0.weight"]
+    assert torch.equal(layers[2].parameters["2.weight"], layers[0].parameters["0.weight"])
+
+
+def test_layers_that_hold_one_module_get_parameters_of_their_own() -> None:
+    layers, _ = build_layers(make_job("support.models:shared_norm"), range(2), device=CPU)
+    first, second = (layer.parameters for layer in layers)
+    assert second["1.norm.weight"] is not first["0.norm.weight"]
+    assert layers[0].module.get_parameter("norm.weight") is first["0.norm.weight"]
+    assert layers[1].tied == {"1.norm.weight": "0.norm.weight", "1.norm.bias": "0.norm.bias"}
+
+
+def test_a_layer_that_cannot_be_initialised_alone_is_named() -> None:
+    with pytest.raises(InputError, match=r"layer 1 \(ReLU\) has no reset_parameters\(\)"):
+        build_layers(make_job("support.models:Uninitialised"), range(2), device=CPU)
+
+
 def test_the_seed_changes_the_values() -> None:
     job = make_job(num_blocks=1, d_model=32, num_heads=2)
     other = job.model_copy(
