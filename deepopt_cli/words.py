@@ -210,8 +210,11 @@ def closing_lines(
     lines = [f"{status.get('state')} at step {step} of {status.get('last_step')}"]
     if status.get("loss") is not None:
         lines[0] += f", loss {_number(status['loss'], '.4f')}"
-    if status.get("tokens_per_s") is not None:
-        lines.append(f"  speed       {speed(status)}")
+    figures = (
+        report if report.get("tokens_per_s") is not None else status
+    )  # medians, or the last
+    if figures.get("tokens_per_s") is not None:
+        lines.append(f"  speed       {speed(figures)}")
     lines += [f"  {line}" for line in report_lines(report)]
     if status.get("checkpoint_step"):
         lines.append(f"  checkpoint  step {status['checkpoint_step']}")

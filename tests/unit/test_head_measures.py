@@ -55,9 +55,8 @@ def test_a_line_of_metrics_keeps_the_loss_in_full_and_adds_scalars() -> None:
 def test_the_time_left_follows_the_last_steps() -> None:
     pace = Pace()
     assert pace.time_left_s(10) is None
-    for _ in range(20):
-        pace.add(report(1.0, step_time_s=9.0))
-    for _ in range(20):
-        pace.add(report(1.0, step_time_s=2.0))
+    for seconds in [9.0] * 20 + [2.0] * 20:
+        step = report(1.0, step_time_s=seconds)
+        pace.add(step, figures_of(step, forward_flops_per_token=0.0, peak_flops={}))
     assert pace.time_left_s(10) == 20.0
     assert pace.time_left_s(-1) == 0.0

@@ -109,6 +109,7 @@ def make_report(controller: Controller) -> dict[str, Any]:
     """The content of `report.json`, when the job has ended."""
     progress, pace, generation = controller.progress, controller.pace, controller.generation
     steady = pace.step_s[WARM_UP_STEPS:] or pace.step_s
+    measured = pace.figures[WARM_UP_STEPS:] or pace.figures
     outcome = controller.outcome
     report: dict[str, Any] = {
         "job_id": controller.identity.job_id,
@@ -119,8 +120,11 @@ def make_report(controller: Controller) -> dict[str, Any]:
         "placement": str(controller.plan.placement),
         "schedule": controller.plan.schedule,
         "loss": None if progress.report is None else progress.report.loss,
-        "measured_step_s": statistics.median(steady) if steady else None,
-        "measured_bubble": None if progress.figures is None else progress.figures.bubble,
+        "measured_step_s": _median(steady),
+        "measured_bubble": _median(figures.bubble for figures in measured),
+        "tokens_per_s": _median(figures.tokens_per_s for figures in measured),
+        "tokens_per_s_per_worker": _median(f.tokens_per_s_per_worker for f in measured),
+        "mfu": _median(figures.mfu for figures in measured if figures.mfu is not None),
         "simulated_step_s": None,
         "simulated_bubble": None,
         "shared_cores": None,
@@ -146,3 +150,8 @@ def make_report(controller: Controller) -> dict[str, Any]:
         report["simulated_bubble"] = timeline.bubble
         report["shared_cores"] = cores
     return report
+
+
+def _median(values: Iterable[float]) -> float | None:
+    known = list(values)
+    return statistics.median(known) if known else None

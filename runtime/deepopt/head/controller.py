@@ -501,7 +501,7 @@ class Controller:
         )
         before = self._tokens_seen.get(report.step - 1)
         self._tokens_seen[report.step] = None if before is None else before + report.tokens
-        self.pace.add(report)
+        self.pace.add(report, figures)
         progress.step, progress.report, progress.figures = report.step, report, figures
         progress.time_left_s = self.pace.time_left_s(self.identity.last_step - report.step)
         self._board.step(report.step, metrics_line(report, figures, time=utc_now()))

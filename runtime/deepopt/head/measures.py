@@ -96,14 +96,17 @@ class Pace:
         step_s: of each step.
         update_s: the shortest update of any worker in each step; the others' include waiting.
         reduce_s: the same of gradient sums.
+        figures: of each step.
     """
 
     step_s: list[float] = field(default_factory=list)
     update_s: list[float] = field(default_factory=list)
     reduce_s: list[float] = field(default_factory=list)
+    figures: list[StepFigures] = field(default_factory=list)
 
-    def add(self, report: StepReport) -> None:
+    def add(self, report: StepReport, figures: StepFigures) -> None:
         """Take one step."""
+        self.figures.append(figures)
         self.step_s.append(report.step_time_s)
         if report.workers:
             self.update_s.append(min(times.update_s for times in report.workers))
