@@ -185,7 +185,7 @@ class HeadUnderTest:
         self.controller.start()
         return self
 
-    def ready(self) -> HeadUnderTest:
+    def ready(self, *, data: Sequence[str] = ("text", "text")) -> HeadUnderTest:
         for assignment in self.group.assignments:
             rank, generation = assignment.sender.rank, assignment.sender.generation
             self.controller.handle(
@@ -202,6 +202,7 @@ class HeadUnderTest:
                     setup_s={"build": 0.5},
                     peak_flops=1e6,
                     peak_source="job",
+                    data_fingerprint=data[rank],
                 )
             )
         return self

@@ -486,6 +486,21 @@ def test_other_gradient_groups_than_at_the_first_launch_are_refused(open_head: O
         open_head(num_groups=4).start()
 
 
+def test_hosts_with_different_data_are_refused_by_name(open_head: Open) -> None:
+    head = open_head().start().ready(data=("text", "newer text"))
+    status = head.status
+    assert (status["state"], status["exit_code"]) == ("failed", 1)
+    assert "rank 1 on alpha reads other data" in status["error"]["message"]
+
+
+def test_a_resume_with_other_data_than_before_is_refused(open_head: Open) -> None:
+    head = open_head().start().ready().steps(1, 2).checkpoint(2)
+    head.controller.request_kill()
+    head = open_head().start().ready(data=("other", "other"))
+    assert head.status["state"] == "failed"
+    assert "expected text" in head.status["error"]["message"]
+
+
 def test_fewer_steps_than_are_done_are_refused(open_head: Open) -> None:
     head = open_head().start().ready().steps(1, 4).checkpoint(4)
     head.controller.request_kill()

@@ -47,7 +47,6 @@ class Origin:
         skeleton_fingerprint: the model's.
         seed: the job's seed.
         num_groups: gradient groups of one step.
-        data_fingerprint: hash of the data source; None when it has none.
     """
 
     job_id: str
@@ -58,7 +57,6 @@ class Origin:
     skeleton_fingerprint: str
     seed: int
     num_groups: int
-    data_fingerprint: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +121,9 @@ class Committer:
         self._executor = executor
         self._origin = origin
         self._tokens_seen = tokens_seen
+        self.data_fingerprint: str | None = (
+            None  # hash of the data source, once a worker told it
+        )
         self._gathering: dict[int, _Gathering] = {}
         self._commits: dict[int, Future[Committed]] = {}
         self._refused: list[NotCommitted] = []
@@ -185,6 +186,7 @@ class Committer:
             step=step,
             gathering=gathering,
             tokens_seen=tokens_seen,
+            data_fingerprint=self.data_fingerprint,
         )
 
 
@@ -195,6 +197,7 @@ def _commit(
     step: int,
     gathering: _Gathering,
     tokens_seen: int | None,
+    data_fingerprint: str | None,
 ) -> Committed:
     path = store.commit(
         Manifest(
@@ -207,7 +210,7 @@ def _commit(
             seed=origin.seed,
             num_groups=origin.num_groups,
             tokens_seen=tokens_seen,
-            data_fingerprint=origin.data_fingerprint,
+            data_fingerprint=data_fingerprint,
             data_state=None if gathering.data_state is None else dict(gathering.data_state),
             created_at=utc_now(),
             shards=tuple(gathering.shards),

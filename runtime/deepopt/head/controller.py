@@ -27,7 +27,7 @@ from deepopt.cluster.group import (
     WorkerUp,
 )
 from deepopt.config import JobConfig
-from deepopt.errors import CheckpointError, DeepoptError
+from deepopt.errors import CheckpointError, DeepoptError, InputError
 from deepopt.head import recovery
 from deepopt.head.board import Board
 from deepopt.head.commits import Committed, Committer, NotCommitted, Origin
@@ -140,6 +140,7 @@ class Controller:
         self._ticked_s = clock.monotonic_s()
         self._tokens_seen: dict[int, int | None] = {0: 0}
         self._refused: set[tuple[str, str]] = set()
+        self._data_fingerprint: str | None = None
 
     @property
     def next_generation(self) -> int:
@@ -297,6 +298,7 @@ class Controller:
         self.progress.step = self.progress.checkpoint_step = start.step
         self.progress.checkpoint_path = start.checkpoint
         self._tokens_seen = {start.step: start.tokens_seen}
+        self._data_fingerprint = start.data_fingerprint or self._data_fingerprint
         return start
 
     def _open_generation(self, number: int, *, start_step: int) -> Generation:
@@ -310,7 +312,6 @@ class Controller:
             skeleton_fingerprint=self.skeleton.fingerprint(),
             seed=self.job.training.seed,
             num_groups=plan.num_groups,
-            data_fingerprint=None,
         )
         deadlines = Deadlines(
             heartbeat_timeout_s=faults.heartbeat_timeout_s, step_timeout_s=faults.step_timeout_s
@@ -487,10 +488,29 @@ class Controller:
                 setup_s=message.setup_s,
             )
         )
+        if not self._has_the_data(generation, message):
+            return
         starting = self.state in (JobState.STARTING, JobState.RECOVERING)
         if generation.is_ready and starting and not generation.failures:
             generation.liveness.begin_steps(now_s=self._clock.monotonic_s())
             self._move(JobState.RUNNING)
+
+    def _has_the_data(self, generation: Generation, message: WorkerReady) -> bool:
+        """Whether a worker reads the data that the others and the checkpoint know; else fail."""
+        found, known = message.data_fingerprint, self._data_fingerprint
+        if found is None:
+            return True
+        if known is not None and found != known:
+            self._end_failed(
+                f"rank {message.sender.rank} on {message.host} reads other data than the job "
+                f"began with: fingerprint {found}, expected {known}",
+                remedy="give all hosts the same files (the default text is that of their Python "
+                "version), or start a new run for new data",
+                exit_code=InputError.exit_code,
+            )
+            return False
+        self._data_fingerprint = generation.committer.data_fingerprint = found
+        return True
 
     def _on_step(self, generation: Generation, report: StepReport) -> None:
         progress = self.progress

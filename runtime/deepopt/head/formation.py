@@ -21,11 +21,13 @@ class Start:
         step: steps already done.
         checkpoint: folder of the checkpoint to load; None: initialise from the seed.
         tokens_seen: tokens trained on so far; None when unknown.
+        data_fingerprint: hash of the data trained on so far; None when unknown.
     """
 
     step: int
     checkpoint: str | None
     tokens_seen: int | None
+    data_fingerprint: str | None = None
 
 
 def choose_start(found: Found | None, *, plan: Plan, last_step: int) -> Start:
@@ -56,7 +58,10 @@ def choose_start(found: Found | None, *, plan: Plan, last_step: int) -> Start:
             remedy=f"ask for {manifest.step} steps or more",
         )
     return Start(
-        step=manifest.step, checkpoint=str(found.path), tokens_seen=manifest.tokens_seen
+        step=manifest.step,
+        checkpoint=str(found.path),
+        tokens_seen=manifest.tokens_seen,
+        data_fingerprint=manifest.data_fingerprint,
     )
 
 

@@ -74,6 +74,7 @@ class WorkerReady:
         setup_s: seconds by part (`import`, `rendezvous`, `build`, `load`).
         peak_flops: the device's peak in FLOP/s; 0 when unknown.
         peak_source: `job`, `table` or `measured`.
+        data_fingerprint: hash of the data source; None where no batch is needed.
     """
 
     sender: Sender
@@ -84,6 +85,7 @@ class WorkerReady:
     setup_s: Mapping[str, float]
     peak_flops: float
     peak_source: str
+    data_fingerprint: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

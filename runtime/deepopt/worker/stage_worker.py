@@ -16,7 +16,7 @@ import statistics
 import threading
 import time
 import traceback
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,6 +54,7 @@ logger = logging.getLogger(__name__)
 
 Report = Callable[[StepReport | ShardsWritten | CheckpointFailed], None]
 
+_TIMES_KEPT = 1000  # of each operation, the newest: the median of a run without end
 _WARM_UP_STEPS = 2  # left out of the measured times of operations: caches and allocators fill
 
 
@@ -77,7 +78,7 @@ class StageWorker:
         self._is_set_up = False
         self._wishes = Wish.NONE
         self._wishes_lock = threading.Lock()
-        self._busy_s: dict[str, list[float]] = defaultdict(list)
+        self._busy_s: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=_TIMES_KEPT))
         # Made by setup(). --------------------------------------------------------------------
         self._device = torch.device("cpu")
         self._skeleton: ModelSkeleton | None = None
@@ -148,6 +149,7 @@ class StageWorker:
             setup_s=times,
             peak_flops=peak,
             peak_source=source,
+            data_fingerprint=None if self._batches is None else self._batches.fingerprint,
         )
 
     def run(self) -> RunEnded:
@@ -163,9 +165,7 @@ class StageWorker:
         ended = time.perf_counter()
         while self._step < self._assignment.last_step:
             self._step += 1
-            with self._wishes_lock:
-                wishes, self._wishes = self._wishes, Wish.NONE
-            result = self._pipeline.run(self._step, wishes=wishes)
+            result = self._pipeline.run(self._step, take_wishes=self._take_wishes)
             began, ended = ended, time.perf_counter()
             self._account(result, step_time_s=ended - began)
             stop = bool(result.wishes & Wish.STOP)
@@ -250,6 +250,11 @@ class StageWorker:
             self._checkpointer.close()
         if self._transport is not None:
             self._transport.close()
+
+    def _take_wishes(self) -> Wish:
+        with self._wishes_lock:
+            wishes, self._wishes = self._wishes, Wish.NONE
+        return wishes
 
     def _account(self, result: StepResult, *, step_time_s: float) -> None:
         done = self._step - self._assignment.start_step
