@@ -122,7 +122,6 @@ def test_a_worker_that_hangs_on_the_other_host_is_killed_there_and_replaced(
     ("line", "reason"),
     [
         pytest.param(f"{NOBODY} slots=1", "No route to host", id="no-host"),
-        pytest.param("node-b slots=1 port=1", "Connection refused", id="no-sshd"),
         pytest.param("nobody@node-b slots=1", "Permission denied", id="no-entry"),
     ],
 )
