@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import struct
-import threading
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ from deepopt.errors import RunDirectoryError
 from deepopt.telemetry.files import (
     JsonLinesTail,
     JsonLinesWriter,
-    follow_json_lines,
     read_json,
     read_json_lines,
     write_json_atomic,
@@ -98,18 +96,6 @@ def test_a_tail_that_starts_at_the_end_leaves_out_what_is_there(tmp_path: Path) 
         tail = JsonLinesTail(tmp_path / "a.jsonl", at_end=True)
         writer.write({"step": 2})
     assert tail.read_new() == [{"step": 2}]
-
-
-def test_follow_gives_what_was_written_before_stop_and_then_ends(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    stop = threading.Event()
-    with JsonLinesWriter(path) as writer:
-        writer.write({"step": 1})
-        lines = follow_json_lines(path, stop.is_set, poll_s=0.001)
-        assert next(lines) == {"step": 1}
-        writer.write({"step": 2})
-        stop.set()
-    assert list(lines) == [{"step": 2}]
 
 
 def test_an_atomic_write_leaves_the_old_file_when_the_value_cannot_be_written(

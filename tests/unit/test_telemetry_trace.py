@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from deepopt.schedule.ir import Action, parse_action
-from deepopt.telemetry.trace import TRACKS, merge_traces, write_trace
+from deepopt.telemetry.trace import TRACKS, merge_steps, merge_traces, write_trace
 
 
 @dataclass(frozen=True)
@@ -71,3 +71,14 @@ def test_merged_traces_keep_the_distance_in_time_between_ranks(tmp_path: Path) -
 def test_no_spans_make_an_empty_trace(tmp_path: Path) -> None:
     write_trace(tmp_path / "a.json", rank=0, spans=[])
     assert work_of(tmp_path / "a.json") == []
+
+
+def test_the_traces_of_a_step_become_one_file_with_a_track_group_a_rank(tmp_path: Path) -> None:
+    assert merge_steps(tmp_path / "absent") == []
+    now = time.perf_counter_ns()
+    for step in (3, 7):
+        for rank in (0, 1):
+            path = tmp_path / f"step-{step}.rank-{rank}.json"
+            write_trace(path, rank=rank, spans=spans(f"{rank}F0", start_ns=now))
+    assert merge_steps(tmp_path) == [tmp_path / "step-3.json", tmp_path / "step-7.json"]
+    assert {e["name"] for e in work_of(tmp_path / "step-7.json")} == {"0F0", "1F0"}

@@ -125,6 +125,7 @@ class HeadActor:
         from deepopt.planner.plan import Plan
         from deepopt.planner.skeleton import ModelSkeleton
         from deepopt.telemetry.files import read_json
+        from deepopt.telemetry.trace import merge_steps
         from deepopt.worker.rendezvous import serve_store
 
         store_server = serve_store(arguments.node_ip)
@@ -156,6 +157,7 @@ class HeadActor:
             try:
                 drive(controller, self._inbox)
             finally:
+                merge_steps(run.traces)
                 board.close()
                 journal.close()
         assert controller.outcome is not None, "the loop ends with an outcome"

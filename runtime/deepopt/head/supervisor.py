@@ -13,6 +13,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -260,18 +261,25 @@ class Supervisor:
 
     @contextmanager
     def _start_deadline(self, timeout_s: float) -> Iterator[None]:
-        def expire(*_: object) -> None:
-            raise ClusterError(
+        def expire() -> None:
+            # Ray may be waiting in C++, where the main thread takes neither signals nor errors.
+            error = ClusterError(
                 f"the cluster did not start within cluster.start_timeout_s ({timeout_s:g} s)",
                 remedy="see logs/supervisor.log; raise cluster.start_timeout_s on a slow machine",
             )
+            logger.error("%s", error.message)
+            end_without_head(
+                self._run, state=JobState.FAILED, exit_code=error.exit_code, error=error
+            )
+            os.kill(os.getpid(), signal.SIGKILL)  # the last will does the rest
 
-        signal.signal(signal.SIGALRM, expire)
-        signal.setitimer(signal.ITIMER_REAL, timeout_s)
+        timer = threading.Timer(timeout_s, expire)
+        timer.daemon = True
+        timer.start()
         try:
             yield
         finally:
-            signal.setitimer(signal.ITIMER_REAL, 0.0)
+            timer.cancel()
 
     def _clear_leftovers(self) -> None:
         """Remove what an earlier supervisor of this run left when it was killed."""

@@ -10,9 +10,8 @@ from __future__ import annotations
 import json
 import math
 import os
-import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -121,25 +120,6 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
         RunDirectoryError: a line other than the last is damaged.
     """
     return JsonLinesTail(path).read_new()
-
-
-def follow_json_lines(
-    path: Path, stop: Callable[[], bool], *, poll_s: float = 0.1
-) -> Iterator[dict[str, Any]]:
-    """The objects of a growing file, as they come.
-
-    Args:
-        path: the file; need not exist yet.
-        stop: asked after each look; once it is true, what is there is read a last time.
-        poll_s: pause between two looks, in seconds.
-    """
-    tail = JsonLinesTail(path)
-    while True:
-        stopping = stop()
-        yield from tail.read_new()
-        if stopping:
-            return
-        time.sleep(poll_s)
 
 
 def write_json_atomic(path: Path, value: object, *, durable: bool = False) -> None:

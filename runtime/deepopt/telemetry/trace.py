@@ -76,6 +76,25 @@ def write_trace(path: Path, *, rank: int, spans: Sequence[TracedSpan]) -> None:
     write_json_atomic(path, trace)
 
 
+def merge_steps(folder: Path) -> list[Path]:
+    """Merge `step-N.rank-R.json` of all ranks into `step-N.json`, for each traced step.
+
+    Args:
+        folder: of the traces; need not exist.
+
+    Returns:
+        The files written.
+    """
+    steps: dict[str, list[Path]] = {}
+    for path in sorted(folder.glob("step-*.rank-*.json")):
+        steps.setdefault(path.name.partition(".rank-")[0], []).append(path)
+    targets = []
+    for name, paths in steps.items():
+        merge_traces(paths, target=folder / f"{name}.json")
+        targets.append(folder / f"{name}.json")
+    return targets
+
+
 def merge_traces(paths: Iterable[Path], *, target: Path) -> None:
     """Put the traces of several ranks on one time axis.
 
