@@ -61,8 +61,8 @@ def fault(kind: str, *, rank: int, step: int) -> dict[str, Any]:
 
 def test_a_killed_worker_is_replaced_and_a_kill_ends_the_job(launch: Launch) -> None:
     job = launch(faults=fault("kill", rank=1, step=3))
-    status = job.wait_for(lambda s: s["generation"] == 2 and s["step"] > 1)
-    assert (status["state"], status["restarts"]) == ("running", 1)
+    status = job.wait_for(lambda s: s["generation"] == 2 and s["state"] == "running")
+    assert status["restarts"] == 1
     assert [worker["rank"] for worker in status["workers"]] == [0, 1]
     (lost,) = job.events("worker_lost")
     assert (lost["rank"], lost["failure"]) == (1, "death")

@@ -21,7 +21,7 @@ def main() -> None:
         ray_node.NodeRequest(
             node_ip=ray_node.LOOPBACK,
             gcs_address=None,
-            slots=int(sys.argv[1]),
+            slots=int(sys.argv[1]) - 1,  # the head host has one more CPU
             use_gpus=False,
             temp_dir=str(temp_dir),
             object_store_bytes=80 * ray_node.MIB,

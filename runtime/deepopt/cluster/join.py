@@ -6,18 +6,21 @@ end its actors and its reservation go; everything else stays as it was.
 
 from __future__ import annotations
 
+import socket
 from typing import Any
 
 from deepopt.cluster.local import connect
 from deepopt.cluster.slots import Slot, Slots
 from deepopt.errors import ClusterError
 
+KNOCK_TIMEOUT_S = 10.0  # for the cluster's host to accept a connection
+
 
 class JoinedCluster:
     """A cluster of somebody else.
 
     Args:
-        address: `host:port` of its GCS, or `auto` for one on this host.
+        address: `HOST:PORT` of its GCS.
         num_workers: places to reserve.
         device: `worker.device` of the job; `auto` takes GPUs where there are any.
         threads: CPU threads of a worker.
@@ -40,11 +43,7 @@ class JoinedCluster:
         python_path: str,
         timeout_s: float,
     ) -> None:
-        if address.startswith("ray://"):
-            raise ClusterError(
-                f"{address} is an address of Ray Client, which cannot carry a job",
-                remedy="give the cluster's own address, HOST:6379, on a host of the cluster",
-            )
+        check_reachable(address)
         connect(address, namespace=namespace)
         try:
             ray = _import_ray()
@@ -78,6 +77,31 @@ class JoinedCluster:
             ray.util.remove_placement_group(group)
         ray.shutdown()
         return []
+
+
+def check_reachable(address: str) -> None:
+    """Knock at a cluster's door; Ray itself would try for minutes, deaf to signals.
+
+    Args:
+        address: `HOST:PORT`.
+
+    Raises:
+        ClusterError: it is no such address, or nobody answers.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdigit():
+        raise ClusterError(
+            f"cluster.address {address} is not HOST:PORT",
+            remedy="give the address of the cluster's GCS, as `ray start --head` prints it, for "
+            "example 10.0.0.5:6379, on a host of the cluster",
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_TIMEOUT_S).close()
+    except (OSError, OverflowError) as error:
+        raise ClusterError(
+            f"no Ray answers at {address}: {error}",
+            remedy="check the address and that the cluster runs: `ray status` on its head host",
+        ) from error
 
 
 def reserve(num_workers: int, *, use_gpus: bool, timeout_s: float) -> Any:

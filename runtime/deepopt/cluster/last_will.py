@@ -13,7 +13,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from deepopt.cluster.process_table import session_members
+from deepopt.cluster.process_table import find_process, session_members
 from deepopt.cluster.ray_node import remove_temp_dir
 
 KILL_TIMEOUT_S = 15.0  # for killed processes to be gone
@@ -21,7 +21,7 @@ _POLL_S = 0.02
 
 
 class LastWill:
-    """Armed when it is made. When its maker ends in an orderly way, it is one of its descendants.
+    """Armed when it is made, until `revoke`.
 
     The process inherits what the maker has open, so a lock is held until all is clean.
     """
@@ -30,14 +30,22 @@ class LastWill:
         assert os.getsid(0) == os.getpid(), "only the leader of a session can leave a will"
         reader, self._writer = os.pipe()
         maker = os.getpid()
-        if os.fork() == 0:
+        pid = os.fork()
+        if pid == 0:
             os.close(self._writer)
             _execute(reader, session=maker)
         os.close(reader)
+        self._process = find_process(pid)
 
     def add_folder(self, folder: Path) -> None:
         """Have Ray's folder removed as well."""
         os.write(self._writer, f"{folder}\n".encode())
+
+    def revoke(self) -> None:
+        """End the process: its maker has cleaned up by itself."""
+        if self._process is not None and self._process.send(signal.SIGKILL):
+            with suppress(ChildProcessError):
+                os.waitpid(self._process.pid, 0)
 
 
 def _execute(reader: int, *, session: int) -> None:

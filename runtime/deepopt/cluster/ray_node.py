@@ -127,7 +127,8 @@ def start_node(request: NodeRequest) -> Any:
     params = make_params(
         gcs_address=request.gcs_address,
         node_ip_address=request.node_ip,
-        num_cpus=0 if request.use_gpus else request.slots,
+        # One more for the head: Ray starts so many processes ahead of the first actors.
+        num_cpus=request.slots + (request.gcs_address is None),
         num_gpus=request.slots if request.use_gpus else 0,
         object_store_memory=request.object_store_bytes,
         temp_dir=request.temp_dir,

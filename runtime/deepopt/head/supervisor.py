@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.1  # between two looks for requests
+START_SLACK_S = 30.0  # for the parts of a start, which have the same deadline, to end first
 KILL_GRACE_S = 40.0  # for the head to kill its workers and to write down the end
 EXIT_INTERRUPTED = 130
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -271,9 +272,9 @@ class Supervisor:
             end_without_head(
                 self._run, state=JobState.FAILED, exit_code=error.exit_code, error=error
             )
-            os.kill(os.getpid(), signal.SIGKILL)  # the last will does the rest
+            os._exit(error.exit_code)  # the last will does the rest
 
-        timer = threading.Timer(timeout_s, expire)
+        timer = threading.Timer(timeout_s + START_SLACK_S, expire)
         timer.daemon = True
         timer.start()
         try:
@@ -303,6 +304,8 @@ class Supervisor:
             logger.exception("taking the cluster down failed")
         for what in left:
             logger.warning("could not remove %s", what)
+        if self._last_will is not None and not left:
+            self._last_will.revoke()
 
 
 def main() -> None:
