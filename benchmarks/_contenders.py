@@ -138,7 +138,7 @@ def tokens_per_step(job: JobConfig) -> int:
 
 
 def slice_table(measured: Mapping[str, Measured], *, job: JobConfig) -> str:
-    """One row a contender.
+    """One row a contender; `cores` are those it kept busy, `others' cores` those that other programs did.
 
     Args:
         measured: by contender.
@@ -151,10 +151,20 @@ def slice_table(measured: Mapping[str, Measured], *, job: JobConfig) -> str:
             f"{1e3 * one.wall_s / one.steps:.0f}",
             f"{one.cpu_s / one.steps:.2f}",
             f"{one.cpu_s / one.wall_s:.2f}",
+            f"{one.others_cpu_s / one.wall_s:.2f}",
             str(one.steps),
             f"{one.losses[-1]:.6f}",
         )
         for name, one in measured.items()
     ]
-    header = ("contender", "tokens/s", "step ms", "CPU s/step", "cores used", "steps", "loss")
+    header = (
+        "contender",
+        "tokens/s",
+        "step ms",
+        "CPU s/step",
+        "cores",
+        "others' cores",
+        "steps",
+        "loss",
+    )
     return table(header, rows)

@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 
 _MARK = "DEEPOPT_BENCHMARK_RUN"
 _BETWEEN_INTERRUPTS_S = 2.0
@@ -134,6 +135,23 @@ class StartedCommand:
                 continue
             if self._mark in marks:
                 yield int(folder.name)
+
+
+def machine_cpu_s() -> float:
+    """CPU seconds that all programs of this machine have used since its start."""
+    # user, nice, system, idle, iowait, irq, softirq
+    ticks = [int(word) for word in Path("/proc/stat").read_text().splitlines()[0].split()[1:8]]
+    return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
+
+
+def end_cleanly_on_signals() -> None:
+    """Let SIGTERM and SIGHUP unwind this program like Ctrl-C, so that `started` can clean up."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
 
 
 @contextmanager

@@ -11,12 +11,12 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from _processes import StartedCommand, started
+from _processes import StartedCommand, machine_cpu_s, started
 from _report import progress
 
 _LOOK_EVERY_S = 0.005
@@ -68,12 +68,14 @@ class Measured:
         steps: whole steps that were measured.
         wall_s: time that it was allowed to run for them.
         cpu_s: CPU time of all its processes in them.
+        others_cpu_s: CPU time of all other programs of the machine in that time.
     """
 
     losses: tuple[float, ...]
     steps: int
     wall_s: float
     cpu_s: float
+    others_cpu_s: float
 
 
 def measure(
@@ -168,6 +170,7 @@ class _Runner:
         self._steps_file = contender.steps_path(out)
         self._timeout_s = timeout_s
         self._wall_s = 0.0
+        self._machine_cpu_s = 0.0
         self._first_step = 0
         self._cpu_before_s = 0.0
         self._running: StartedCommand = stack.enter_context(
@@ -188,19 +191,17 @@ class _Runner:
         self._cpu_before_s = self._running.cpu_s()
 
     def run_slice(self, slice_s: float) -> None:
-        began = time.perf_counter()
-        self._running.resume()
-        time.sleep(slice_s)
-        self._running.pause()
-        self._wall_s += time.perf_counter() - began
+        with self._timed():
+            self._running.resume()
+            time.sleep(slice_s)
+            self._running.pause()
         self._check_alive()
 
     def finish(self) -> Measured:
         """Go on to the end of the step in work, and stop there."""
-        began = time.perf_counter()
-        self._running.resume()
-        last = self._wait_for_step(len(read_steps(self._steps_file)) + 1)
-        self._wall_s += time.perf_counter() - began
+        with self._timed():
+            self._running.resume()
+            last = self._wait_for_step(len(read_steps(self._steps_file)) + 1)
         cpu_s = self._running.cpu_s() - self._cpu_before_s
         self._running.end()
         return Measured(
@@ -208,7 +209,15 @@ class _Runner:
             steps=last - self._first_step,
             wall_s=self._wall_s,
             cpu_s=cpu_s,
+            others_cpu_s=max(0.0, self._machine_cpu_s - cpu_s),
         )
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        wall_s, used_s = time.perf_counter(), machine_cpu_s()
+        yield
+        self._wall_s += time.perf_counter() - wall_s
+        self._machine_cpu_s += machine_cpu_s() - used_s
 
     def _wait_for_step(self, step: int) -> int:
         deadline = time.monotonic() + self._timeout_s

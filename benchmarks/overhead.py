@@ -21,6 +21,7 @@ import torch
 from _contenders import deepopt, measure_slices, parse_slices, plain_loop, say_job, slice_table
 from _machine import describe
 from _peer_loop import PlainLoop
+from _processes import end_cleanly_on_signals
 from _report import progress, ratio_line, say
 from _time_slices import check_same_training
 
@@ -40,6 +41,7 @@ OURS, PEER = "deepopt launch --workers 1", "plain loop"
 def main() -> None:
     """Measure both and print the table and the ratio."""
     options = parse_slices(__doc__)
+    end_cleanly_on_signals()
     say("\n".join(describe()))
     small = ["model.kwargs={d_model: 64, expert_hidden: 32}"] if options.quick else []
     job = load_job(None, ["checkpoint.every=0", *small])

@@ -20,7 +20,7 @@ from typing import Any
 
 from _contenders import deepopt, pipelining
 from _machine import describe
-from _processes import started
+from _processes import end_cleanly_on_signals, started
 from _report import progress, ratio_line, say, table
 from _time_slices import Contender
 
@@ -36,6 +36,7 @@ Parts = dict[str, float]
 def main() -> None:
     """Start both in turns and print the parts and the ratio."""
     options = _parse()
+    end_cleanly_on_signals()
     say("\n".join(describe()))
     size = ", d_model: 64, expert_hidden: 32" if options.quick else ""
     job = load_job(

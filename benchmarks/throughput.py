@@ -22,6 +22,7 @@ from _contenders import (
     slice_table,
 )
 from _machine import describe
+from _processes import end_cleanly_on_signals
 from _report import ratio_line, say
 
 from deepopt.config import JobConfig
@@ -39,6 +40,7 @@ PEERS = {"torch Schedule1F1B": "1f1b", "torch ScheduleDualPipeV": "dual_pipe_v"}
 def main() -> None:
     """Run all contenders in turns and print the table and the ratio."""
     options = parse_slices(__doc__)
+    end_cleanly_on_signals()
     say("\n".join(describe()))
     job = _job(quick=options.quick)
     say_job(job, workers=WORKERS, options=options)
