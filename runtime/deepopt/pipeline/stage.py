@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -56,6 +57,15 @@ class _Segment:
     outputs: Tensors | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Habits:
+    """What only a run with gradients tells of a segment: which outputs require one, and whether
+    it writes to its inputs."""
+
+    requires_grad: tuple[bool, ...]
+    writes_inputs: bool
+
+
 class Stage:
     """The layers of one stage and its micro-batches in flight.
 
@@ -99,6 +109,7 @@ class Stage:
         self._loss = loss
         self._recompute = recompute
         self._flights: dict[int, list[_Segment]] = {}
+        self._habits: dict[int, _Habits] = {}  # of recomputed segments, by first layer
         self._queues: dict[int, WeightGradQueue] = {}
         self._holder = WeightGradHolder()
         for layer in self.layers:
@@ -122,7 +133,8 @@ class Stage:
 
         Args:
             microbatch: global index in the step.
-            inputs: tensors that nobody else writes to; those that take a gradient say so.
+            inputs: tensors that nobody else writes to, on any device; those that take a
+                gradient say so.
             targets: for the last stage.
 
         Returns:
@@ -131,7 +143,8 @@ class Stage:
         """
         runs = [(layer,) for layer in self.layers] if self._recompute else [self.layers]
         flight = []
-        values = inputs
+        values = tuple(t.to(self._device) for t in inputs)
+        targets = None if targets is None else targets.to(self._device)
         for position, layers in enumerate(runs):
             ends = position == len(runs) - 1
             segment = _Segment(layers, _as_leaves(values), targets if ends else None)
@@ -139,12 +152,7 @@ class Stage:
             # The last layer and the loss are kept: their backward comes next, nothing would be
             # saved.
             if self._recompute and not (ends and self._loss is not None):
-                with torch.no_grad():
-                    values = self._apply(segment, microbatch)
-                takes_grad = _takes_gradient(segment)
-                values = tuple(
-                    v.requires_grad_(takes_grad and v.is_floating_point()) for v in values
-                )
+                values = self._run_without_graph(segment, microbatch)
             else:
                 self._run(segment, microbatch)
                 assert segment.outputs is not None, "a segment that ran has outputs"
@@ -212,8 +220,11 @@ class Stage:
         self._queues.clear()
 
     def _run(self, segment: _Segment, microbatch: int) -> None:
+        habits = self._habits.get(segment.layers[0].index)
+        copy = habits is not None and habits.writes_inputs
         with torch.enable_grad():
-            outputs = self._apply(segment, microbatch)
+            values = tuple(leaf.clone() if copy else _enter(leaf) for leaf in segment.leaves)
+            outputs = self._apply(segment.layers, values, microbatch)
             if self._loss is not None and segment.layers[-1] is self.layers[-1]:
                 assert segment.targets is not None, "the last stage was given no targets"
                 loss = self._loss(outputs[0], segment.targets)
@@ -221,9 +232,28 @@ class Stage:
                 outputs = (loss / self._num_microbatches,)
         segment.outputs = outputs
 
-    def _apply(self, segment: _Segment, microbatch: int) -> Tensors:
-        values = segment.leaves
-        for layer in segment.layers:
+    def _run_without_graph(self, segment: _Segment, microbatch: int) -> Tensors:
+        key = segment.layers[0].index
+        habits = self._habits.get(key)
+        with torch.set_grad_enabled(habits is None):
+            # A layer may write to its inputs; the leaves are needed again.
+            copy = habits is None or habits.writes_inputs
+            values = tuple(leaf.clone() if copy else leaf for leaf in segment.leaves)
+            outputs = self._apply(segment.layers, values, microbatch)
+        if habits is None:
+            habits = self._habits[key] = _Habits(
+                requires_grad=tuple(out.requires_grad for out in outputs),
+                writes_inputs=any(value._version > 0 for value in values),
+            )
+        return tuple(
+            out.detach().requires_grad_(requires_grad)
+            for out, requires_grad in zip(outputs, habits.requires_grad, strict=True)
+        )
+
+    def _apply(self, layers: Sequence[Layer], values: Tensors, microbatch: int) -> Tensors:
+        for position, layer in enumerate(layers):
+            if position > 0:
+                values = tuple(map(_enter, values))
             seed = mix(self._seed, self._step, microbatch, layer.index)
             seed_generators(seed, self._device)
             result = layer.module(*values)
@@ -231,11 +261,29 @@ class Stage:
         return values
 
 
+class _Boundary(torch.autograd.Function):
+    """Identity between two layers, contiguous both ways.
+
+    Tensors are contiguous where a cut sends them, and the layout of an operand can change the
+    bits of a product; so they are contiguous between any two layers. What it returns is no
+    leaf: the next layer may write to it, as it may inside one process.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.detach().contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return grad.contiguous()
+
+
+def _enter(x: torch.Tensor) -> torch.Tensor:
+    if not x.requires_grad:
+        return x.contiguous()
+    out: torch.Tensor = _Boundary.apply(x)  # type: ignore[no-untyped-call]
+    return out
+
+
 def _as_leaves(tensors: Tensors) -> Tensors:
-    return tuple(t.detach().requires_grad_(t.requires_grad) for t in tensors)
-
-
-def _takes_gradient(segment: _Segment) -> bool:
-    return any(leaf.requires_grad for leaf in segment.leaves) or any(
-        layer.trainable for layer in segment.layers
-    )
+    return tuple(t.detach().contiguous().requires_grad_(t.requires_grad) for t in tensors)

@@ -153,12 +153,15 @@ class PipelineStep:
             roads |= dict.fromkeys(channels(bucket.holders, rank))
         transport.open(roads)
 
-    def run(self, step: int, *, wishes: Wish = Wish.NONE) -> StepResult:
+    def run(
+        self, step: int, *, take_wishes: Callable[[], Wish] = lambda: Wish.NONE
+    ) -> StepResult:
         """Train one step.
 
         Args:
             step: 1-based.
-            wishes: what this worker was asked for.
+            take_wishes: what this worker was asked for; called at the exchange, so that a
+                wish counts for the step in which it comes.
 
         Raises:
             TrainingError: the loss or the gradient norm is not finite; nothing was updated.
@@ -177,7 +180,7 @@ class PipelineStep:
         totals.reduce_s += time.perf_counter() - reducing
 
         exchanging = time.perf_counter()
-        own = self._row(wishes, totals, step_s=exchanging - began)
+        own = self._row(take_wishes(), totals, step_s=exchanging - began)
         rows = self._transport.all_gather(own)
         result = self._agree(step, rows, spans)
         self._update(result)

@@ -139,6 +139,8 @@ class LayerCheckpointer:
 
     def _on_failed(self, step: int, reason: str) -> None:
         logger.warning("checkpoint of step %d failed: %s", step, reason)
+        with self._lock:
+            self._data_states.pop(step, None)
         self._report(CheckpointFailed(sender=self._sender, step=step, reason=reason))
 
 
