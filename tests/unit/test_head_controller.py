@@ -169,6 +169,33 @@ def test_an_export_that_fails_is_named(open_head: Open) -> None:
     assert "no space left on device" in head.status["error"]["message"]
 
 
+def test_a_worker_that_dies_while_it_exports_is_replaced_and_exports_again(
+    open_head: Open,
+) -> None:
+    head = open_head().start().ready().steps(1, 6).checkpoint(6).end(6)
+    head.dies(1)  # its work is done
+    assert head.events("worker_lost") == []
+    head.dies(0)
+    head.wait(0.5)
+    assert head.group.assignments[0].start_step == 6
+    head.ready().end(6).exported()
+    assert (head.status["state"], head.status["restarts"]) == ("finished", 1)
+
+
+def test_a_report_that_fails_does_not_hide_the_end(
+    open_head: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = open_head().start().ready().steps(1, 6).checkpoint(6).end(6)
+
+    def fail(content: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(head.board, "report", fail)
+    head.exported()
+    assert head.status["state"] == "finished"
+    assert "no closing report" in head.events("warning")[0]["message"]
+
+
 # --- losses ----------------------------------------------------------------------------------
 
 

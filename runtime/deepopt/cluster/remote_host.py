@@ -86,8 +86,8 @@ def _keep(request: dict[str, Any], writer: int) -> None:
         signal.signal(signal.SIGTERM, _raise_exit)
         become_subreaper()
         temp_dir.mkdir(mode=0o700, exist_ok=True)
-        LastWill().add_folder(temp_dir)
         _redirect(temp_dir / LOG_NAME)
+        LastWill().add_folder(temp_dir)  # after it: what it holds of ssh's streams, ssh waits for
         ray_node.prepare_environment(
             threads=request.pop("threads"), token=request.pop("token"), loopback=False
         )

@@ -151,6 +151,8 @@ class RayWorkerGroup:
 
         def failed(error: BaseException) -> None:
             if isinstance(error, RayActorError):
+                # Said also when it was said before: its end only matters from now on.
+                members.workers[rank].ended = False
                 self._on_gone(members, rank, error)
                 return
             cause = getattr(error, "cause", None) or error

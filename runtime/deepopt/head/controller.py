@@ -31,10 +31,9 @@ from deepopt.errors import CheckpointError, DeepoptError, InputError
 from deepopt.head import recovery
 from deepopt.head.board import Board
 from deepopt.head.commits import Committed, Committer, NotCommitted, Origin
-from deepopt.head.formation import Start, choose_start, make_assignments
-from deepopt.head.generation import Generation, make_members
+from deepopt.head.formation import Start, choose_start, make_assignments, open_generation
+from deepopt.head.generation import Generation, find_late_start, lost_worker
 from deepopt.head.journal import Journal, replay
-from deepopt.head.liveness import Deadlines, Liveness
 from deepopt.head.measures import Pace, figures_of, metrics_line
 from deepopt.head.state import ENDED, JobState, advance
 from deepopt.head.status import Identity, Progress, error_of, status_of
@@ -261,7 +260,17 @@ class Controller:
             checkpoint=start.checkpoint,
         )
         self._number = number
-        self.generation = generation = self._open_generation(number, start_step=start.step)
+        self.generation = generation = open_generation(
+            number,
+            plan=plan,
+            job=self.job,
+            job_id=self.identity.job_id,
+            skeleton_fingerprint=self.skeleton.fingerprint(),
+            start=start,
+            now_s=self._clock.monotonic_s(),
+            incarnations=[self._new_incarnation() for _ in range(plan.world_size)],
+            make_committer=self._make_committer,
+        )
         self._board.tell(
             events.GenerationFormed(
                 generation=number,
@@ -301,54 +310,12 @@ class Controller:
         self._data_fingerprint = start.data_fingerprint or self._data_fingerprint
         return start
 
-    def _open_generation(self, number: int, *, start_step: int) -> Generation:
-        plan, faults = self.plan, self.job.faults
-        origin = Origin(
-            job_id=self.identity.job_id,
-            generation=number,
-            num_writers=plan.world_size,
-            plan=plan.to_json(),
-            plan_fingerprint=plan.fingerprint(),
-            skeleton_fingerprint=self.skeleton.fingerprint(),
-            seed=self.job.training.seed,
-            num_groups=plan.num_groups,
-        )
-        deadlines = Deadlines(
-            heartbeat_timeout_s=faults.heartbeat_timeout_s, step_timeout_s=faults.step_timeout_s
-        )
-        return Generation(
-            number=number,
-            plan=plan,
-            start_step=start_step,
-            began_s=self._clock.monotonic_s(),
-            members=make_members(
-                plan,
-                job_id=self.identity.job_id,
-                generation=number,
-                incarnations=[self._new_incarnation() for _ in range(plan.world_size)],
-            ),
-            liveness=Liveness(deadlines),
-            committer=Committer(
-                self._store,
-                executor=self._executor,
-                origin=origin,
-                tokens_seen=self._tokens_seen.get,
-            ),
-        )
-
     def _look_for_losses(self, generation: Generation, *, now_s: float) -> None:
-        setup_timeout_s = self.job.faults.setup_timeout_s
-        if not generation.is_ready and now_s - generation.began_s > setup_timeout_s:
-            waiting = [m for m in generation.members if m.ready is None]
-            # A worker without a process keeps those that have one waiting.
-            culprit = min(waiting, key=lambda member: (member.pid > 0, member.sender.rank))
-            what = "is not ready" if culprit.pid else "has no process"
-            self._hang(
-                generation,
-                culprit.sender.rank,
-                message=f"{what} after {now_s - generation.began_s:.0f} s "
-                f"(faults.setup_timeout_s {setup_timeout_s:g})",
-            )
+        late = find_late_start(
+            generation, now_s=now_s, timeout_s=self.job.faults.setup_timeout_s
+        )
+        if late is not None:
+            self._hang(generation, late.rank, message=late.message)
             return
         for finding in generation.liveness.check(now_s=now_s, stepping=generation.is_ready):
             if finding.kind == "suspect":
@@ -358,36 +325,18 @@ class Controller:
                 self._hang(generation, finding.rank, message=finding.message)
 
     def _hang(self, generation: Generation, rank: int, *, message: str) -> None:
-        self._add_failure(generation, self._failure(generation, rank, "hang", message))
+        self._add_failure(
+            generation,
+            lost_worker(generation, rank, "hang", message, step_done=self.progress.step),
+        )
         self._group.kill(rank)
 
-    def _failure(
-        self,
-        generation: Generation,
-        rank: int,
-        kind: str,
-        message: str,
-        *,
-        traceback: str = "",
-    ) -> Failure:
-        """What the head itself says of a worker that cannot speak any more."""
-        member = generation.members[rank]
-        beat = generation.liveness.last(rank)
-        step, action = 0, ""
-        if beat is not None and member.ready is not None:
-            # Its last sign may be older than the last step that all have done.
-            step = max(beat.step, self.progress.step + 1)
-            action = beat.action if beat.step == step else ""
-        return Failure(
-            sender=member.sender,
-            kind=kind,
-            step=step,
-            action=action,
-            message=message,
-            traceback=traceback,
-            exit_code=4,
-            pid=member.pid,
-            host=member.host,
+    def _make_committer(self, origin: Origin) -> Committer:
+        return Committer(
+            self._store,
+            executor=self._executor,
+            origin=origin,
+            tokens_seen=self._tokens_seen.get,
         )
 
     def _add_failure(self, generation: Generation, failure: Failure) -> None:
@@ -422,7 +371,9 @@ class Controller:
         for rank in generation.liveness.suspects():
             silence_s = generation.liveness.age_s(rank, now_s=self._clock.monotonic_s())
             message = f"no heartbeat for {silence_s:.1f} s when its peers failed"
-            failure = self._failure(generation, rank, "hang", message)
+            failure = lost_worker(
+                generation, rank, "hang", message, step_done=self.progress.step
+            )
             self._add_failure(generation, failure)
         verdict = recovery.decide(
             generation.failures,
@@ -530,8 +481,13 @@ class Controller:
         member = generation.members[event.rank]
         if member.ended is not None and not (generation.exporting and event.rank == 0):
             return  # its work is done
-        failure = self._failure(
-            generation, event.rank, "death", event.reason, traceback=event.traceback
+        failure = lost_worker(
+            generation,
+            event.rank,
+            "death",
+            event.reason,
+            step_done=self.progress.step,
+            traceback=event.traceback,
         )
         self._add_failure(generation, failure)
 
@@ -642,9 +598,16 @@ class Controller:
             committer = self.generation.committer
             self._take_commits(committer.drain(timeout_s=self._drain_timeout_s))
         self.outcome = Outcome(state=state, exit_code=exit_code)
-        if self._make_report is not None:
-            self._board.report(self._make_report(self))
+        self._report()
         self._announce(previous, reason=reason)
+
+    def _report(self) -> None:
+        if self._make_report is None:
+            return
+        try:
+            self._board.report(self._make_report(self))
+        except Exception as error:  # noqa: BLE001 - it must not keep the end from being told
+            self._warn(f"no closing report: {type(error).__name__}: {error}")
 
     # --- journal and board ---------------------------------------------------------------
 

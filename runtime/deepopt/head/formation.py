@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from deepopt.checkpoint.verification import Found
 from deepopt.config import JobConfig
 from deepopt.errors import InputError
-from deepopt.head.generation import Generation
+from deepopt.head.commits import Committer, Origin
+from deepopt.head.generation import Generation, make_members
+from deepopt.head.liveness import Deadlines, Liveness
 from deepopt.planner.plan import Plan
 from deepopt.worker.messages import Assignment
 
@@ -62,6 +64,56 @@ def choose_start(found: Found | None, *, plan: Plan, last_step: int) -> Start:
         checkpoint=str(found.path),
         tokens_seen=manifest.tokens_seen,
         data_fingerprint=manifest.data_fingerprint,
+    )
+
+
+def open_generation(
+    number: int,
+    *,
+    plan: Plan,
+    job: JobConfig,
+    job_id: str,
+    skeleton_fingerprint: str,
+    start: Start,
+    now_s: float,
+    incarnations: Sequence[str],
+    make_committer: Callable[[Origin], Committer],
+) -> Generation:
+    """A new generation of which no worker has been heard yet.
+
+    Args:
+        number: the generation.
+        plan: who holds which layers.
+        job: the resolved job.
+        job_id: its id.
+        skeleton_fingerprint: the model's.
+        start: where it takes up the job.
+        now_s: the time.
+        incarnations: a fresh uuid for each rank.
+        make_committer: takes what the generation's checkpoints have in common.
+    """
+    origin = Origin(
+        job_id=job_id,
+        generation=number,
+        num_writers=plan.world_size,
+        plan=plan.to_json(),
+        plan_fingerprint=plan.fingerprint(),
+        skeleton_fingerprint=skeleton_fingerprint,
+        seed=job.training.seed,
+        num_groups=plan.num_groups,
+    )
+    deadlines = Deadlines(
+        heartbeat_timeout_s=job.faults.heartbeat_timeout_s,
+        step_timeout_s=job.faults.step_timeout_s,
+    )
+    return Generation(
+        number=number,
+        plan=plan,
+        start_step=start.step,
+        began_s=now_s,
+        members=make_members(plan, job_id=job_id, generation=number, incarnations=incarnations),
+        liveness=Liveness(deadlines),
+        committer=make_committer(origin),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from deepopt.errors import WorkersLostError
 from deepopt.head.commits import Committer
 from deepopt.head.liveness import Liveness
 from deepopt.planner.plan import Plan
@@ -123,3 +124,78 @@ def make_members(
         )
         for rank, incarnation in enumerate(incarnations)
     ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LateStart:
+    """A worker that keeps its group from starting.
+
+    Args:
+        rank: the worker.
+        message: one line with the values.
+    """
+
+    rank: int
+    message: str
+
+
+def find_late_start(
+    generation: Generation, *, now_s: float, timeout_s: float
+) -> LateStart | None:
+    """The worker to blame for a start that takes too long; None while it does not.
+
+    Args:
+        generation: the workers.
+        now_s: the time.
+        timeout_s: longest start, `faults.setup_timeout_s`.
+    """
+    lasted_s = now_s - generation.began_s
+    waiting = [member for member in generation.members if member.ready is None]
+    if not waiting or lasted_s <= timeout_s:
+        return None
+    # A worker without a process keeps those that have one waiting.
+    culprit = min(waiting, key=lambda member: (member.pid > 0, member.sender.rank))
+    what = "is not ready" if culprit.pid else "has no process"
+    return LateStart(
+        rank=culprit.sender.rank,
+        message=f"{what} after {lasted_s:.0f} s (faults.setup_timeout_s {timeout_s:g})",
+    )
+
+
+def lost_worker(
+    generation: Generation,
+    rank: int,
+    kind: str,
+    message: str,
+    *,
+    step_done: int,
+    traceback: str = "",
+) -> Failure:
+    """What the head itself says of a worker that cannot speak any more.
+
+    Args:
+        generation: its group.
+        rank: the worker.
+        kind: `death` or `hang`.
+        message: one line.
+        step_done: the last step that all have done.
+        traceback: what its process left behind; empty when nothing.
+    """
+    member = generation.members[rank]
+    beat = generation.liveness.last(rank)
+    step, action = 0, ""
+    if beat is not None and member.ready is not None:
+        # Its last sign may be older than the last step that all have done.
+        step = max(beat.step, step_done + 1)
+        action = beat.action if beat.step == step else ""
+    return Failure(
+        sender=member.sender,
+        kind=kind,
+        step=step,
+        action=action,
+        message=message,
+        traceback=traceback,
+        exit_code=WorkersLostError.exit_code,
+        pid=member.pid,
+        host=member.host,
+    )
