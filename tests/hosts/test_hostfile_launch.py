@@ -17,10 +17,10 @@ pytestmark = [
     pytest.mark.multihost,
     pytest.mark.ray,
     pytest.mark.slow,
-    pytest.mark.timeout(300),  # two launches and their tidying, on a busy machine
+    pytest.mark.timeout(540),  # two launches and their tidying, on a busy machine
 ]
 
-LAUNCH_TIMEOUT_S = 120.0
+LAUNCH_TIMEOUT_S = 240.0
 COMMAND_TIMEOUT_S = 30.0
 STEPS = 3
 NOBODY = "10.77.0.99"

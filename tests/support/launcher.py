@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 DEEPOPT = str(Path(sys.executable).parent / "deepopt")
-TIMEOUT_S = 150.0
+TIMEOUT_S = 240.0
 
 TINY: dict[str, Any] = {
     "model": {
