@@ -87,9 +87,8 @@ def _keep(request: dict[str, Any], writer: int) -> None:
         become_subreaper()
         temp_dir.mkdir(mode=0o700, exist_ok=True)
         _redirect(temp_dir / LOG_NAME)
-        LastWill().add_folder(
-            temp_dir
-        )  # after it: what it holds of ssh's streams, ssh waits for
+        # Only now: ssh would wait for a will that holds its streams, and so would the head.
+        LastWill().add_folder(temp_dir)
         ray_node.prepare_environment(
             threads=request.pop("threads"), token=request.pop("token"), loopback=False
         )
