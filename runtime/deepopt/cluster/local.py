@@ -69,6 +69,7 @@ class LocalCluster:
         Returns:
             What could not be removed; empty as a rule.
         """
+        disconnect()
         return close_own_ray(self._temp_dir)
 
 
@@ -97,8 +98,15 @@ def connect(address: str, *, namespace: str) -> None:
         ) from error
 
 
+def disconnect() -> None:
+    """The opposite of `connect`."""
+    import ray
+
+    ray.shutdown()
+
+
 def close_own_ray(temp_dir: Path) -> list[str]:
-    """Disconnect, end all processes below the calling one, remove Ray's folder.
+    """End all processes below the calling one, remove Ray's folder; needs no Ray for it.
 
     Args:
         temp_dir: folder from `ray_node.make_temp_dir`.
@@ -106,9 +114,6 @@ def close_own_ray(temp_dir: Path) -> list[str]:
     Returns:
         What could not be removed.
     """
-    import ray
-
-    ray.shutdown()
     left = kill_descendants(timeout_s=KILL_TIMEOUT_S)
     ray_node.remove_temp_dir(temp_dir)
     return [f"process {process.pid}" for process in left]

@@ -20,7 +20,7 @@ from typing import Any
 
 from deepopt.cluster import ray_node
 from deepopt.cluster.hostfile import Host
-from deepopt.cluster.local import close_own_ray, connect, count_gpus
+from deepopt.cluster.local import close_own_ray, connect, count_gpus, disconnect
 from deepopt.cluster.slots import Slot, Slots, check_slots
 from deepopt.errors import ClusterError
 
@@ -77,6 +77,7 @@ class SshCluster:
     ) -> None:
         self._temp_dir = temp_dir
         self._reached: list[ReachedHost] = []
+        self._connected = False
         token = ray_node.make_token()
         ray_node.prepare_environment(threads=threads, token=token, loopback=False)
         use_gpus = device == "cuda" or (device == "auto" and count_gpus() > 0)
@@ -120,6 +121,7 @@ class SshCluster:
                 timeout_s=timeout_s,
             )
             connect(node.gcs_address, namespace=namespace)
+            self._connected = True
         except BaseException:
             self.close()
             raise
@@ -147,6 +149,8 @@ class SshCluster:
             for found in pool.map(_take_down, keepers):
                 left += found
         self._reached = []
+        if self._connected:
+            disconnect()
         return left + close_own_ray(self._temp_dir)
 
     def _bring_up(

@@ -294,14 +294,15 @@ class Supervisor:
     def _tear_down(self) -> None:
         from deepopt.cluster.local import close_own_ray
 
-        left = []
+        left: list[str] = []
         try:
             if self._cluster is not None:
                 left = self._cluster.close()
             elif self._temp_dir is not None:  # it failed half-way
                 left = close_own_ray(self._temp_dir)
-        except Exception:  # the process's edge: go on to the end
+        except Exception:  # the process's edge: the last will does the rest
             logger.exception("taking the cluster down failed")
+            return
         for what in left:
             logger.warning("could not remove %s", what)
         if self._last_will is not None and not left:
