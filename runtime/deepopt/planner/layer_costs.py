@@ -1,0 +1,241 @@
+"""What each layer costs, in seconds and bytes, whatever the source; and the costs of stages from it.
+
+Pure. State belongs to layers, and so do costs: a stage's cost is the sum over its layers, so one
+`LayerCosts` prices every cut and every placement. It does not measure (`calibrate`) and does not
+choose (`choose`).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from deepopt.errors import PlanError
+from deepopt.schedule.ir import Placement
+from deepopt.schedule.simulate import CostTable
+
+_PER_LAYER = (
+    "input_s",
+    "weight_s",
+    "prepare_s",
+    "update_s",
+    "activation_bytes",
+    "input_bytes",
+    "output_bytes",
+    "gradient_bytes",
+    "state_bytes",
+)
+_PER_RANK = ("rank_factor", "memory_bytes")
+_MAY_NOT_BE_EMPTY = ("input_s", "weight_s")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerCosts:
+    """Costs of the layers of a chain; an empty tuple means none, or not known.
+
+    Args:
+        forward_s: F of each layer on one micro-batch, on a rank of factor 1.
+        input_s: I of each layer.
+        weight_s: W of each layer; 0 where it is computed in I.
+        prepare_s: R of each layer; empty where nothing is recomputed.
+        update_s: optimizer update of each layer, once a step, by each of its holders.
+        activation_bytes: of each layer, held for a micro-batch from F to the end of W; with
+            recompute, from R on.
+        input_bytes: of each layer, held for a micro-batch from F to R where it is recomputed.
+        output_bytes: of each layer, sent per micro-batch if a cut follows it; its gradient comes
+            back with as many.
+        gradient_bytes: of each layer, exchanged between the copies of a stage once a step.
+        state_bytes: parameters, gradients and moments of each layer, per copy.
+        rank_factor: multiplies all compute of a pipeline rank; empty for 1.
+        memory_bytes: memory of each pipeline rank for states and activations; empty for any.
+        latency_s: from the end of a transfer to its arrival.
+        bytes_per_s: of a route between two ranks; None for no limit.
+        action_s: what each action takes on top, whatever its stage: the price of small pieces.
+        source: where the figures are from, in a word: measured, estimated, emulated, ...
+    """
+
+    forward_s: tuple[float, ...]
+    input_s: tuple[float, ...]
+    weight_s: tuple[float, ...]
+    prepare_s: tuple[float, ...] = ()
+    update_s: tuple[float, ...] = ()
+    activation_bytes: tuple[float, ...] = ()
+    input_bytes: tuple[float, ...] = ()
+    output_bytes: tuple[float, ...] = ()
+    gradient_bytes: tuple[float, ...] = ()
+    state_bytes: tuple[float, ...] = ()
+    rank_factor: tuple[float, ...] = ()
+    memory_bytes: tuple[float, ...] = ()
+    latency_s: float = 0.0
+    bytes_per_s: float | None = None
+    action_s: float = 0.0
+    source: str
+
+    def __post_init__(self) -> None:
+        num_layers = len(self.forward_s)
+        for name in _PER_LAYER:
+            figures: tuple[float, ...] = getattr(self, name)
+            if len(figures) != num_layers and (figures or name in _MAY_NOT_BE_EMPTY):
+                raise PlanError(
+                    f"the costs name {num_layers} layers in forward_s, {len(figures)} in {name}",
+                    remedy="give one figure for each layer of the model",
+                )
+        for name in ("forward_s", *_PER_LAYER, *_PER_RANK):
+            for index, figure in enumerate(getattr(self, name)):
+                if not 0 <= figure < float("inf"):
+                    raise PlanError(
+                        f"the costs hold {name}[{index}] = {figure}",
+                        remedy="costs are finite and not negative",
+                    )
+        if not all(0 <= s < float("inf") for s in (self.latency_s, self.action_s)):
+            raise PlanError(
+                f"latency_s {self.latency_s} and action_s {self.action_s} must be finite and "
+                "not negative"
+            )
+        if self.bytes_per_s is not None and not 0 < self.bytes_per_s < float("inf"):
+            raise PlanError(
+                f"a route of {self.bytes_per_s} bytes/s carries nothing",
+                remedy="give a positive rate, or none for no limit",
+            )
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the chain."""
+        return len(self.forward_s)
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether there is an R: some layer is run again for its backward."""
+        return any(self.prepare_s)
+
+    @property
+    def work_s(self) -> tuple[float, ...]:
+        """All compute of each layer on one micro-batch, on a rank of factor 1."""
+        prepare_s = self.prepare_s or (0.0,) * self.num_layers
+        ops = zip(self.forward_s, self.input_s, self.weight_s, prepare_s, strict=True)
+        return tuple(map(sum, ops))
+
+    def table(
+        self, boundaries: Sequence[int], *, placement: Placement, num_replicas: int = 1
+    ) -> CostTable:
+        """The costs of the stages of a cut.
+
+        All tensors take the time of the largest one that crosses a cut. Where a stage has several
+        copies (mirror placement, replicas), its gradients cross a route once for each other
+        copy; the second update follows from the placement.
+
+        Args:
+            boundaries: index of the first layer of each stage.
+            placement: stages on ranks.
+            num_replicas: replicas of the pipeline (parallel.data).
+
+        Raises:
+            PlanError: boundaries, placement and costs are of other sizes.
+        """
+        self._check_cut(boundaries, placement)
+        reduce_s: tuple[float, ...] = ()
+        copies = [
+            len(placement.copies_of(stage)) * num_replicas for stage in range(len(boundaries))
+        ]
+        if self.gradient_bytes and max(copies) > 1:
+            reduce_s = tuple(
+                (count - 1) * self._route_s(num_bytes) + (self.latency_s if count > 1 else 0)
+                for count, num_bytes in zip(
+                    copies, self.per_stage(self.gradient_bytes, boundaries), strict=True
+                )
+            )
+        cuts = [self.output_bytes[first - 1] for first in boundaries[1:] if self.output_bytes]
+
+        def stages(figures: tuple[float, ...], *, extra: float = 0.0) -> tuple[float, ...]:
+            return tuple(total + extra for total in self.per_stage(figures, boundaries))
+
+        return CostTable(
+            forward_s=stages(self.forward_s, extra=self.action_s),
+            input_s=stages(self.input_s, extra=self.action_s),
+            # A weight gradient that is computed in I has no action of its own.
+            weight_s=stages(self.weight_s, extra=self.action_s if any(self.weight_s) else 0.0),
+            prepare_s=stages(self.prepare_s, extra=self.action_s) if self.recomputes else (),
+            rank_factor=self.rank_factor,
+            latency_s=self.latency_s if placement.num_ranks > 1 else 0.0,
+            transfer_s=self._route_s(max(cuts, default=0.0)),
+            reduce_s=reduce_s,
+            update_s=stages(self.update_s) if self.update_s else (),
+        )
+
+    def per_stage(
+        self, figures: Sequence[float], boundaries: Sequence[int]
+    ) -> tuple[float, ...]:
+        """Sums of per-layer figures over the layers of each stage.
+
+        Args:
+            figures: one for each layer; an empty one counts as zeros.
+            boundaries: index of the first layer of each stage.
+        """
+        edges = (*boundaries, self.num_layers)
+        return tuple(float(sum(figures[start:end])) for start, end in itertools.pairwise(edges))
+
+    def rank_state_bytes(
+        self, boundaries: Sequence[int], *, placement: Placement
+    ) -> tuple[float, ...]:
+        """Bytes of parameters, gradients and moments on each rank, all its copies together.
+
+        Args:
+            boundaries: index of the first layer of each stage.
+            placement: stages on ranks.
+        """
+        stages = self.per_stage(self.state_bytes, boundaries)
+        return tuple(
+            sum(stages[stage] for stage in placement.stages_of(rank))
+            for rank in range(placement.num_ranks)
+        )
+
+    def scaled(self, factor: float, *, source: str) -> LayerCosts:
+        """The same layers on devices that take `factor` times as long to compute.
+
+        Args:
+            factor: multiplies the seconds of every op and update.
+            source: where the figures are from now.
+        """
+        seconds = ("forward_s", "input_s", "weight_s", "prepare_s", "update_s")
+        changed: dict[str, Any] = {
+            name: tuple(time * factor for time in getattr(self, name)) for name in seconds
+        }
+        return replace(self, **changed, source=source)
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON-ready data."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> LayerCosts:
+        """From what `to_json` gave."""
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in fields.items()
+        }
+        return cls(**values)
+
+    def _route_s(self, num_bytes: float) -> float:
+        return 0.0 if self.bytes_per_s is None else num_bytes / self.bytes_per_s
+
+    def _check_cut(self, boundaries: Sequence[int], placement: Placement) -> None:
+        edges = (*boundaries, self.num_layers)
+        if edges[0] != 0 or any(a >= b for a, b in itertools.pairwise(edges)):
+            raise PlanError(
+                f"stage boundaries {list(boundaries)} do not cut {self.num_layers} layers into "
+                "non-empty stages",
+                remedy="start with 0, ascend strictly, and stay below the number of layers",
+            )
+        if len(boundaries) != placement.num_stages:
+            raise PlanError(
+                f"{len(boundaries)} stages were cut, the placement has {placement.num_stages}"
+            )
+        for name in _PER_RANK:
+            if len(getattr(self, name)) not in (0, placement.num_ranks):
+                raise PlanError(
+                    f"the costs name {len(getattr(self, name))} ranks in {name}, the placement "
+                    f"has {placement.num_ranks}",
+                    remedy=f"give one figure for each of {placement.num_ranks} ranks, or none",
+                )
