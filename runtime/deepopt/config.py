@@ -184,6 +184,12 @@ class PipelineConfig(Section):
         description="`full` keeps only the inputs of the layers and repeats the forward for "
         "the backward: less memory, more time, the same numbers.",
     )
+    overlap_steps: Annotated[bool, Strict()] = Field(
+        default=False,
+        description="Begin the next step before the norms of this one are known, and take that "
+        "back when gradients had to be clipped: a smaller bubble, the same numbers, one more copy of "
+        "weights and moments. Not with data from a stream.",
+    )
     receive_lookahead: Count = Field(
         default=2, description="Receives posted ahead of the action that needs them, a channel."
     )

@@ -1,23 +1,27 @@
 """The one executor: interprets a rank's list of actions. It holds no schedule and no policy of
 its own.
 
-Receives are posted ahead in the order of the list; sends return at once; every action leaves a
-span.
+The list is bound once to stages, channels and message numbers, so that a step only calls one
+function after the other. Receives are posted ahead in the order of the list; sends return at once;
+every action leaves a span. A step may be begun before the one before is known to be right: its
+first forwards run ahead (`schedule.run_ahead`), and are then continued or forgotten.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
 
 from deepopt.errors import TrainingError
-from deepopt.pipeline.reduction import Bucket, Reducer
+from deepopt.pipeline.reduction import Bucket, Reducer, sum_terms
 from deepopt.pipeline.spans import SpanRecorder
 from deepopt.pipeline.stage import Stage, Tensors
 from deepopt.pipeline.transport import Channel, Kind, PendingReceive, TensorSpec, Transport
-from deepopt.schedule.ir import RECEIVE_OPS, Action, Direction, Op, Placement
+from deepopt.schedule.ir import RECEIVE_OPS, SEND_OPS, Action, Direction, Op, Placement
+from deepopt.schedule.run_ahead import RunAhead
 
 
 class Batches(Protocol):
@@ -33,6 +37,7 @@ class Executor:
 
     Args:
         program: this worker's lowered actions; micro-batches count within the replica.
+        ahead: what of them may run before the step before is known to be right.
         placement: stages on the pipeline ranks of the replica.
         directions: direction of each micro-batch of the replica.
         stages: the stages this worker holds, by index.
@@ -44,6 +49,7 @@ class Executor:
         first_microbatch: global index of the replica's micro-batch 0.
         lookahead: receives posted ahead of the one that is waited for.
         spans: takes the times.
+        on_whole: called with a stage whose gradients are whole in row 0 without any exchange.
         before_action: called with (step, action) before each action; the fault script hooks in
             here.
     """
@@ -52,6 +58,7 @@ class Executor:
         self,
         program: Sequence[Action],
         *,
+        ahead: RunAhead,
         placement: Placement,
         directions: Sequence[Direction],
         stages: Mapping[int, Stage],
@@ -63,11 +70,13 @@ class Executor:
         first_microbatch: int,
         lookahead: int,
         spans: SpanRecorder,
+        on_whole: Callable[[int], None],
         before_action: Callable[[int, Action], None] | None = None,
     ) -> None:
         self.program = tuple(program)
         self.action: Action | None = None  # in work; read by the heartbeat thread
         self.progress = 0  # actions done; read by the heartbeat thread
+        self._ahead = ahead
         self._placement = placement
         self._directions = directions
         self._stages = stages
@@ -79,172 +88,239 @@ class Executor:
         self._first_microbatch = first_microbatch
         self._lookahead = lookahead
         self._spans = spans
+        self._on_whole = on_whole
         self._before_action = before_action
         self._last_stage = placement.num_stages - 1
         self._step = 0
+        self._is_ahead = False  # the step in work was begun by run_ahead
         self._receives = [a for a in self.program if a.op in RECEIVE_OPS]
         self._num_posted = 0
         self._num_received = 0
+        self._num_postable = len(self._receives)
         self._posted: dict[Action, PendingReceive] = {}
         self._specs: dict[tuple[Op, int], tuple[TensorSpec, ...]] = {}
-        self._arrived: dict[
-            tuple[Op, int, int], Tensors
-        ] = {}  # by (F or B, stage, micro-batch)
+        # By (F or B, stage, micro-batch): what arrived for it, what leaves it.
+        self._arrived: dict[tuple[Op, int, int], Tensors] = {}
         self._departing: dict[tuple[Op, int, int], Tensors] = {}
         self._published: set[int] = set()
-        self._run = {
-            Op.F: self._forward,
-            Op.B: self._backward,
-            Op.I: self._backward_input,
-            Op.W: self._backward_weight,
-            Op.R: self._prepare,
-            Op.SEND_F: self._send_forward,
-            Op.SEND_B: self._send_backward,
-            Op.RECV_F: self._receive,
-            Op.RECV_B: self._receive,
-            Op.REDUCE: self._reduce,
+        self._addresses = {
+            action: (self._channel(action), self._message(action))
+            for action in self.program
+            if action.op in RECEIVE_OPS or action.op in SEND_OPS
         }
+        bind = {
+            Op.F: self._bind_forward,
+            Op.B: self._bind_backward,
+            Op.I: self._bind_backward,
+            Op.W: self._bind_weight,
+            Op.R: self._bind_prepare,
+            Op.SEND_F: self._bind_send_forward,
+            Op.SEND_B: self._bind_send_backward,
+            Op.RECV_F: self._bind_receive,
+            Op.RECV_B: self._bind_receive,
+            Op.REDUCE: self._bind_reduce,
+        }
+        self._calls = [(action, bind[action.op](action)) for action in self.program]
 
     def channels(self) -> list[Channel]:
         """The channels this worker's program uses."""
-        found = {
-            self._channel(action): None
-            for action in self.program
-            if action.op in (Op.SEND_F, Op.SEND_B, Op.RECV_F, Op.RECV_B)
-        }
-        return list(found)
+        return list(dict.fromkeys(channel for channel, _ in self._addresses.values()))
 
     def run_step(self, step: int) -> None:
-        """Run the whole program once; gradients are summed when it returns.
+        """Run the whole program once, or what is left of it; the exchange of gradients is
+        started when it returns.
 
         Args:
             step: 1-based.
         """
+        first = self._ahead.num_actions if self._is_ahead else 0
+        if not self._is_ahead:
+            self._begin(step)
+        assert self._step == step, f"step {self._step} was begun, step {step} is to be run"
+        self._is_ahead = False
+        for stage in self._stages.values():
+            stage.gradients.zero()  # what ran ahead has left those of the step before alone
+        self._num_postable = len(self._receives)
+        self._post_receives()
+        self._run(first, len(self._calls))
+
+    def run_ahead(self, step: int) -> None:
+        """Run the first forwards of a step; gradients of the step before stay as they are.
+
+        Args:
+            step: 1-based; the one that `run_step` or `abandon` gets next.
+        """
+        self._begin(step)
+        self._is_ahead = True
+        first_actions = self.program[: self._ahead.num_actions]
+        self._num_postable = sum(action.op in RECEIVE_OPS for action in first_actions)
+        self._post_receives()
+        self._run(0, len(first_actions))
+
+    def abandon(self) -> None:
+        """Forget what ran ahead: activations here, and what peers have sent or will send of it."""
+        if not self._is_ahead:
+            return
+        self._is_ahead = False
+        assert not self._posted, f"{list(self._posted)} are still under way"
+        for action in self._ahead.arriving[self._num_received :]:
+            self._post(action)
+            self._posted.pop(action).wait()
+        self._arrived.clear()
+        self._departing.clear()
+        for stage in self._stages.values():
+            stage.abandon()
+
+    def _begin(self, step: int) -> None:
         self._step = step
         self._num_posted = self._num_received = 0
         for stage in self._stages.values():
             stage.begin_step(step)
-        self._post_receives()
-        for action in self.program:
+
+    def _run(self, first: int, end: int) -> None:
+        spans, before_action, step = self._spans, self._before_action, self._step
+        for action, call in self._calls[first:end]:
             self.action = action
-            if self._before_action is not None:
-                self._before_action(step, action)
-            self._spans.begin()
-            self._run[action.op](action)
-            self._spans.end(action)
+            if before_action is not None:
+                before_action(step, action)
+            spans.begin()
+            call()
+            spans.end(action)
             self.progress += 1
         self.action = None
 
-    # One method an operation.
-    # ------------------------------------------------------------------
+    # One method an operation: binds it to what it works on. -------------------------------------
 
-    def _forward(self, action: Action) -> None:
-        stage, microbatch = _stage_and_microbatch(action)
-        first, last = stage == 0, stage == self._last_stage
-        inputs: Tensors = () if first else self._arrived.pop((Op.F, stage, microbatch))
-        targets = None
-        if first or last:
-            assert self._batches is not None, f"{action} without batches"
-            batch_inputs, targets = self._batches.batch(self._step, self._global(microbatch))
-            inputs = (batch_inputs,) if first else inputs
-        outputs = self._stages[stage].forward(self._global(microbatch), inputs, targets)
-        if last:
-            return
-        if (Op.B, stage) not in self._specs:
-            wanted = tuple(TensorSpec.of(out) for out in outputs if out.requires_grad)
-            self._specs[Op.B, stage] = wanted
-        if self._rank_of(stage + 1, microbatch) == self._rank_of(stage, microbatch):
-            self._arrived[Op.F, stage + 1, microbatch] = outputs
-        else:
-            self._departing[Op.F, stage, microbatch] = outputs
+    def _bind_forward(self, action: Action) -> Callable[[], None]:
+        index, microbatch = _stage_and_microbatch(action)
+        stage, number = self._stages[index], self._global(microbatch)
+        first, last = index == 0, index == self._last_stage
+        here = (Op.F, index, microbatch)
+        stays = not last and self._stays(index, index + 1, microbatch)
+        batches = self._batches
+        assert batches is not None or not (first or last), f"{action} without batches"
 
-    def _backward(self, action: Action) -> None:
-        stage, microbatch = _stage_and_microbatch(action)
-        grads = self._arrived.pop((Op.B, stage, microbatch), ())
-        self._pass_back(action, self._stages[stage].backward(self._global(microbatch), grads))
+        def run() -> None:
+            inputs: Tensors = () if first else self._arrived.pop(here)
+            targets = None
+            if batches is not None and (first or last):
+                batch_inputs, targets = batches.batch(self._step, number)
+                inputs = (batch_inputs,) if first else inputs
+            outputs = stage.forward(number, inputs, targets)
+            if last:
+                return
+            if (Op.B, index) not in self._specs:
+                wanted = tuple(TensorSpec.of(out) for out in outputs if out.requires_grad)
+                self._specs[Op.B, index] = wanted
+            if stays:
+                self._arrived[Op.F, index + 1, microbatch] = outputs
+            else:
+                self._departing[here] = outputs
 
-    def _backward_input(self, action: Action) -> None:
-        stage, microbatch = _stage_and_microbatch(action)
-        grads = self._arrived.pop((Op.B, stage, microbatch), ())
-        inner = self._stages[stage].backward_input(self._global(microbatch), grads)
-        self._pass_back(action, inner)
+        return run
 
-    def _pass_back(self, action: Action, grads: Tensors) -> None:
-        stage, microbatch = _stage_and_microbatch(action)
-        if stage == 0:
-            return
-        if self._rank_of(stage - 1, microbatch) == self._rank_of(stage, microbatch):
-            self._arrived[Op.B, stage - 1, microbatch] = grads
-        else:
-            self._departing[Op.B, stage, microbatch] = grads
+    def _bind_backward(self, action: Action) -> Callable[[], None]:
+        index, microbatch = _stage_and_microbatch(action)
+        stage, number = self._stages[index], self._global(microbatch)
+        backward = stage.backward if action.op is Op.B else stage.backward_input
+        here, first = (Op.B, index, microbatch), index == 0
+        stays = not first and self._stays(index, index - 1, microbatch)
 
-    def _backward_weight(self, action: Action) -> None:
-        stage, microbatch = _stage_and_microbatch(action)
-        self._stages[stage].backward_weight(self._global(microbatch))
+        def run() -> None:
+            grads = backward(number, self._arrived.pop(here, ()))
+            if first:
+                return
+            if stays:
+                self._arrived[Op.B, index - 1, microbatch] = grads
+            else:
+                self._departing[here] = grads
 
-    def _prepare(self, action: Action) -> None:
-        stage, microbatch = _stage_and_microbatch(action)
-        self._stages[stage].prepare(self._global(microbatch))
+        return run
 
-    def _send_forward(self, action: Action) -> None:
-        stage, microbatch = _stage_and_microbatch(action)
-        outputs = self._departing.pop((Op.F, stage, microbatch))
-        if stage not in self._published:
-            specs = tuple(TensorSpec.of(out) for out in outputs)
-            self._transport.publish(f"activation/{stage + 1}", specs)
-            self._specs[Op.SEND_F, stage] = specs
-            self._published.add(stage)
-        _check_shapes(action, outputs, self._specs[Op.SEND_F, stage])
-        self._transport.send(self._channel(action), self._message(action), outputs)
+    def _bind_weight(self, action: Action) -> Callable[[], None]:
+        index, microbatch = _stage_and_microbatch(action)
+        return partial(self._stages[index].backward_weight, self._global(microbatch))
 
-    def _send_backward(self, action: Action) -> None:
-        stage, microbatch = _stage_and_microbatch(action)
-        grads = self._departing.pop((Op.B, stage, microbatch))
-        self._transport.send(self._channel(action), self._message(action), grads)
+    def _bind_prepare(self, action: Action) -> Callable[[], None]:
+        index, microbatch = _stage_and_microbatch(action)
+        return partial(self._stages[index].prepare, self._global(microbatch))
 
-    def _receive(self, action: Action) -> None:
-        stage, microbatch = _stage_and_microbatch(action)
-        if (
-            action not in self._posted
-        ):  # its shape was not known when its turn to be posted came
-            self._post_receives(until=action)
-        tensors = self._posted.pop(action).wait()
-        self._num_received += 1
-        if action.op is Op.RECV_F:
-            specs = self._specs[Op.F, stage]
-            for tensor, spec in zip(tensors, specs, strict=True):
-                tensor.requires_grad_(spec.requires_grad)
-            self._arrived[Op.F, stage, microbatch] = tensors
-        else:
-            self._arrived[Op.B, stage, microbatch] = tensors
-        self._post_receives()
+    def _bind_send_forward(self, action: Action) -> Callable[[], None]:
+        index, microbatch = _stage_and_microbatch(action)
+        channel, message = self._addresses[action]
+        here = (Op.F, index, microbatch)
 
-    def _reduce(self, action: Action) -> None:
+        def run() -> None:
+            outputs = self._departing.pop(here)
+            if index not in self._published:
+                specs = tuple(TensorSpec.of(out) for out in outputs)
+                self._transport.publish(f"activation/{index + 1}", specs)
+                self._specs[Op.SEND_F, index] = specs
+                self._published.add(index)
+            _check_shapes(action, outputs, self._specs[Op.SEND_F, index])
+            self._transport.send(channel, message, outputs)
+
+        return run
+
+    def _bind_send_backward(self, action: Action) -> Callable[[], None]:
+        index, microbatch = _stage_and_microbatch(action)
+        channel, message = self._addresses[action]
+        here = (Op.B, index, microbatch)
+        return lambda: self._transport.send(channel, message, self._departing.pop(here))
+
+    def _bind_receive(self, action: Action) -> Callable[[], None]:
+        index, microbatch = _stage_and_microbatch(action)
+        forward = action.op is Op.RECV_F
+        here = (Op.F if forward else Op.B, index, microbatch)
+
+        def run() -> None:
+            tensors = self._pending(action).wait()
+            self._num_received += 1
+            if forward:
+                for tensor, spec in zip(tensors, self._specs[Op.F, index], strict=True):
+                    tensor.requires_grad_(spec.requires_grad)
+            self._arrived[here] = tensors
+            self._post_receives()
+
+        return run
+
+    def _bind_reduce(self, action: Action) -> Callable[[], None]:
         bucket = self._buckets[action.stage]
-        if len(bucket.holders) > 1 or len(bucket.terms) > 1:
-            self._reducer.start(bucket)
+        if len(bucket.holders) > 1:
+            return partial(self._reducer.start, bucket)
+
+        def run() -> None:
+            sum_terms(bucket)
+            self._on_whole(action.stage)
+
+        return run
 
     # Receives, addresses. ----------------------------------------------------------------------
 
-    def _post_receives(self, until: Action | None = None) -> None:
-        """Post the next receives of the list, up to one whose shape nobody has told yet."""
-        while self._num_posted < len(self._receives):
-            action = self._receives[self._num_posted]
-            if until is None and self._num_posted >= self._num_received + self._lookahead:
-                return
-            kind = Op.F if action.op is Op.RECV_F else Op.B
-            specs = self._specs.get((kind, action.stage))
-            if specs is None:
-                if until is None:
-                    return
-                specs = self._transport.look_up(f"activation/{action.stage}")
-                self._specs[kind, action.stage] = specs
-            self._posted[action] = self._transport.receive(
-                self._channel(action), self._message(action), specs
-            )
+    def _pending(self, action: Action) -> PendingReceive:
+        """The receive of an action, posted now if its shape was not known when its turn came."""
+        while action not in self._posted:
+            self._post(self._receives[self._num_posted])
             self._num_posted += 1
-            if action == until:
+        return self._posted.pop(action)
+
+    def _post_receives(self) -> None:
+        """Post the next receives of the list, up to one whose shape nobody has told yet."""
+        end = min(self._num_postable, self._num_received + self._lookahead)
+        while self._num_posted < end:
+            action = self._receives[self._num_posted]
+            if _spec_key(action) not in self._specs:
                 return
+            self._post(action)
+            self._num_posted += 1
+
+    def _post(self, action: Action) -> None:
+        """Post one receive; waits for its shape if nobody has told it yet."""
+        key = _spec_key(action)
+        if key not in self._specs:
+            self._specs[key] = self._transport.look_up(f"activation/{action.stage}")
+        address = self._addresses[action]
+        self._posted[action] = self._transport.receive(*address, self._specs[key])
 
     def _channel(self, action: Action) -> Channel:
         stage, microbatch = _stage_and_microbatch(action)
@@ -262,6 +338,10 @@ class Executor:
         offset = {Op.SEND_F: 1, Op.RECV_F: 0, Op.SEND_B: -1, Op.RECV_B: 0}[action.op]
         return (stage + offset) * len(self._directions) + microbatch
 
+    def _stays(self, stage: int, other: int, microbatch: int) -> bool:
+        """Whether another stage of a micro-batch lies on the same rank."""
+        return self._rank_of(stage, microbatch) == self._rank_of(other, microbatch)
+
     def _rank_of(self, stage: int, microbatch: int) -> int:
         return self._placement.rank_of(stage, self._directions[microbatch])
 
@@ -272,6 +352,10 @@ class Executor:
 def _stage_and_microbatch(action: Action) -> tuple[int, int]:
     assert action.microbatch is not None, f"{action} has no micro-batch"
     return action.stage, action.microbatch
+
+
+def _spec_key(action: Action) -> tuple[Op, int]:
+    return (Op.F if action.op is Op.RECV_F else Op.B, action.stage)
 
 
 def _check_shapes(action: Action, tensors: Tensors, specs: Sequence[TensorSpec]) -> None:

@@ -46,6 +46,33 @@ class LayerOptimizer:
             }
             for name, master in self._masters.items()
         }
+        self._saved: list[torch.Tensor] | None = None
+
+    def save(self) -> None:
+        """Keep a copy of the layer as it is: masters, moments and buffers. Twice their memory
+        from the first call on."""
+        state = self._state()
+        if self._saved is None:
+            self._saved = [torch.empty_like(tensor) for tensor in state]
+        _copy(self._saved, state)
+
+    def restore(self) -> None:
+        """Make the layer what it was at the last `save`, bit for bit."""
+        assert self._saved is not None, "restore() before save()"
+        _copy(self._state(), self._saved)
+        self._copy_masters()
+
+    def restore_buffers(self) -> None:
+        """Give the layer's buffers the values of the last `save`: a forward may change them."""
+        assert self._saved is not None, "restore_buffers() before save()"
+        buffers = list(self.layer.module.buffers())
+        _copy(buffers, self._saved[: len(buffers)])
+
+    def _state(self) -> list[torch.Tensor]:
+        """Everything that a forward or an update changes; the module's buffers come first."""
+        masters = [master.detach() for master in self._masters.values()]
+        moments = [value for fields in self._moments.values() for value in fields.values()]
+        return [*self.layer.module.buffers(), *masters, *moments]
 
     def step(self, grads: Mapping[str, torch.Tensor], learning_rate: float) -> None:
         """Update the layer.
@@ -60,9 +87,13 @@ class LayerOptimizer:
         with torch.no_grad():
             self._adamw(decayed, grads, learning_rate, self._config.weight_decay)
             self._adamw(others, grads, learning_rate, 0.0)
-            for name, parameter in self.layer.trainable.items():
-                if self._masters[name] is not parameter:
-                    parameter.copy_(self._masters[name])
+        self._copy_masters()
+
+    @torch.no_grad()
+    def _copy_masters(self) -> None:
+        for name, parameter in self.layer.trainable.items():
+            if self._masters[name] is not parameter:
+                parameter.copy_(self._masters[name])
 
     def _adamw(
         self,
@@ -125,6 +156,12 @@ class LayerOptimizer:
             for name, moments in self._moments.items():
                 for field, value in moments.items():
                     value.copy_(_fetch(tensors, f"optimizer/{name}/{field}", value))
+
+
+@torch.no_grad()
+def _copy(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)
 
 
 def _fetch(tensors: Mapping[str, torch.Tensor], key: str, like: torch.Tensor) -> torch.Tensor:

@@ -56,6 +56,16 @@ def channels(holders: Sequence[int], rank: int) -> list[Channel]:
     ]
 
 
+def sum_terms(bucket: Bucket) -> None:
+    """Sum a bucket that no other rank has a term of.
+
+    Args:
+        bucket: all its terms are whole.
+    """
+    assert len(bucket.holders) == 1, f"bucket {bucket.index} has terms on {bucket.holders}"
+    _deliver(bucket, _ordered_sum(bucket.owners, bucket.terms), slice(0, bucket.numel))
+
+
 class Reducer:
     """Sums buckets; communication of one bucket overlaps the computation after `start`.
 
@@ -129,9 +139,7 @@ class _Reduction:
         part = self._part(self._position)
         total = _ordered_sum(bucket.owners, self._terms)
         self._terms = {}
-        for result in bucket.results:
-            if result[part].data_ptr() != total.data_ptr():
-                result[part].copy_(total)
+        _deliver(bucket, total, part)
         if self._parts is None:
             return
         for rank in self._others:
@@ -164,6 +172,12 @@ class _Reduction:
             for group, owner in enumerate(owners)
             if owner == rank
         ]
+
+
+def _deliver(bucket: Bucket, total: torch.Tensor, part: slice) -> None:
+    for result in bucket.results:
+        if result[part].data_ptr() != total.data_ptr():
+            result[part].copy_(total)
 
 
 def _split(numel: int, num_parts: int) -> list[slice]:

@@ -120,11 +120,10 @@ class Stage:
                     module.loss_scale = 1.0 / num_microbatches  # type: ignore[assignment]
 
     def begin_step(self, step: int) -> None:
-        """Forget the last step's gradients and losses."""
+        """Forget the last step's losses; its gradients stay until somebody zeroes them."""
         assert not self._flights, f"micro-batches {sorted(self._flights)} are still in flight"
         self._step = step
         self.losses.clear()
-        self.gradients.zero()
 
     def forward(
         self, microbatch: int, inputs: Tensors, targets: torch.Tensor | None = None

@@ -2,6 +2,10 @@
 
 Workers agree in one exchange at the end of each step: losses, gradient norms, times and wishes.
 From its rows every worker computes the same global norm and the same update; nobody applies half a step.
+
+With `overlap_steps` a worker does not wait for the exchange: it keeps a copy of its layers, updates
+them as if nothing were clipped, and runs the first forwards of the next step. When the rows are
+there and say otherwise, it takes all of that back; the losses are the same either way.
 """
 
 from __future__ import annotations
@@ -10,12 +14,13 @@ import enum
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from deepopt.config import JobConfig
 from deepopt.errors import TrainingError
+from deepopt.pipeline.clip_forecast import ClipForecast
 from deepopt.pipeline.executor import Batches, Executor
 from deepopt.pipeline.gradients import StageGradients
 from deepopt.pipeline.learning_rate import learning_rate
@@ -29,6 +34,7 @@ from deepopt.planner.skeleton import ModelSkeleton
 from deepopt.schedule.builders import build
 from deepopt.schedule.ir import Action, Op
 from deepopt.schedule.lowering import lower
+from deepopt.schedule.run_ahead import run_ahead
 
 
 class Wish(enum.IntFlag):
@@ -37,6 +43,7 @@ class Wish(enum.IntFlag):
     NONE = 0
     STOP = 1
     CHECKPOINT = 2
+    WAIT = 4  # do not run ahead: this worker's data cannot be asked for twice
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +69,10 @@ class StepResult:
         learning_rate: used in the update.
         wishes: of all workers together.
         times: by rank.
-        spans: of this worker.
+        spans: of this worker, with those of the next step that ran ahead.
+        clipped: whether the gradients were scaled down.
+        ran_ahead: whether the next step was begun before this one's norms were known.
+        rolled_back: whether that was taken back, because the gradients had to be clipped.
     """
 
     loss: float
@@ -71,6 +81,9 @@ class StepResult:
     wishes: Wish
     times: tuple[RankTimes, ...]
     spans: list[Span]
+    clipped: bool
+    ran_ahead: bool = False
+    rolled_back: bool = False
 
 
 class PipelineStep:
@@ -111,6 +124,10 @@ class PipelineStep:
         self._spans = SpanRecorder(device)
         self._device = device
         self._update_s = 0.0
+        self._forecast = ClipForecast()
+        self._may_run_ahead = False  # nobody asked to wait in the last exchange
+        self._eager_rate: float | None = None  # learning rate of updates that do not wait
+        self._updated: set[str] = set()  # layers updated in the step in work
         self._trainable = _TrainableParameters(plan, skeleton)
 
         data_index, pipeline_rank = divmod(rank, plan.pipeline_size)
@@ -118,7 +135,8 @@ class PipelineStep:
         schedule = build(
             plan.schedule, placement=placement, directions=plan.directions(data_index)
         )
-        program = lower(schedule, reduce=True)[pipeline_rank]
+        rows = lower(schedule, reduce=True)
+        program = rows[pipeline_rank]
         self._stages = {
             index: self._make_stage(
                 index, layers, loss, defer=any(a.op is Op.W for a in program)
@@ -135,6 +153,7 @@ class PipelineStep:
         }
         self.executor = Executor(
             program,
+            ahead=run_ahead(schedule, rows)[pipeline_rank],
             placement=placement,
             directions=schedule.directions,
             stages=self._stages,
@@ -146,6 +165,7 @@ class PipelineStep:
             first_microbatch=plan.replica_groups(data_index)[0][0],
             lookahead=job.pipeline.receive_lookahead,
             spans=self._spans,
+            on_whole=self._update_early,
             before_action=before_action,
         )
         roads = dict.fromkeys(self.executor.channels())
@@ -154,21 +174,34 @@ class PipelineStep:
         transport.open(roads)
 
     def run(
-        self, step: int, *, take_wishes: Callable[[], Wish] = lambda: Wish.NONE
+        self,
+        step: int,
+        *,
+        take_wishes: Callable[[], Wish] = lambda: Wish.NONE,
+        go_on: bool = False,
     ) -> StepResult:
         """Train one step.
 
         Args:
-            step: 1-based.
+            step: 1-based; the one after the last.
             take_wishes: what this worker was asked for; called at the exchange, so that a
                 wish counts for the step in which it comes.
+            go_on: whether the next step follows at once, so that it may be begun before this one's
+                norms are known; the same on all workers.
 
         Raises:
             TrainingError: the loss or the gradient norm is not finite; nothing was updated.
             TransportError: a peer is gone.
         """
         began = time.perf_counter()
+        ahead = go_on and self._may_run_ahead and self._forecast.is_unlikely
+        self._updated.clear()
+        if ahead:
+            for optimizer in self.optimizers.values():
+                optimizer.save()
+            self._eager_rate = learning_rate(step, self._job.optimizer)
         self.executor.run_step(step)
+        self._eager_rate = None
         reducing = time.perf_counter()
         self._reducer.finish()
         for bucket in self._tied_buckets:
@@ -181,11 +214,74 @@ class PipelineStep:
 
         exchanging = time.perf_counter()
         own = self._row(take_wishes(), totals, step_s=exchanging - began)
-        rows = self._transport.all_gather(own)
-        result = self._agree(step, rows, spans)
-        self._update(result)
-        self._update_s = time.perf_counter() - exchanging
+        exchange = self._transport.start_all_gather(own)
+        if ahead:
+            self._update(learning_rate(step, self._job.optimizer))
+            self._update_s = time.perf_counter() - exchanging
+            self.executor.run_ahead(step + 1)
+        try:
+            result, coefficient = self._agree(step, exchange.wait(), spans)
+        except TrainingError:
+            if ahead:
+                self._take_back()
+            raise
+        if ahead:
+            result = self._confirm(result, coefficient)
+        else:
+            self._scale(coefficient)
+            self._update(result.learning_rate)
+            self._update_s = time.perf_counter() - exchanging
+        self._forecast = self._forecast.after(clipped=result.clipped)
+        self._may_run_ahead = not result.wishes & Wish.WAIT and self._transport.world_size > 1
         return result
+
+    # The update, early or late. ----------------------------------------------------------------
+
+    def _update_early(self, stage: int) -> None:
+        """Update a stage in the middle of a step that runs ahead; tied weights wait for their
+        other uses."""
+        if self._eager_rate is None:
+            return
+        tied = self._trainable.tied_names
+        layers = [
+            layer for layer in self._stages[stage].layers if not tied & layer.trainable.keys()
+        ]
+        self._update_layers(stage, layers, self._eager_rate)
+
+    def _update(self, rate: float) -> None:
+        for index, stage in self._stages.items():
+            layers = [layer for layer in stage.layers if layer.name not in self._updated]
+            self._update_layers(index, layers, rate)
+
+    def _update_layers(self, stage: int, layers: Sequence[Layer], rate: float) -> None:
+        grads = self._stages[stage].gradients.totals()
+        for layer in layers:
+            self.optimizers[layer.name].step(grads, rate)
+            self._updated.add(layer.name)
+
+    def _scale(self, coefficient: float) -> None:
+        if coefficient < 1.0:
+            for stage in self._stages.values():
+                stage.gradients.rows[0].mul_(coefficient)
+
+    def _confirm(self, result: StepResult, coefficient: float) -> StepResult:
+        """Keep what ran ahead, or take it back and do it right."""
+        if coefficient < 1.0:
+            self._take_back()
+            self._scale(coefficient)
+            self._update(result.learning_rate)
+        elif result.wishes & (Wish.STOP | Wish.CHECKPOINT):
+            # The layers are about to be saved as they are after this step.
+            self.executor.abandon()
+            for optimizer in self.optimizers.values():
+                optimizer.restore_buffers()
+        return replace(result, ran_ahead=True, rolled_back=coefficient < 1.0)
+
+    def _take_back(self) -> None:
+        self.executor.abandon()
+        for optimizer in self.optimizers.values():
+            optimizer.restore()
+        self._updated.clear()
 
     # Building.
     # ---------------------------------------------------------------------------------
@@ -283,7 +379,8 @@ class PipelineStep:
 
     def _agree(
         self, step: int, rows: Sequence[Sequence[float]], spans: list[Span]
-    ) -> StepResult:
+    ) -> tuple[StepResult, float]:
+        """What the rows of all ranks say: the result, and what to scale the gradients by."""
         plan = self._plan
         wishes = Wish.NONE
         for row in rows:
@@ -307,10 +404,7 @@ class PipelineStep:
         loss = math.fsum(losses) / num_losses
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
             raise _not_finite(step, losses, norms, self._trainable.names)
-        if coefficient < 1.0:
-            for stage in self._stages.values():
-                stage.gradients.rows[0].mul_(coefficient)
-        return StepResult(
+        result = StepResult(
             loss=loss,
             grad_norm=grad_norm,
             learning_rate=learning_rate(step, self._job.optimizer),
@@ -327,13 +421,9 @@ class PipelineStep:
                 for row in rows
             ),
             spans=spans,
+            clipped=coefficient < 1.0,
         )
-
-    def _update(self, result: StepResult) -> None:
-        for stage in self._stages.values():
-            grads = stage.gradients.totals()
-            for layer in stage.layers:
-                self.optimizers[layer.name].step(grads, result.learning_rate)
+        return result, coefficient
 
 
 class _TrainableParameters:

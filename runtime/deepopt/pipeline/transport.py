@@ -24,6 +24,7 @@ import torch.distributed as dist
 from deepopt.errors import TransportError
 
 _TENSORS_PER_MESSAGE = 64  # the lowest six bits of the tag
+_EXCHANGE = "exchange of norms and losses at the end of the step"
 
 
 class Kind(enum.IntEnum):
@@ -77,6 +78,14 @@ class PendingReceive(Protocol):
         ...
 
 
+class PendingGather(Protocol):
+    """An exchange under way."""
+
+    def wait(self) -> list[list[float]]:
+        """Every rank's values by rank, as exact fp64."""
+        ...
+
+
 class Transport(Protocol):
     """How a worker talks to its peers.
 
@@ -111,8 +120,9 @@ class Transport(Protocol):
         """Block until every posted send is out."""
         ...
 
-    def all_gather(self, values: Sequence[float]) -> list[list[float]]:
-        """Every rank's values by rank, as exact fp64; all give the same number of them."""
+    def start_all_gather(self, values: Sequence[float]) -> PendingGather:
+        """Post an exchange of every rank's values and return at once; all give the same number
+        of them, and post their exchanges in one order."""
         ...
 
     def publish(self, key: str, specs: Sequence[TensorSpec]) -> None:
@@ -151,9 +161,9 @@ class LoneTransport:
     def finish_sends(self) -> None:
         """Nothing to wait for."""
 
-    def all_gather(self, values: Sequence[float]) -> list[list[float]]:
+    def start_all_gather(self, values: Sequence[float]) -> PendingGather:
         """The caller's own values."""
-        return [list(values)]
+        return _OwnValues(list(values))
 
     def publish(self, key: str, specs: Sequence[TensorSpec]) -> None:
         """Nobody asks."""
@@ -257,6 +267,9 @@ class ProcessGroupTransport:
                 work = dist.isend(whole, channel.target, group=group, tag=tag)
                 assert work is not None, "this rank is not in the channel's group"
                 self._sends.append((work, whole))
+        # Gloo's work tells its end only to who waits for it; NCCL's can be asked.
+        while self._groups and self._sends and self._sends[0][0].is_completed():
+            self._sends.popleft()
 
     def finish_sends(self) -> None:
         """Block until every posted send is out."""
@@ -265,13 +278,15 @@ class ProcessGroupTransport:
                 work, _ = self._sends.popleft()
                 work.wait()
 
-    def all_gather(self, values: Sequence[float]) -> list[list[float]]:
-        """Every rank's values by rank, as exact fp64; all give the same number of them."""
+    def start_all_gather(self, values: Sequence[float]) -> PendingGather:
+        """Post an exchange of every rank's values and return at once; all give the same number
+        of them, and post their exchanges in one order."""
         own = torch.tensor(values, dtype=torch.float64)
         rows = [torch.empty_like(own) for _ in range(self._world_size)]
-        with _as_transport_error("exchange of norms and losses at the end of the step"):
-            dist.all_gather(rows, own)
-        return [row.tolist() for row in rows]
+        with _as_transport_error(_EXCHANGE):
+            work = dist.all_gather(rows, own, async_op=True)
+        assert work is not None, "every rank is in the default group"
+        return _Gather(work, own, rows)
 
     def publish(self, key: str, specs: Sequence[TensorSpec]) -> None:
         """Tell whoever asks under this key what the tensors will look like."""
@@ -299,6 +314,26 @@ class ProcessGroupTransport:
     ) -> tuple[dist.ProcessGroup | None, int]:
         tag = (message * len(Kind) + channel.kind) * _TENSORS_PER_MESSAGE + tensor_index
         return self._groups.get(channel), tag
+
+
+class _OwnValues:
+    def __init__(self, values: list[float]) -> None:
+        self._values = values
+
+    def wait(self) -> list[list[float]]:
+        return [self._values]
+
+
+class _Gather:
+    def __init__(self, work: dist.Work, own: torch.Tensor, rows: list[torch.Tensor]) -> None:
+        self._work = work
+        self._own = own  # must live until the exchange is over
+        self._rows = rows
+
+    def wait(self) -> list[list[float]]:
+        with _as_transport_error(_EXCHANGE):
+            self._work.wait()
+        return [row.tolist() for row in self._rows]
 
 
 class _Receive:

@@ -84,6 +84,7 @@ class StageWorker:
         self._skeleton: ModelSkeleton | None = None
         self._transport: Transport | None = None
         self._batches: BatchSource | None = None
+        self._reads_stream = False
         self._pipeline: PipelineStep | None = None
         self._checkpointer: LayerCheckpointer | None = None
 
@@ -104,6 +105,7 @@ class StageWorker:
             stages = plan.held_stages(rank)
             if 0 in stages or plan.num_stages - 1 in stages:  # others never see a batch
                 self._batches = build_batch_source(job, run_dir=self._run_directory.root)
+                self._reads_stream = self._batches.state_dict() is not None
             indices = [i for stage in stages for i in plan.stage_layers(stage)]
             layers, loss = build_layers(job, indices, device=self._device)
         with _timed(times, "rendezvous"):
@@ -165,7 +167,9 @@ class StageWorker:
         ended = time.perf_counter()
         while self._step < self._assignment.last_step:
             self._step += 1
-            result = self._pipeline.run(self._step, take_wishes=self._take_wishes)
+            result = self._pipeline.run(
+                self._step, take_wishes=self._take_wishes, go_on=self._may_go_on()
+            )
             began, ended = ended, time.perf_counter()
             self._account(result, step_time_s=ended - began)
             stop = bool(result.wishes & Wish.STOP)
@@ -254,7 +258,15 @@ class StageWorker:
     def _take_wishes(self) -> Wish:
         with self._wishes_lock:
             wishes, self._wishes = self._wishes, Wish.NONE
-        return wishes
+        # A stream's position cannot go back to the end of the step before.
+        return wishes | Wish.WAIT if self._reads_stream else wishes
+
+    def _may_go_on(self) -> bool:
+        """Whether the next step may begin before this one is agreed on: nothing is saved between
+        them."""
+        return self._job.pipeline.overlap_steps and not self._checkpoint_is_due(
+            stop=False, asked=False
+        )
 
     def _account(self, result: StepResult, *, step_time_s: float) -> None:
         done = self._step - self._assignment.start_step
@@ -290,6 +302,12 @@ class StageWorker:
                 )
                 for rank, times in enumerate(result.times)
             ),
+            scalars={
+                "ran_ahead": float(result.ran_ahead),
+                "rolled_back": float(result.rolled_back),
+            }
+            if self._job.pipeline.overlap_steps
+            else {},
         )
 
     def _write_trace(self, spans: list[Span]) -> None:
