@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -61,6 +62,8 @@ def tables(draw: st.DrawFn, placement: Placement) -> CostTable:
         rank_factor=draw(st.tuples(*[times] * placement.num_ranks)),
         latency_s=draw(st.integers(0, 5).map(float)),
         transfer_s=draw(st.integers(0, 2).map(float)),
+        host_of=draw(st.tuples(*[st.integers(0, 1)] * placement.num_ranks)),
+        inter_host_latency_s=draw(st.integers(0, 9).map(float)),
     )
 
 
@@ -281,7 +284,8 @@ def test_local_search_only_improves_and_keeps_the_memory(
 
 def test_coded_times_are_the_simulators() -> None:
     placement = place(PlacementKind.MIRROR, num_ranks=4)
-    ways, costs = directions(placement, 7), even(placement)
+    ways = directions(placement, 7)
+    costs = replace(even(placement), host_of=(0, 0, 1, 1), inter_host_latency_s=3.0)
     schedule = build("bi_stream", placement=placement, directions=ways)
     problem = CodedProblem(placement, directions=ways, costs=costs)
     rows = problem.encode(schedule)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -149,7 +150,7 @@ def slowly(schedule: Schedule, costs: CostTable) -> float:
                 start = free
                 if other is not None:
                     maker = schedule.rank_of(Action(other[1], Op.F, microbatch))
-                    hop = costs.latency_s if maker != rank else 0.0
+                    hop = costs.latency_between(maker, target=rank)
                     start = max(start, end.get(other, 0.0) + hop)
                 factor = costs.rank_factor[rank] if costs.rank_factor else 1.0
                 free = start + factor * costs.duration_s(stage, op=action.op)
@@ -175,6 +176,8 @@ def test_random_costs_give_the_makespan_of_the_slow_simulation(data: st.DataObje
         weight_s=data.draw(some),
         rank_factor=data.draw(st.tuples(*[times] * ranks)),
         latency_s=data.draw(times),
+        host_of=data.draw(st.tuples(*[st.integers(0, 1)] * ranks)),
+        inter_host_latency_s=data.draw(times),
     )
     assert simulate(schedule, costs).makespan_s == slowly(schedule, costs)
 
@@ -205,6 +208,29 @@ def test_transfers_of_one_route_follow_each_other() -> None:
     starts = {str(s.action): s.start_s for row in simulate(TWO, costs).spans for s in row}
     assert starts["1F0"] == 5  # F0 ends at 1, its transfer at 5
     assert starts["1F1"] == 9  # F1 ends at 2, its transfer waits for the first
+
+
+def test_a_route_between_hosts_has_its_own_latency_and_transfer_time() -> None:
+    costs = CostTable(
+        forward_s=(1, 1),
+        input_s=(1, 1),
+        weight_s=(0, 0),
+        transfer_s=4,
+        host_of=(7, 3),
+        inter_host_latency_s=5,
+        inter_host_transfer_s=10,
+    )
+    starts = {str(s.action): s.start_s for row in simulate(TWO, costs).spans for s in row}
+    assert starts["1F0"] == 1 + 10 + 5
+    assert starts["1F1"] == 1 + 10 + 10 + 5
+    assert costs.hop_between(0, target=1) == 15
+    assert costs.hop_between(1, target=1) == 0
+
+
+def test_ranks_of_one_host_keep_the_plain_latency_and_transfer_time() -> None:
+    plain = CostTable.uniform(2, forward_s=1, input_s=1, weight_s=0, latency_s=5, transfer_s=4)
+    hosted = replace(plain, host_of=(0, 0), inter_host_latency_s=9, inter_host_transfer_s=9)
+    assert simulate(TWO, hosted).spans == simulate(TWO, plain).spans
 
 
 def test_a_slow_rank_takes_longer_for_everything() -> None:
@@ -290,6 +316,8 @@ def test_a_deadlock_is_told_not_simulated() -> None:
         ({"input_s": (1.0,)}, "2 stages in forward_s, 1 in input_s"),
         ({"update_s": (1.0,)}, "2 stages in forward_s, 1 in update_s"),
         ({"latency_s": -1.0}, "negative or not finite"),
+        ({"host_of": (0, 1), "inter_host_latency_s": -1.0}, "negative or not finite"),
+        ({"inter_host_latency_s": 1.0}, "does not say where the ranks are"),
         ({"forward_s": (1.0, float("nan"))}, "negative or not finite"),
     ],
 )
@@ -306,3 +334,6 @@ def test_a_table_of_another_size_is_refused() -> None:
     slow = CostTable(forward_s=(1, 1), input_s=(1, 1), weight_s=(1, 1), rank_factor=(1,))
     with pytest.raises(ScheduleError, match="1 rank factors, the schedule 2 ranks"):
         simulate(TWO, slow)
+    spread = CostTable(forward_s=(1, 1), input_s=(1, 1), weight_s=(1, 1), host_of=(0, 0, 1))
+    with pytest.raises(ScheduleError, match="3 hosts of ranks, the schedule 2 ranks"):
+        simulate(TWO, spread)

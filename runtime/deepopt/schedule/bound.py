@@ -69,7 +69,7 @@ def _stream(
     forward = [costs.forward_s[s] * factors[s] for s in stages]
     inputs = [costs.input_s[s] * factors[s] for s in stages]
     weight = [costs.weight_s[s] * factors[s] for s in stages]
-    hop = [costs.latency_s + costs.transfer_s if a != b else 0.0 for a, b in pairwise(ranks)]
+    hop = [costs.hop_between(a, target=b) for a, b in pairwise(ranks)]
     last = placement.num_stages - 1
 
     head_f = _table(count, stages)

@@ -56,8 +56,8 @@ class CodedProblem:
             self.duration.append(costs.duration_s(action.stage, op=action.op) * factor)
             self.lane.append((action.stage, direction, action.op))
             self.needs.append(-1 if maker is None else self.code[maker])
-            away = maker is not None and placement.rank_of(maker.stage, direction) != rank
-            self.hop.append(costs.latency_s + costs.transfer_s if away else 0.0)
+            source = rank if maker is None else placement.rank_of(maker.stage, direction)
+            self.hop.append(costs.hop_between(source, target=rank))
         self.holds = [
             {Op.F: 1, Op.W: -1}.get(action.op, 0) for action in self.actions
         ]  # change of micro-batches in flight

@@ -183,6 +183,11 @@ def _rules(
         for op in (Op.F, Op.I, Op.W)
     }
     factor = costs.rank_factor or (1.0,) * placement.num_ranks
+    ways = [placement.down, *(() if placement.up is None else (placement.up,))]
+    longest_hop_s = max(
+        (costs.hop_between(a, target=b) for way in ways for a, b in itertools.pairwise(way)),
+        default=0.0,
+    )
     for caps, forward, backward, forward_first, backlog, patience in itertools.product(
         _caps(placement, num_microbatches),
         (deepest, earliest, fewest),
@@ -195,7 +200,7 @@ def _rules(
             duration=lambda stage, op, rank: durations[op][stage] * factor[rank],
             cap=lambda stage, direction, caps=caps: caps[stage],  # type: ignore[misc]
             split=True,
-            latency=costs.latency_s + costs.transfer_s,
+            latency=longest_hop_s,
             rank_cap=memory_cap,
             forward_key=forward,
             backward_key=backward,

@@ -29,6 +29,9 @@ class CostTable:
         rank_factor: multiplies all compute of a rank, for slow devices; empty for 1.
         latency_s: from the end of a transfer to its arrival on another rank.
         transfer_s: how long one tensor occupies its route (source, target, kind).
+        host_of: the host of each rank, any integers; empty where all routes are alike.
+        inter_host_latency_s: latency_s between ranks of different hosts.
+        inter_host_transfer_s: transfer_s between ranks of different hosts.
         reduce_s: exchange of each stage's gradients between its copies and replicas, after the
             last of them is whole; it occupies no rank. Empty for zero.
         update_s: optimizer update of each stage, on every rank that holds it, after the rank's
@@ -42,6 +45,9 @@ class CostTable:
     rank_factor: tuple[float, ...] = ()
     latency_s: float = 0.0
     transfer_s: float = 0.0
+    host_of: tuple[int, ...] = ()
+    inter_host_latency_s: float = 0.0
+    inter_host_transfer_s: float = 0.0
     reduce_s: tuple[float, ...] = ()
     update_s: tuple[float, ...] = ()
 
@@ -63,11 +69,19 @@ class CostTable:
             *self.rank_factor,
             self.latency_s,
             self.transfer_s,
+            self.inter_host_latency_s,
+            self.inter_host_transfer_s,
             *self.reduce_s,
             *self.update_s,
         )
         if any(not 0 <= time < float("inf") for time in everything):
             raise ScheduleError("the cost table holds a time that is negative or not finite")
+        if not self.host_of and (self.inter_host_latency_s or self.inter_host_transfer_s):
+            raise ScheduleError(
+                f"the cost table prices routes between hosts ({self.inter_host_latency_s} s, "
+                f"{self.inter_host_transfer_s} s) and does not say where the ranks are",
+                remedy="give host_of, one host for each rank",
+            )
 
     @classmethod
     def uniform(
@@ -115,6 +129,42 @@ class CostTable:
             return self.input_s[stage] + self.weight_s[stage]
         assert op is Op.R, f"{op} takes no compute time"
         return self.prepare_s[stage] if self.prepare_s else 0.0
+
+    def latency_between(self, source: int, *, target: int) -> float:
+        """From the end of a transfer to its arrival: 0 on one rank.
+
+        Args:
+            source: the rank that made the tensor.
+            target: the rank that uses it.
+        """
+        if source == target:
+            return 0.0
+        return self.inter_host_latency_s if self._apart(source, target) else self.latency_s
+
+    def transfer_between(self, source: int, *, target: int) -> float:
+        """How long one tensor occupies the route between two ranks: 0 on one rank.
+
+        Args:
+            source: the rank that made the tensor.
+            target: the rank that uses it.
+        """
+        if source == target:
+            return 0.0
+        return self.inter_host_transfer_s if self._apart(source, target) else self.transfer_s
+
+    def hop_between(self, source: int, *, target: int) -> float:
+        """From the end of an action to its arrival over an idle route.
+
+        Args:
+            source: the rank that made the tensor.
+            target: the rank that uses it.
+        """
+        return self.transfer_between(source, target=target) + self.latency_between(
+            source, target=target
+        )
+
+    def _apart(self, source: int, target: int) -> bool:
+        return bool(self.host_of) and self.host_of[source] != self.host_of[target]
 
 
 class Span(NamedTuple):
@@ -189,11 +239,15 @@ def _check_sizes(schedule: Schedule, costs: CostTable, cores: int | None) -> Non
             f"the cost table has {len(costs.forward_s)} stages, the schedule "
             f"{placement.num_stages}"
         )
-    if len(costs.rank_factor) not in (0, placement.num_ranks):
-        raise ScheduleError(
-            f"the cost table has {len(costs.rank_factor)} rank factors, the schedule "
-            f"{placement.num_ranks} ranks"
-        )
+    for per_rank, what in (
+        (costs.rank_factor, "rank factors"),
+        (costs.host_of, "hosts of ranks"),
+    ):
+        if len(per_rank) not in (0, placement.num_ranks):
+            raise ScheduleError(
+                f"the cost table has {len(per_rank)} {what}, the schedule "
+                f"{placement.num_ranks} ranks"
+            )
     if cores is not None and cores < 1:
         raise ScheduleError(
             f"ranks cannot share {cores} cores", remedy="give at least one core"
@@ -274,11 +328,12 @@ def _run(
                 arrived = free
                 target = rank_of[microbatch][user]
                 if target != rank:
-                    if costs.transfer_s:
+                    transfer_s = costs.transfer_between(rank, target=target)
+                    if transfer_s:
                         route = (rank, target, backward)
-                        arrived = max(free, route_free.get(route, 0.0)) + costs.transfer_s
+                        arrived = max(free, route_free.get(route, 0.0)) + transfer_s
                         route_free[route] = arrived
-                    arrived += costs.latency_s
+                    arrived += costs.latency_between(rank, target=target)
                 made = 2 * (stage * num_microbatches + microbatch) + (op is Op.F)
                 arrival[made] = arrived
                 woken = waiting[made]
