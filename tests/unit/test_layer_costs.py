@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -61,6 +62,29 @@ def test_a_cut_costs_the_transfer_of_its_tensor() -> None:
     assert priced.table((0, 3), placement=place(LINE, num_ranks=2)).transfer_s == 3.0
 
 
+def test_routes_between_hosts_have_a_price_of_their_own() -> None:
+    priced = costs(
+        output_bytes=(10.0, 20.0, 30.0, 0.0),
+        gradient_bytes=(10.0,) * 4,
+        bytes_per_s=10.0,
+        latency_s=0.25,
+        host_of=(0, 0, 1, 1),
+        inter_host_bytes_per_s=5.0,
+        inter_host_latency_s=0.5,
+    )
+    line = priced.table((0, 1, 2, 3), placement=place(LINE, num_ranks=4))
+    assert (line.hop_between(0, target=1), line.hop_between(1, target=2)) == (3.25, 6.5)
+    mirror = priced.table((0, 1, 2, 3), placement=place(MIRROR, num_ranks=4))
+    assert mirror.reduce_s == (2.5,) * 4  # a stage and its copy lie on two hosts
+    one_host = replace(priced, host_of=(7,) * 4)
+    assert (
+        one_host.table((0, 1, 2, 3), placement=place(MIRROR, num_ranks=4)).reduce_s
+        == (1.25,) * 4
+    )
+    replicas = one_host.table((0, 1, 2, 3), placement=place(LINE, num_ranks=4), num_replicas=2)
+    assert replicas.reduce_s == (2.5,) * 4
+
+
 def test_copies_are_charged_for_their_exchange() -> None:
     priced = costs(gradient_bytes=(10.0,) * 4, bytes_per_s=10.0, latency_s=0.25)
     mirror = priced.table((0, 1), placement=place(MIRROR, num_ranks=2))
@@ -97,6 +121,7 @@ def test_costs_survive_json() -> None:
         ({"prepare_s": (0.0, -1.0, 0.0, 0.0)}, r"prepare_s\[1\] = -1.0"),
         ({"bytes_per_s": 0.0}, "carries nothing"),
         ({"latency_s": float("nan")}, "latency_s nan"),
+        ({"inter_host_bytes_per_s": 1.0}, "do not say where the ranks are"),
     ],
 )
 def test_figures_that_make_no_sense_are_refused(changes: dict[str, Any], message: str) -> None:

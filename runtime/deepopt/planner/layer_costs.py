@@ -27,7 +27,7 @@ _PER_LAYER = (
     "gradient_bytes",
     "state_bytes",
 )
-_PER_RANK = ("rank_factor", "memory_bytes")
+_PER_RANK = ("rank_factor", "memory_bytes", "host_of")
 _MAY_NOT_BE_EMPTY = ("input_s", "weight_s")
 
 
@@ -52,6 +52,9 @@ class LayerCosts:
         memory_bytes: memory of each pipeline rank for states and activations; empty for any.
         latency_s: from the end of a transfer to its arrival.
         bytes_per_s: of a route between two ranks; None for no limit.
+        host_of: index of each pipeline rank's host; empty where all routes are alike.
+        inter_host_latency_s: latency_s between ranks of different hosts.
+        inter_host_bytes_per_s: bytes_per_s between ranks of different hosts.
         action_s: what each action takes on top, whatever its stage: the price of small pieces.
         source: where the figures are from, in a word: measured, estimated, emulated, ...
     """
@@ -70,6 +73,9 @@ class LayerCosts:
     memory_bytes: tuple[float, ...] = ()
     latency_s: float = 0.0
     bytes_per_s: float | None = None
+    host_of: tuple[int, ...] = ()
+    inter_host_latency_s: float = 0.0
+    inter_host_bytes_per_s: float | None = None
     action_s: float = 0.0
     source: str
 
@@ -89,15 +95,19 @@ class LayerCosts:
                         f"the costs hold {name}[{index}] = {figure}",
                         remedy="costs are finite and not negative",
                     )
-        if not all(0 <= s < float("inf") for s in (self.latency_s, self.action_s)):
+        for name in ("latency_s", "inter_host_latency_s", "action_s"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise PlanError(f"{name} {getattr(self, name)} must be finite and not negative")
+        for rate in (self.bytes_per_s, self.inter_host_bytes_per_s):
+            if rate is not None and not 0 < rate < float("inf"):
+                raise PlanError(
+                    f"a route of {rate} bytes/s carries nothing",
+                    remedy="give a positive rate, or none for no limit",
+                )
+        if not self.host_of and (self.inter_host_latency_s or self.inter_host_bytes_per_s):
             raise PlanError(
-                f"latency_s {self.latency_s} and action_s {self.action_s} must be finite and "
-                "not negative"
-            )
-        if self.bytes_per_s is not None and not 0 < self.bytes_per_s < float("inf"):
-            raise PlanError(
-                f"a route of {self.bytes_per_s} bytes/s carries nothing",
-                remedy="give a positive rate, or none for no limit",
+                "the costs price routes between hosts and do not say where the ranks are",
+                remedy="give host_of, one host for each pipeline rank",
             )
 
     @property
@@ -124,7 +134,8 @@ class LayerCosts:
 
         All tensors take the time of the largest one that crosses a cut. Where a stage has several
         copies (mirror placement, replicas), its gradients cross a route once for each other
-        copy; the second update follows from the placement.
+        copy, between hosts where the copies lie on several (replicas do, where hosts are named);
+        the second update follows from the placement.
 
         Args:
             boundaries: index of the first layer of each stage.
@@ -136,17 +147,16 @@ class LayerCosts:
         """
         self._check_cut(boundaries, placement)
         reduce_s: tuple[float, ...] = ()
-        copies = [
-            len(placement.copies_of(stage)) * num_replicas for stage in range(len(boundaries))
-        ]
-        if self.gradient_bytes and max(copies) > 1:
+        held_by = [placement.copies_of(stage) for stage in range(len(boundaries))]
+        if self.gradient_bytes and max(map(len, held_by)) * num_replicas > 1:
             reduce_s = tuple(
-                (count - 1) * self._route_s(num_bytes) + (self.latency_s if count > 1 else 0)
-                for count, num_bytes in zip(
-                    copies, self.per_stage(self.gradient_bytes, boundaries), strict=True
+                self._exchange_s(num_bytes, ranks=ranks, num_replicas=num_replicas)
+                for ranks, num_bytes in zip(
+                    held_by, self.per_stage(self.gradient_bytes, boundaries), strict=True
                 )
             )
         cuts = [self.output_bytes[first - 1] for first in boundaries[1:] if self.output_bytes]
+        largest = max(cuts, default=0.0)
 
         def stages(figures: tuple[float, ...], *, extra: float = 0.0) -> tuple[float, ...]:
             return tuple(total + extra for total in self.per_stage(figures, boundaries))
@@ -159,7 +169,10 @@ class LayerCosts:
             prepare_s=stages(self.prepare_s, extra=self.action_s) if self.recomputes else (),
             rank_factor=self.rank_factor,
             latency_s=self.latency_s if placement.num_ranks > 1 else 0.0,
-            transfer_s=self._route_s(max(cuts, default=0.0)),
+            transfer_s=_route_s(largest, self.bytes_per_s),
+            host_of=self.host_of,
+            inter_host_latency_s=self.inter_host_latency_s,
+            inter_host_transfer_s=_route_s(largest, self.inter_host_bytes_per_s),
             reduce_s=reduce_s,
             update_s=stages(self.update_s) if self.update_s else (),
         )
@@ -217,8 +230,19 @@ class LayerCosts:
         }
         return cls(**values)
 
-    def _route_s(self, num_bytes: float) -> float:
-        return 0.0 if self.bytes_per_s is None else num_bytes / self.bytes_per_s
+    def _exchange_s(
+        self, num_bytes: float, *, ranks: Sequence[int], num_replicas: int
+    ) -> float:
+        """Time for each copy of a stage to hear from every other one."""
+        others = len(ranks) * num_replicas - 1
+        if not others:
+            return 0.0
+        hosts = {self.host_of[rank] for rank in ranks} if self.host_of else set()
+        if len(hosts) > 1 or (hosts and num_replicas > 1):
+            rate, latency_s = self.inter_host_bytes_per_s, self.inter_host_latency_s
+        else:
+            rate, latency_s = self.bytes_per_s, self.latency_s
+        return others * _route_s(num_bytes, rate) + latency_s
 
     def _check_cut(self, boundaries: Sequence[int], placement: Placement) -> None:
         edges = (*boundaries, self.num_layers)
@@ -239,3 +263,7 @@ class LayerCosts:
                     f"has {placement.num_ranks}",
                     remedy=f"give one figure for each of {placement.num_ranks} ranks, or none",
                 )
+
+
+def _route_s(num_bytes: float, bytes_per_s: float | None) -> float:
+    return 0.0 if bytes_per_s is None else num_bytes / bytes_per_s
