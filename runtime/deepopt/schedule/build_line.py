@@ -1,17 +1,18 @@
 """Orders for a line of ranks: GPipe, 1F1B, interleaved 1F1B, ZB-H1 and ZB-H2.
 
-Pure functions from (placement, directions) to the actions of every rank; no verification.
+Pure functions from (placement, directions) to the rows of every rank, in codes; no verification.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
-from deepopt.schedule.ir import Action, Direction, Op, Placement
-from deepopt.schedule.list_scheduler import Order, keep_microbatches
+from deepopt.schedule.compact import Row, RowWriter, keep_microbatches
+from deepopt.schedule.ir import Direction, Op, Placement
 
 
-def gpipe(placement: Placement, directions: Sequence[Direction]) -> Order:
+def gpipe(placement: Placement, directions: Sequence[Direction]) -> tuple[Row, ...]:
     """All forwards, then all backwards; micro-batches ascend in both.
 
     Source: arXiv:1811.06965.
@@ -20,17 +21,20 @@ def gpipe(placement: Placement, directions: Sequence[Direction]) -> Order:
         placement: line or v; a rank runs its stages one after the other.
         directions: direction of each micro-batch.
     """
-    microbatches = range(len(directions))
+    count = len(directions)
     rows = []
     for rank in range(placement.num_ranks):
+        writer = RowWriter(num_microbatches=count)
         stages = placement.stages_of(rank)
-        forward = [Action(s, Op.F, m) for s in stages for m in microbatches]
-        backward = [Action(s, Op.B, m) for s in reversed(stages) for m in microbatches]
-        rows.append((*forward, *backward))
+        for stage in stages:
+            writer.add((stage, Op.F), times=count)
+        for stage in reversed(stages):
+            writer.add((stage, Op.B), times=count)
+        rows.append(writer.row)
     return tuple(rows)
 
 
-def one_f_one_b(placement: Placement, directions: Sequence[Direction]) -> Order:
+def one_f_one_b(placement: Placement, directions: Sequence[Direction]) -> tuple[Row, ...]:
     """Rank r runs p - r - 1 forwards, then one forward and one backward in turn.
 
     Source: arXiv:2006.09503 (PipeDream-flush).
@@ -39,21 +43,21 @@ def one_f_one_b(placement: Placement, directions: Sequence[Direction]) -> Order:
         placement: line with one stage per rank.
         directions: direction of each micro-batch.
     """
-    num_microbatches = len(directions)
+    count = len(directions)
     rows = []
     for rank in range(placement.num_ranks):
-        warm_up = min(num_microbatches, placement.num_ranks - rank - 1)
-        row = [Action(rank, Op.F, m) for m in range(warm_up)]
-        for m in range(warm_up, num_microbatches):
-            row += Action(rank, Op.F, m), Action(rank, Op.B, m - warm_up)
-        row += [
-            Action(rank, Op.B, m) for m in range(num_microbatches - warm_up, num_microbatches)
-        ]
-        rows.append(tuple(row))
+        writer = RowWriter(num_microbatches=count)
+        warm_up = min(count, placement.num_ranks - rank - 1)
+        writer.add((rank, Op.F), times=warm_up)
+        writer.add((rank, Op.F), (rank, Op.B), times=count - warm_up)
+        writer.add((rank, Op.B), times=warm_up)
+        rows.append(writer.row)
     return tuple(rows)
 
 
-def interleaved_one_f_one_b(placement: Placement, directions: Sequence[Direction]) -> Order:
+def interleaved_one_f_one_b(
+    placement: Placement, directions: Sequence[Direction]
+) -> tuple[Row, ...]:
     """1F1B over v stages a rank, micro-batches in rounds of p through one stage after the
     other.
 
@@ -70,29 +74,24 @@ def interleaved_one_f_one_b(placement: Placement, directions: Sequence[Direction
     per_rank = placement.num_stages // num_ranks
     if per_rank == 1:
         return one_f_one_b(placement, directions)
-    rounds = range(-(-len(directions) // num_ranks))
+    rounds = -(-len(directions) // num_ranks)
     rows = []
     for rank in range(num_ranks):
         stages = placement.stages_of(rank)
         forward, backward = (
-            [
-                Action(stage, op, start * num_ranks + offset)
-                for start in rounds
-                for stage in order
-                for offset in range(num_ranks)
-            ]
+            [(stage, op) for stage in order for _ in range(num_ranks)] * rounds
             for op, order in ((Op.F, stages), (Op.B, stages[::-1]))
         )
         warm_up = min(len(forward), 2 * (num_ranks - rank - 1) + (per_rank - 1) * num_ranks)
-        row = forward[:warm_up]
-        for f, b in zip(forward[warm_up:], backward, strict=False):
-            row += f, b
-        row += backward[len(forward) - warm_up :]
-        rows.append(row)
-    return keep_microbatches(rows, len(directions))
+        writer = RowWriter(num_microbatches=rounds * num_ranks)
+        writer.add(*forward[:warm_up])
+        writer.add(*itertools.chain(*zip(forward[warm_up:], backward, strict=False)))
+        writer.add(*backward[len(forward) - warm_up :])
+        rows.append(writer.row)
+    return keep_microbatches(rows, made_for=rounds * num_ranks, keep=len(directions))
 
 
-def zb_h1(placement: Placement, directions: Sequence[Direction]) -> Order:
+def zb_h1(placement: Placement, directions: Sequence[Direction]) -> tuple[Row, ...]:
     """1F1B with rank r's weight gradients r micro-batches late: bubble (p-1)(F+I-W).
 
     No more activations than 1F1B: p on every rank.
@@ -106,7 +105,7 @@ def zb_h1(placement: Placement, directions: Sequence[Direction]) -> Order:
     return _zero_bubble(placement, num_microbatches=len(directions), depth=1)
 
 
-def zb_h2(placement: Placement, directions: Sequence[Direction]) -> Order:
+def zb_h2(placement: Placement, directions: Sequence[Direction]) -> tuple[Row, ...]:
     """ZB-H1 with twice the warm-up and delay: bubble (p-1)(F+I-2W) on each rank's own span.
 
     Activations of 2p - 1 micro-batches. Every rank works without a gap when F = I = W, but
@@ -121,18 +120,20 @@ def zb_h2(placement: Placement, directions: Sequence[Direction]) -> Order:
     return _zero_bubble(placement, num_microbatches=len(directions), depth=2)
 
 
-def _zero_bubble(placement: Placement, *, num_microbatches: int, depth: int) -> Order:
+def _zero_bubble(placement: Placement, *, num_microbatches: int, depth: int) -> tuple[Row, ...]:
     rows = []
     for rank in range(placement.num_ranks):
+        writer = RowWriter(num_microbatches=num_microbatches)
+        forward, inputs, weight = (rank, Op.F), (rank, Op.I), (rank, Op.W)
         warm_up = min(num_microbatches, depth * (placement.num_ranks - rank - 1))
-        delay = depth * rank
-        row = [Action(rank, Op.F, m) for m in range(warm_up)]
-        for m in range(num_microbatches):
-            if warm_up + m < num_microbatches:
-                row.append(Action(rank, Op.F, warm_up + m))
-            row.append(Action(rank, Op.I, m))
-            if m >= delay:
-                row.append(Action(rank, Op.W, m - delay))
-        late = range(max(0, num_microbatches - delay), num_microbatches)
-        rows.append((*row, *(Action(rank, Op.W, m) for m in late)))
+        # What each micro-batch's turn holds: an F until none is left, a W once `delay` have passed.
+        last_f = num_microbatches - warm_up
+        first_w = min(num_microbatches, depth * rank)
+        writer.add(forward, times=warm_up)
+        writer.add(forward, inputs, times=min(last_f, first_w))
+        writer.add(inputs, times=first_w - last_f)
+        writer.add(forward, inputs, weight, times=last_f - first_w)
+        writer.add(inputs, weight, times=num_microbatches - max(last_f, first_w))
+        writer.add(weight, times=first_w)
+        rows.append(writer.row)
     return tuple(rows)

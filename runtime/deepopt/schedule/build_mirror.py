@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from deepopt.schedule.compact import Row, compact_rows
 from deepopt.schedule.ir import Direction, Op, Placement
 from deepopt.schedule.list_scheduler import (
     ListRules,
-    Order,
     fewest,
     fuse_first_stage,
     list_schedule,
@@ -23,7 +23,7 @@ _TIME = {Op.F: 20.0, Op.I: 22.0, Op.W: 16.0, Op.B: 38.0}
 _WEIGHT_BACKLOG = 2  # the best of none, 2 and 3 over p = 2..8, m = 4..32 and five cost ratios
 
 
-def bi_stream(placement: Placement, directions: Sequence[Direction]) -> Order:
+def bi_stream(placement: Placement, directions: Sequence[Direction]) -> tuple[Row, ...]:
     """Two 1F1B streams merged by the list scheduler, for any number of ranks.
 
     Each stream keeps 1F1B's cap of p - stage micro-batches in flight, so a rank holds at most
@@ -46,4 +46,5 @@ def bi_stream(placement: Placement, directions: Sequence[Direction]) -> Order:
         forward_first=True,
         weight_backlog=_WEIGHT_BACKLOG,
     )
-    return fuse_first_stage(list_schedule(placement, directions=directions, rules=rules))
+    order = fuse_first_stage(list_schedule(placement, directions=directions, rules=rules))
+    return compact_rows(order, num_microbatches=len(directions))

@@ -1,50 +1,23 @@
 """Orders for V placement, rank r with stages r and 2p-1-r: ZB-V, DualPipeV, V-Half.
 
-Pure functions from (placement, directions) to the actions of every rank; no verification. In
+Pure functions from (placement, directions) to the rows or actions of every rank; no verification. In
 this file `low` is a rank's stage r and `high` its stage 2p-1-r; times are in units of F = I = W
 = 1.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from deepopt.schedule.compact import Row, RowWriter, compact_rows, keep_microbatches
 from deepopt.schedule.ir import Action, Direction, Op, Placement
-from deepopt.schedule.list_scheduler import (
-    ListRules,
-    Order,
-    keep_microbatches,
-    list_schedule,
-)
+from deepopt.schedule.list_scheduler import ListRules, list_schedule
 
 _UNIT_TIME = {Op.F: 1.0, Op.I: 1.0, Op.W: 1.0, Op.B: 2.0}
 
 
-class _Row:
-    """A rank's actions as they are appended; micro-batches count up per stage and op."""
-
-    def __init__(self, *, rank: int, num_ranks: int) -> None:
-        self.low = rank
-        self.high = 2 * num_ranks - 1 - rank
-        self.actions: list[Action] = []
-        self._next: Counter[tuple[int, Op]] = Counter()
-
-    def add(self, *steps: tuple[int, Op]) -> None:
-        """Append the next micro-batch of each (stage, op)."""
-        for stage, op in steps:
-            made = (Op.I, Op.W) if op is Op.B else (op,)
-            self.actions.append(Action(stage, op, self._next[stage, made[0]]))
-            for part in made:
-                self._next[stage, part] += 1
-
-    def done(self, stage: int, op: Op) -> int:
-        """Micro-batches of a stage whose op was appended."""
-        return self._next[stage, op]
-
-
-def zb_v(placement: Placement, directions: Sequence[Direction]) -> Order:
+def zb_v(placement: Placement, directions: Sequence[Direction]) -> tuple[Row, ...]:
     """No rank waits inside its own span when F = I = W, with activations of p micro-batches.
 
     Source: arXiv:2401.10241, section 6, for m >= 2p - 1; with fewer micro-batches the list
@@ -54,34 +27,36 @@ def zb_v(placement: Placement, directions: Sequence[Direction]) -> Order:
         placement: v.
         directions: direction of each micro-batch.
     """
-    num_ranks, num_microbatches = placement.num_ranks, len(directions)
-    if num_microbatches < 2 * num_ranks - 1:
+    num_ranks, count = placement.num_ranks, len(directions)
+    if count < 2 * num_ranks - 1:
         rules = ListRules(
             duration=lambda stage, op, rank: _UNIT_TIME[op],
             cap=lambda stage, direction: num_ranks,
             split=True,
         )
-        return list_schedule(placement, directions=directions, rules=rules)
+        order = list_schedule(placement, directions=directions, rules=rules)
+        return compact_rows(order, num_microbatches=count)
     rows = []
     for rank in range(num_ranks):
-        row = _Row(rank=rank, num_ranks=num_ranks)
-        low, high = row.low, row.high
+        low, high = rank, 2 * num_ranks - 1 - rank
+        writer = RowWriter(num_microbatches=count)
         down = num_ranks - rank
-        row.add(*[(low, Op.F)] * (2 * down - 1))
-        row.add(*[(high, Op.F), (low, Op.F)] * rank)
-        row.add(*[(high, Op.F), (high, Op.I), (high, Op.W)] * down)
-        while row.done(high, Op.F) < num_microbatches:
-            if row.done(low, Op.F) < num_microbatches:
-                row.add((low, Op.F))
-            row.add((low, Op.I), (low, Op.W), (high, Op.F), (high, Op.I), (high, Op.W))
-        row.add(*[(low, Op.I), (high, Op.I)] * rank)
-        row.add(*[(low, Op.I), (low, Op.W)] * down)
-        row.add(*[(high, Op.W)] * rank, *[(low, Op.W)] * rank)
-        rows.append(tuple(row.actions))
+        writer.add((low, Op.F), times=2 * down - 1)
+        writer.add((high, Op.F), (low, Op.F), times=rank)
+        writer.add((high, Op.F), (high, Op.I), (high, Op.W), times=down)
+        group = ((low, Op.I), (low, Op.W), (high, Op.F), (high, Op.I), (high, Op.W))
+        with_forward = count - writer.done(low, Op.F)
+        writer.add((low, Op.F), *group, times=with_forward)
+        writer.add(*group, times=count - writer.done(high, Op.F))
+        writer.add((low, Op.I), (high, Op.I), times=rank)
+        writer.add((low, Op.I), (low, Op.W), times=down)
+        writer.add((high, Op.W), times=rank)
+        writer.add((low, Op.W), times=rank)
+        rows.append(writer.row)
     return tuple(rows)
 
 
-def dual_pipe_v(placement: Placement, directions: Sequence[Direction]) -> Order:
+def dual_pipe_v(placement: Placement, directions: Sequence[Direction]) -> tuple[Row, ...]:
     """The two halves of DualPipe on one copy: forwards and backwards of both stages in turn.
 
     The steady part pairs an F with a B, for executors that overlap the two; I and W come apart
@@ -94,32 +69,33 @@ def dual_pipe_v(placement: Placement, directions: Sequence[Direction]) -> Order:
         directions: direction of each micro-batch.
     """
     num_ranks = placement.num_ranks
-    num_microbatches = max(len(directions), 2 * num_ranks)
+    count = max(len(directions), 2 * num_ranks)
     rows = []
     for rank in range(num_ranks):
-        row = _Row(rank=rank, num_ranks=num_ranks)
-        low, high = row.low, row.high
+        low, high = rank, 2 * num_ranks - 1 - rank
+        writer = RowWriter(num_microbatches=count)
         up, after = rank + 1, num_ranks - rank - 1
-        row.add(*[(low, Op.F)] * (2 * after))
-        row.add(*[(low, Op.F), (high, Op.F)] * up)
-        row.add(*[(high, Op.I), (high, Op.W), (high, Op.F)] * after)
-        steady = num_microbatches - 2 * num_ranks + up
-        row.add(*[(low, Op.F), (high, Op.B), (high, Op.F), (low, Op.B)] * steady)
-        row.add(*[(high, Op.B), (high, Op.F), (low, Op.B)] * after)
+        writer.add((low, Op.F), times=2 * after)
+        writer.add((low, Op.F), (high, Op.F), times=up)
+        writer.add((high, Op.I), (high, Op.W), (high, Op.F), times=after)
+        steady = count - 2 * num_ranks + up
+        writer.add((low, Op.F), (high, Op.B), (high, Op.F), (low, Op.B), times=steady)
+        writer.add((high, Op.B), (high, Op.F), (low, Op.B), times=after)
         # The second half of these 2 * up backwards leaves its W for the gaps of the cool-down.
         late: list[int] = []
         for index, stage in enumerate([high, low] * up):
             if index < up:
-                row.add((stage, Op.B))
+                writer.add((stage, Op.B))
             else:
-                row.add((stage, Op.I))
+                writer.add((stage, Op.I))
                 late.append(stage)
         for _ in range(after):
-            row.add((late.pop(0), Op.W), (low, Op.I))
+            writer.add((late.pop(0), Op.W), (low, Op.I))
             late.append(low)
-        row.add(*[(stage, Op.W) for stage in late])
-        rows.append(row.actions)
-    return keep_microbatches(rows, len(directions))
+        for stage in late:
+            writer.add((stage, Op.W))
+        rows.append(writer.row)
+    return keep_microbatches(rows, made_for=count, keep=len(directions))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,7 +114,7 @@ class _Block:
 _INTERVAL = 6  # a rank's work on one micro-batch: F, I and W of two stages, one unit each
 
 
-def v_half(placement: Placement, directions: Sequence[Direction]) -> Order:
+def v_half(placement: Placement, directions: Sequence[Direction]) -> tuple[Row, ...]:
     """About half of 1F1B's activations: (p + 2) // 2 micro-batches, bubble near 3(p-1) units.
 
     One building block is repeated every 6 units; its pace (2 units a hop on one leg of the V,
@@ -167,7 +143,8 @@ def v_half(placement: Placement, directions: Sequence[Direction]) -> Order:
         cap=lambda stage, direction: len(directions),
         split=True,
     )
-    return list_schedule(placement, directions=directions, rules=rules, prefix=tuple(rows))
+    order = list_schedule(placement, directions=directions, rules=rules, prefix=tuple(rows))
+    return compact_rows(order, num_microbatches=len(directions))
 
 
 def _smallest_block(num_ranks: int) -> _Block:

@@ -153,19 +153,6 @@ def list_schedule(
     return tuple(map(tuple, actions))
 
 
-def keep_microbatches(order: Sequence[Sequence[Action]], num_microbatches: int) -> Order:
-    """Leave out the actions of micro-batches that are not there: what stays is still in order.
-
-    Args:
-        order: actions per rank, for at least this many micro-batches.
-        num_microbatches: those to keep, from 0 on.
-    """
-    return tuple(
-        tuple(a for a in row if a.microbatch is not None and a.microbatch < num_microbatches)
-        for row in order
-    )
-
-
 def fuse_first_stage(order: Order) -> Order:
     """Replace each I of stage 0 that its own W follows at once by one B: less overhead.
 

@@ -2,19 +2,21 @@
 
 An event simulation, deterministic and pure. Ranks follow their order; an action starts when its
 rank is free and its input has arrived. Sends do not block compute: a tensor waits for its
-route, occupies it for the transfer time, and arrives one latency later. It does not check the
-schedule (see `verify`) and does not choose one (see `search`).
+route, occupies it for the transfer time, and arrives one latency later. The loop itself is in
+`event_loop`. It does not check the schedule (see `verify`) and does not choose one (see `search`).
 """
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import sub
 from typing import NamedTuple
 
 from deepopt.errors import ScheduleError
-from deepopt.schedule.ir import COMPUTE_OPS, Action, Direction, Op, Schedule
+from deepopt.schedule.compact import OP_BITS, OP_MASK, OPS, CompactSchedule, compact
+from deepopt.schedule.event_loop import Times, run
+from deepopt.schedule.ir import Action, Op, Placement, Schedule
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,9 +202,55 @@ class Timeline:
     @property
     def bubble(self) -> float:
         """Idle share of the step: 1 - busy / (ranks x step time)."""
-        if self.makespan_s <= 0:
-            return 0.0
-        return 1 - sum(self.busy_s) / (len(self.busy_s) * self.makespan_s)
+        return _bubble(self.busy_s, self.makespan_s)
+
+    @property
+    def steady_s(self) -> float:
+        """Step time where each rank begins the next step as soon as it has ended this one.
+
+        Then all ranks repeat their spans at one distance, which must hold the longest of them.
+        """
+        return max((row[-1].end_s - row[0].start_s for row in self.spans if row), default=0.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompactTimeline:
+    """A compact schedule in time.
+
+    Args:
+        schedule: what was simulated.
+        starts: per rank, seconds since the start of the step for each action.
+        ends: as `starts`.
+        updates: per rank, the updates that follow its actions; empty where the table has none.
+        busy_s: per rank, the sum of its actions and updates.
+        makespan_s: from the start of the step to the end of the last action or update.
+    """
+
+    schedule: CompactSchedule
+    starts: tuple[Times, ...]
+    ends: tuple[Times, ...]
+    updates: tuple[tuple[Span, ...], ...]
+    busy_s: tuple[float, ...]
+    makespan_s: float
+
+    @property
+    def bubble(self) -> float:
+        """Idle share of the step: 1 - busy / (ranks x step time)."""
+        return _bubble(self.busy_s, self.makespan_s)
+
+    @property
+    def steady_s(self) -> float:
+        """As for `Timeline`."""
+        return max(
+            (
+                (updates[-1].end_s if updates else ends[-1]) - starts[0]
+                for starts, ends, updates in zip(
+                    self.starts, self.ends, self.updates, strict=True
+                )
+                if starts
+            ),
+            default=0.0,
+        )
 
 
 def simulate(schedule: Schedule, costs: CostTable, *, cores: int | None = None) -> Timeline:
@@ -217,23 +265,70 @@ def simulate(schedule: Schedule, costs: CostTable, *, cores: int | None = None) 
     Raises:
         ScheduleError: the schedule deadlocks, or the table is made for other sizes.
     """
-    _check_sizes(schedule, costs, cores)
-    starts, ends = _run(schedule, costs, cores)
-    updates = _updates(schedule, costs, ends)
-    spans = tuple(
-        (*map(Span, row, starts[rank], ends[rank]), *updates[rank])
-        for rank, row in enumerate(schedule.actions)
-    )
+    timed = simulate_compact(compact(schedule), costs, cores=cores)
     return Timeline(
         schedule=schedule,
-        spans=spans,
-        busy_s=tuple(sum(span.end_s - span.start_s for span in row) for row in spans),
-        makespan_s=max((row[-1].end_s for row in spans if row), default=0.0),
+        spans=tuple(
+            (*map(Span, row, starts, ends), *updates)
+            for row, starts, ends, updates in zip(
+                schedule.actions, timed.starts, timed.ends, timed.updates, strict=True
+            )
+        ),
+        busy_s=timed.busy_s,
+        makespan_s=timed.makespan_s,
     )
 
 
-def _check_sizes(schedule: Schedule, costs: CostTable, cores: int | None) -> None:
+def simulate_compact(
+    schedule: CompactSchedule, costs: CostTable, *, cores: int | None = None
+) -> CompactTimeline:
+    """As `simulate`, in 20 bytes an action: for orders of millions.
+
+    Args:
+        schedule: codes per rank.
+        costs: seconds per op, stage and route.
+        cores: as for `simulate`.
+
+    Raises:
+        ScheduleError: the schedule deadlocks, or the table is made for other sizes.
+    """
     placement = schedule.placement
+    _check_sizes(placement, costs, cores)
+    stages = range(placement.num_stages)
+    starts, ends = run(
+        schedule,
+        duration_s=[[costs.duration_s(stage, op=op) for stage in stages] for op in OPS],
+        rank_factor=costs.rank_factor or (1.0,) * placement.num_ranks,
+        hop_s=lambda source, target: (
+            costs.transfer_between(source, target=target),
+            costs.latency_between(source, target=target),
+        ),
+        cores=cores,
+    )
+    updates = _updates(schedule, costs, ends)
+    lasts = [
+        updated[-1].end_s if updated else times[-1]
+        for updated, times in zip(updates, ends, strict=True)
+        if updated or times
+    ]
+    return CompactTimeline(
+        schedule=schedule,
+        starts=starts,
+        ends=ends,
+        updates=updates,
+        busy_s=tuple(
+            sum([*map(sub, late, early), *(span.end_s - span.start_s for span in updated)])
+            for early, late, updated in zip(starts, ends, updates, strict=True)
+        ),
+        makespan_s=max(lasts, default=0.0),
+    )
+
+
+def _bubble(busy_s: Sequence[float], makespan_s: float) -> float:
+    return 1 - sum(busy_s) / (len(busy_s) * makespan_s) if makespan_s > 0 else 0.0
+
+
+def _check_sizes(placement: Placement, costs: CostTable, cores: int | None) -> None:
     if len(costs.forward_s) != placement.num_stages:
         raise ScheduleError(
             f"the cost table has {len(costs.forward_s)} stages, the schedule "
@@ -254,127 +349,48 @@ def _check_sizes(schedule: Schedule, costs: CostTable, cores: int | None) -> Non
         )
 
 
-def _run(
-    schedule: Schedule, costs: CostTable, cores: int | None
-) -> tuple[list[list[float]], list[list[float]]]:
-    """Start and end of every action. One flat loop, because p = 1024 means millions of actions.
-
-    A rank goes on until its next input is not known yet; then it waits for the maker to wake it.
-    With shared cores, ranks take turns in the order in which their next actions are ready.
-    """
-    placement = schedule.placement
-    rows, num_microbatches = schedule.actions, schedule.num_microbatches
-    last_stage = placement.num_stages - 1
-    rank_of = [
-        placement.down if direction is Direction.DOWN or placement.up is None else placement.up
-        for direction in schedule.directions
-    ]
-    duration = {
-        op: [costs.duration_s(stage, op=op) for stage in range(placement.num_stages)]
-        for op in COMPUTE_OPS
-    }
-    factor = costs.rank_factor or (1.0,) * placement.num_ranks
-    # By 2 * (stage * num_microbatches + microbatch), + 1 for what a forward makes.
-    num_tensors = 2 * placement.num_stages * num_microbatches
-    arrival: list[float | None] = [None] * num_tensors
-    waiting: list[int | None] = [None] * num_tensors
-    route_free: dict[tuple[int, int, bool], float] = {}
-    at = [0] * placement.num_ranks
-    free_at = [0.0] * placement.num_ranks
-    starts: list[list[float]] = [[] for _ in rows]
-    ends: list[list[float]] = [[] for _ in rows]
-    core_free = [0.0] * (cores or 0)
-    todo = [(0.0, rank) for rank in range(placement.num_ranks)]
-    while todo:
-        turn, rank = todo.pop() if cores is None else heapq.heappop(todo)
-        row, index, free = rows[rank], at[rank], free_at[rank]
-        while index < len(row):
-            action = row[index]
-            stage, op = action.stage, action.op
-            microbatch: int = action.microbatch  # type: ignore[assignment]
-            start = free
-            backward = op is Op.I or op is Op.B
-            needs = -1
-            if op is Op.F:
-                if stage:
-                    needs = 2 * ((stage - 1) * num_microbatches + microbatch) + 1
-            elif backward and stage < last_stage:
-                needs = 2 * ((stage + 1) * num_microbatches + microbatch)
-            if needs >= 0:
-                arrived = arrival[needs]
-                if arrived is None:
-                    waiting[needs] = rank
-                    break
-                start = max(free, arrived)
-            if cores is not None:
-                if start > turn:
-                    heapq.heappush(todo, (start, rank))
-                    break
-                turn = -1.0  # one action a turn
-                start = max(start, heapq.heappop(core_free))
-            free = start + duration[op][stage] * factor[rank]
-            if cores is not None:
-                heapq.heappush(core_free, free)
-            starts[rank].append(start)
-            ends[rank].append(free)
-            index += 1
-            if op is Op.F:
-                user = stage + 1
-            elif backward:
-                user = stage - 1
-            else:
-                continue
-            if 0 <= user <= last_stage:
-                arrived = free
-                target = rank_of[microbatch][user]
-                if target != rank:
-                    transfer_s = costs.transfer_between(rank, target=target)
-                    if transfer_s:
-                        route = (rank, target, backward)
-                        arrived = max(free, route_free.get(route, 0.0)) + transfer_s
-                        route_free[route] = arrived
-                    arrived += costs.latency_between(rank, target=target)
-                made = 2 * (stage * num_microbatches + microbatch) + (op is Op.F)
-                arrival[made] = arrived
-                woken = waiting[made]
-                if woken is not None:
-                    todo_entry = (max(free_at[woken], arrived), woken)
-                    if cores is None:
-                        todo.append(todo_entry)
-                    else:
-                        heapq.heappush(todo, todo_entry)
-        at[rank], free_at[rank] = index, free
-    for rank, row in enumerate(rows):
-        if at[rank] < len(row):
-            raise ScheduleError(
-                f"schedule {schedule.name} stands still: rank {rank} waits for ever "
-                f"before {row[at[rank]]}",
-                remedy="verify the schedule to see why",
-            )
-    return starts, ends
-
-
 def _updates(
-    schedule: Schedule, costs: CostTable, ends: Sequence[Sequence[float]]
-) -> list[list[Span]]:
+    schedule: CompactSchedule, costs: CostTable, ends: Sequence[Times]
+) -> tuple[tuple[Span, ...], ...]:
     """The exchange and the update of each stage, per rank, if the table has either."""
     placement = schedule.placement
-    updates: list[list[Span]] = [[] for _ in ends]
     if not costs.reduce_s and not costs.update_s:
-        return updates
+        return ((),) * placement.num_ranks
     zeros = (0.0,) * placement.num_stages
     reduce_s, update_s = costs.reduce_s or zeros, costs.update_s or zeros
+    held: list[list[int]] = [[] for _ in range(placement.num_ranks)]
+    for stage in range(placement.num_stages):
+        for rank in placement.copies_of(stage):
+            held[rank].append(stage)
     whole_at = list(zeros)
-    for row, times in zip(schedule.actions, ends, strict=True):
-        for action, end in zip(row, times, strict=True):
-            if action.op in (Op.W, Op.B):
-                whole_at[action.stage] = max(whole_at[action.stage], end)
+    for rank, times in enumerate(ends):
+        for stage, end in _last_gradients(
+            schedule, times, rank=rank, num_stages=len(held[rank])
+        ):
+            whole_at[stage] = max(whole_at[stage], end)
+    updates: list[tuple[Span, ...]] = []
     for rank, times in enumerate(ends):
         factor = costs.rank_factor[rank] if costs.rank_factor else 1.0
         free = times[-1] if times else 0.0
-        stages = placement.stages_of(rank)
-        for summed_at, stage in sorted((whole_at[s] + reduce_s[s], s) for s in stages):
+        spans = []
+        for summed_at, stage in sorted((whole_at[s] + reduce_s[s], s) for s in held[rank]):
             start = max(free, summed_at)
             free = start + update_s[stage] * factor
-            updates[rank].append(Span(Action(stage, Op.REDUCE), start, free))
-    return updates
+            spans.append(Span(Action(stage, Op.REDUCE), start, free))
+        updates.append(tuple(spans))
+    return tuple(updates)
+
+
+def _last_gradients(
+    schedule: CompactSchedule, times: Times, *, rank: int, num_stages: int
+) -> Iterable[tuple[int, float]]:
+    """Each stage of a rank with the end of its last W or B; from the back, because ends ascend."""
+    row, count = schedule.rows[rank], schedule.num_microbatches
+    seen: set[int] = set()
+    for index in range(len(row) - 1, -1, -1):
+        stage = (row[index] >> OP_BITS) // count
+        if OPS[row[index] & OP_MASK] in (Op.W, Op.B) and stage not in seen:
+            seen.add(stage)
+            yield stage, times[index]
+            if len(seen) == num_stages:
+                return
