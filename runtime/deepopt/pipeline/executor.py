@@ -9,6 +9,7 @@ first forwards run ahead (`schedule.run_ahead`), and are then continued or forgo
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Protocol
@@ -97,7 +98,7 @@ class Executor:
         self._num_posted = 0
         self._num_received = 0
         self._num_postable = len(self._receives)
-        self._posted: dict[Action, PendingReceive] = {}
+        self._posted: deque[PendingReceive] = deque()  # in the order of the list
         self._specs: dict[tuple[Op, int], tuple[TensorSpec, ...]] = {}
         # By (F or B, stage, micro-batch): what arrived for it, what leaves it.
         self._arrived: dict[tuple[Op, int, int], Tensors] = {}
@@ -162,10 +163,9 @@ class Executor:
         if not self._is_ahead:
             return
         self._is_ahead = False
-        assert not self._posted, f"{list(self._posted)} are still under way"
+        assert not self._posted, f"{len(self._posted)} receives are still under way"
         for action in self._ahead.arriving[self._num_received :]:
-            self._post(action)
-            self._posted.pop(action).wait()
+            self._post(action).wait()
         self._arrived.clear()
         self._departing.clear()
         for stage in self._stages.values():
@@ -274,7 +274,7 @@ class Executor:
         here = (Op.F if forward else Op.B, index, microbatch)
 
         def run() -> None:
-            tensors = self._pending(action).wait()
+            tensors = self._next_receive().wait()
             self._num_received += 1
             if forward:
                 for tensor, spec in zip(tensors, self._specs[Op.F, index], strict=True):
@@ -297,12 +297,13 @@ class Executor:
 
     # Receives, addresses. ----------------------------------------------------------------------
 
-    def _pending(self, action: Action) -> PendingReceive:
-        """The receive of an action, posted now if its shape was not known when its turn came."""
-        while action not in self._posted:
-            self._post(self._receives[self._num_posted])
-            self._num_posted += 1
-        return self._posted.pop(action)
+    def _next_receive(self) -> PendingReceive:
+        """The next receive of the list, posted now if its shape was not known when its turn
+        came."""
+        if self._posted:
+            return self._posted.popleft()
+        self._num_posted += 1
+        return self._post(self._receives[self._num_posted - 1])
 
     def _post_receives(self) -> None:
         """Post the next receives of the list, up to one whose shape nobody has told yet."""
@@ -311,16 +312,16 @@ class Executor:
             action = self._receives[self._num_posted]
             if _spec_key(action) not in self._specs:
                 return
-            self._post(action)
+            self._posted.append(self._post(action))
             self._num_posted += 1
 
-    def _post(self, action: Action) -> None:
+    def _post(self, action: Action) -> PendingReceive:
         """Post one receive; waits for its shape if nobody has told it yet."""
         key = _spec_key(action)
         if key not in self._specs:
             self._specs[key] = self._transport.look_up(f"activation/{action.stage}")
-        address = self._addresses[action]
-        self._posted[action] = self._transport.receive(*address, self._specs[key])
+        channel, message = self._addresses[action]
+        return self._transport.receive(channel, message, self._specs[key])
 
     def _channel(self, action: Action) -> Channel:
         stage, microbatch = _stage_and_microbatch(action)
@@ -359,8 +360,12 @@ def _spec_key(action: Action) -> tuple[Op, int]:
 
 
 def _check_shapes(action: Action, tensors: Tensors, specs: Sequence[TensorSpec]) -> None:
-    found = tuple(TensorSpec.of(t) for t in tensors)
-    if found != tuple(specs):
+    same = len(tensors) == len(specs) and all(
+        t.shape == s.shape and t.dtype == s.dtype and t.requires_grad == s.requires_grad
+        for t, s in zip(tensors, specs, strict=True)
+    )
+    if not same:
+        found = tuple(TensorSpec.of(t) for t in tensors)
         raise TrainingError(
             f"{action}: the output of stage {action.stage} changed from {_text(specs)} "
             f"to {_text(found)} between micro-batches",

@@ -47,7 +47,8 @@ class SpanRecorder:
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
-        self._spans: list[Span] = []
+        # (action, start, end, busy): spans are made of them when the step is over.
+        self._raw: list[tuple[Action, int, int, int]] = []
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event] | None] = []
         self._begun: tuple[int, int, torch.cuda.Event | None] = (0, 0, None)
 
@@ -67,11 +68,12 @@ class SpanRecorder:
             event.record()
             self._events.append((begun, event))
         busy = time.thread_time_ns() - busy
-        self._spans.append(Span(action, start, time.perf_counter_ns(), busy))
+        self._raw.append((action, start, time.perf_counter_ns(), busy))
 
     def take(self) -> list[Span]:
         """The spans since the last call; waits for the GPU to reach the last of them."""
-        spans, self._spans = self._spans, []
+        spans = [Span(*raw) for raw in self._raw]
+        self._raw.clear()
         if not self._cuda:
             return spans
         events, self._events = self._events, []

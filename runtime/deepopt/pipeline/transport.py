@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,7 @@ import torch.distributed as dist
 from deepopt.errors import TransportError
 
 _TENSORS_PER_MESSAGE = 64  # the lowest six bits of the tag
+_BACKEND_ERRORS = (RuntimeError, ConnectionError)  # torch raises DistError, a RuntimeError
 _EXCHANGE = "exchange of norms and losses at the end of the step"
 
 
@@ -204,7 +205,7 @@ class ProcessGroupTransport:
         self._device = device
         self._store = store
         self._timeout = timedelta(seconds=timeout_s)
-        self._groups: dict[Channel, dist.ProcessGroup] = {}
+        self._roads: dict[Channel, _Road] = {}
         self._sends: deque[tuple[dist.Work, torch.Tensor]] = deque()
         cuda = device.type == "cuda"
         with _as_transport_error("process group did not form"):
@@ -229,47 +230,51 @@ class ProcessGroupTransport:
 
     def open(self, channels: Iterable[Channel]) -> None:
         """Make one communicator a channel under NCCL; gloo needs none, it has tags."""
-        if self._device.type != "cuda":
-            return
         # Sorted, so that both ends of every channel make their communicators in the same order.
         for channel in sorted(channels, key=lambda c: (c.kind, c.source, c.target)):
-            with _as_transport_error(f"communicator of {channel} did not form"):
-                group = dist.new_group(
-                    [channel.source, channel.target],
-                    timeout=self._timeout,
-                    backend="nccl",
-                    use_local_synchronization=True,
-                )
-            self._groups[channel] = group
+            group = dist.group.WORLD
+            assert group is not None, "the constructor has made the world's group"
+            if self._device.type == "cuda":
+                with _as_transport_error(f"communicator of {channel} did not form"):
+                    group = dist.new_group(
+                        [channel.source, channel.target],
+                        timeout=self._timeout,
+                        backend="nccl",
+                        use_local_synchronization=True,
+                    )
+            other = channel.source if channel.target == self._rank else channel.target
+            self._roads[channel] = _Road(group, dist.get_group_rank(group, other))
 
     def receive(
         self, channel: Channel, message: int, specs: Sequence[TensorSpec]
     ) -> PendingReceive:
         """Post a receive and return at once."""
         assert len(specs) <= _TENSORS_PER_MESSAGE, f"{len(specs)} tensors in one message"
+        road, tag = self._roads[channel], _tag(channel, message)
         tensors = [torch.empty(s.shape, dtype=s.dtype, device=self._device) for s in specs]
-        works = []
-        with _as_transport_error(f"receive from rank {channel.source}"):
-            for i, tensor in enumerate(tensors):
-                group, tag = self._address(channel, message, i)
-                work = dist.irecv(tensor, channel.source, group=group, tag=tag)
-                assert work is not None, "this rank is not in the channel's group"
-                works.append(work)
+        try:
+            # The group's own methods: `dist.irecv` looks the group up and logs each time.
+            works = [
+                road.group.recv([tensor], road.peer, tag + i)
+                for i, tensor in enumerate(tensors)
+            ]
+        except _BACKEND_ERRORS as error:
+            raise _transport_error(f"receive from rank {channel.source}", error) from error
         return _Receive(channel.source, works, tensors)
 
     def send(self, channel: Channel, message: int, tensors: Sequence[torch.Tensor]) -> None:
         """Post a send and return at once; the tensors must not be written to afterwards."""
         assert len(tensors) <= _TENSORS_PER_MESSAGE, f"{len(tensors)} tensors in one message"
-        with _as_transport_error(f"send to rank {channel.target}"):
+        road, tag = self._roads[channel], _tag(channel, message)
+        try:
             for i, tensor in enumerate(tensors):
-                group, tag = self._address(channel, message, i)
                 whole = tensor.detach().contiguous()
-                work = dist.isend(whole, channel.target, group=group, tag=tag)
-                assert work is not None, "this rank is not in the channel's group"
-                self._sends.append((work, whole))
-        # Gloo's work tells its end only to who waits for it; NCCL's can be asked.
-        while self._groups and self._sends and self._sends[0][0].is_completed():
-            self._sends.popleft()
+                self._sends.append((road.group.send([whole], road.peer, tag + i), whole))
+        except _BACKEND_ERRORS as error:
+            raise _transport_error(f"send to rank {channel.target}", error) from error
+        if self._device.type == "cuda":  # gloo's work tells its end only to who waits for it
+            while self._sends and self._sends[0][0].is_completed():
+                self._sends.popleft()
 
     def finish_sends(self) -> None:
         """Block until every posted send is out."""
@@ -309,11 +314,17 @@ class ProcessGroupTransport:
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    def _address(
-        self, channel: Channel, message: int, tensor_index: int
-    ) -> tuple[dist.ProcessGroup | None, int]:
-        tag = (message * len(Kind) + channel.kind) * _TENSORS_PER_MESSAGE + tensor_index
-        return self._groups.get(channel), tag
+
+class _Road(NamedTuple):
+    """How a channel is travelled: its communicator, and the other end's rank in it."""
+
+    group: dist.ProcessGroup
+    peer: int
+
+
+def _tag(channel: Channel, message: int) -> int:
+    """The tag of a message's first tensor; the others' follow."""
+    return (message * len(Kind) + channel.kind) * _TENSORS_PER_MESSAGE
 
 
 class _OwnValues:
@@ -345,9 +356,11 @@ class _Receive:
         self._tensors = tensors
 
     def wait(self) -> tuple[torch.Tensor, ...]:
-        with _as_transport_error(f"receive from rank {self._source}"):
+        try:
             for work in self._works:
                 work.wait()
+        except _BACKEND_ERRORS as error:
+            raise _transport_error(f"receive from rank {self._source}", error) from error
         return tuple(self._tensors)
 
 
@@ -355,8 +368,12 @@ class _Receive:
 def _as_transport_error(what: str) -> Iterator[None]:
     try:
         yield
-    except (RuntimeError, ConnectionError) as error:  # torch raises DistError, a RuntimeError
-        raise TransportError(f"{what} failed: {_reason(error)}") from error
+    except _BACKEND_ERRORS as error:
+        raise _transport_error(what, error) from error
+
+
+def _transport_error(what: str, error: Exception) -> TransportError:
+    return TransportError(f"{what} failed: {_reason(error)}")
 
 
 def _reason(error: Exception) -> str:
