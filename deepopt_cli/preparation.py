@@ -131,7 +131,7 @@ def count_workers(job: JobConfig) -> int:
             f"how many workers the cluster at {job.cluster.address} shall run is not said",
             remedy="add --workers N",
         )
-    if job.worker.device != "cpu":
+    if job.worker.device in ("auto", "cuda"):
         import torch
 
         if num_gpus := torch.cuda.device_count():

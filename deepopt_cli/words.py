@@ -247,6 +247,11 @@ def report_lines(report: Mapping[str, Any]) -> list[str]:
         if report.get("shared_cores"):
             words += f" (the workers share {report['shared_cores']} cores)"
         lines.append(f"bubble      {words}")
+    if emulated := report.get("emulated"):
+        lines.append(
+            f"emulated    {emulated['overran']:,} of {emulated['operations']:,} operations overran, "
+            f"{_milliseconds(emulated['late_s'])} in all"
+        )
     return lines
 
 

@@ -42,7 +42,7 @@ class LocalCluster:
         ray_node.prepare_environment(
             threads=threads, token=ray_node.make_token(), loopback=True
         )
-        num_gpus = 0 if device == "cpu" else count_gpus()
+        num_gpus = count_gpus() if device in ("auto", "cuda") else 0
         use_gpus = device == "cuda" or num_gpus > 0
         if use_gpus:
             check_slots(wanted=num_workers, found={"this host": num_gpus}, what="GPUs")

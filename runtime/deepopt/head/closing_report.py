@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from deepopt.planner.emulated_costs import emulated_costs
 from deepopt.planner.plan import Plan
 from deepopt.schedule.builders import build
 from deepopt.schedule.ir import Op, parse_action
@@ -128,6 +129,7 @@ def make_report(controller: Controller) -> dict[str, Any]:
         "simulated_step_s": None,
         "simulated_bubble": None,
         "shared_cores": None,
+        "emulated": None,
         "op_times_s": {},
         "setup_s": {},
     }
@@ -137,12 +139,29 @@ def make_report(controller: Controller) -> dict[str, Any]:
     report["setup_s"] = {str(word.sender.rank): dict(word.setup_s) for word in ready}
     ended = [member.ended for member in generation.members if member.ended is not None]
     report["op_times_s"] = {str(word.sender.rank): dict(word.op_times_s) for word in ended}
-    costs = cost_table(
-        [word.op_times_s for word in ended],
-        plan=controller.plan,
-        update_s=statistics.median(pace.update_s) if pace.update_s else 0.0,
-        reduce_s=statistics.median(pace.reduce_s) if pace.reduce_s else 0.0,
-    )
+    overruns = [word.overruns for word in ended if word.overruns is not None]
+    if overruns:
+        report["emulated"] = {
+            "operations": sum(one.num_operations for one in overruns),
+            "overran": sum(one.num_overran for one in overruns),
+            "late_s": sum(one.late_s for one in overruns),
+        }
+    costs: CostTable | None
+    if overruns:  # devices and links take what the job says
+        costs = emulated_costs(
+            controller.job, num_layers=len(controller.plan.layer_names)
+        ).table(
+            controller.plan.boundaries,
+            placement=controller.plan.make_placement(),
+            num_replicas=controller.plan.data_size,
+        )
+    else:
+        costs = cost_table(
+            [word.op_times_s for word in ended],
+            plan=controller.plan,
+            update_s=statistics.median(pace.update_s) if pace.update_s else 0.0,
+            reduce_s=statistics.median(pace.reduce_s) if pace.reduce_s else 0.0,
+        )
     if costs is not None:
         cores = shared_cores([word.device for word in ready], [word.host for word in ready])
         timeline = predict(controller.plan, costs, cores=cores)

@@ -21,6 +21,7 @@ import torch
 from deepopt.config import JobConfig
 from deepopt.errors import TrainingError
 from deepopt.pipeline.clip_forecast import ClipForecast
+from deepopt.pipeline.emulated import Emulation
 from deepopt.pipeline.executor import Batches, Executor
 from deepopt.pipeline.gradients import StageGradients
 from deepopt.pipeline.learning_rate import learning_rate
@@ -32,7 +33,7 @@ from deepopt.pipeline.transport import Transport
 from deepopt.planner.plan import Plan
 from deepopt.planner.skeleton import ModelSkeleton
 from deepopt.schedule.builders import build
-from deepopt.schedule.ir import Action, Op
+from deepopt.schedule.ir import Action, Op, Schedule
 from deepopt.schedule.lowering import lower
 from deepopt.schedule.run_ahead import run_ahead
 
@@ -101,6 +102,7 @@ class PipelineStep:
             neither the first nor the last stage.
         device: where the layers are.
         before_action: called before each action, for the fault script.
+        schedule: order of this replica; None: the plan names a builder's.
     """
 
     def __init__(
@@ -116,12 +118,11 @@ class PipelineStep:
         batches: Batches | None,
         device: torch.device,
         before_action: Callable[[int, Action], None] | None = None,
+        schedule: Schedule | None = None,
     ) -> None:
         self._job = job
         self._plan = plan
         self._rank = rank
-        self._transport = transport
-        self._spans = SpanRecorder(device)
         self._device = device
         self._update_s = 0.0
         self._forecast = ClipForecast()
@@ -132,11 +133,16 @@ class PipelineStep:
 
         data_index, pipeline_rank = divmod(rank, plan.pipeline_size)
         placement = plan.make_placement()
-        schedule = build(
+        schedule = schedule or build(
             plan.schedule, placement=placement, directions=plan.directions(data_index)
         )
         rows = lower(schedule, reduce=True)
         program = rows[pipeline_rank]
+        emulation, self.overruns = None, None  # None: devices are real
+        if job.worker.device == "emulated":
+            emulation = Emulation(job, plan=plan, rank=rank, program=program)
+            self.overruns = emulation.device.overruns
+        self._spans = SpanRecorder(device) if emulation is None else emulation.device
         self._stages = {
             index: self._make_stage(
                 index, layers, loss, defer=any(a.op is Op.W for a in program)
@@ -145,9 +151,13 @@ class PipelineStep:
         }
         buckets = {index: self._stage_bucket(index) for index in self._stages}
         self._tied_buckets = self._make_tied_buckets()
+        if emulation is not None:
+            transport = emulation.transport(transport, buckets=buckets)
+        self._transport = transport
         self._reducer = Reducer(transport)
+        make_optimizer = LayerOptimizer if emulation is None else emulation.optimizer
         self.optimizers = {
-            layer.name: LayerOptimizer(layer, job.optimizer)
+            layer.name: make_optimizer(layer, job.optimizer)
             for stage in self._stages.values()
             for layer in stage.layers
         }

@@ -29,7 +29,7 @@ def choose_device(job: JobConfig) -> torch.device:
             "worker.device is cuda, but torch sees no GPU in the worker's process",
             remedy="check the driver and torch's CUDA build, or set worker.device to cpu",
         )
-    if wanted == "cpu" or not available:
+    if wanted in ("cpu", "emulated") or not available:
         return torch.device("cpu")
     torch.cuda.set_device(0)
     return torch.device("cuda", 0)
@@ -43,11 +43,13 @@ def peak_flops(job: JobConfig, device: torch.device) -> tuple[float, str]:
         device: a GPU is looked up by its name; a CPU is measured.
 
     Returns:
-        (FLOP/s, `job`, `table` or `measured`). Measured: the best rate of a square matrix
+        (FLOP/s, `job`, `table`, `measured`, or 0 and `emulated`). Measured: the best rate of a square matrix
         product, so utilisation relative to it is that of the code, not of the data sheet.
     """
     if job.logging.peak_flops is not None:
         return job.logging.peak_flops, "job"
+    if job.worker.device == "emulated":
+        return 0.0, "emulated"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         known = device_peak_flops(name, job.precision.dtype)

@@ -11,6 +11,7 @@ from typing import Any
 
 from deepopt.checkpoint.manifest import ShardEntry
 from deepopt.config import JobConfig
+from deepopt.pipeline.emulated_clock import Overruns
 from deepopt.planner.plan import Plan
 
 
@@ -221,9 +222,11 @@ class RunEnded:
         step: the last step whose update was applied.
         reason: `finished` (last_step reached) or `stopped` (asked to).
         op_times_s: median seconds by `STAGE OP`, for example `2F`, measured on this worker.
+        overruns: of this worker's emulated device; None where the device is real.
     """
 
     sender: Sender
     step: int
     reason: str
     op_times_s: Mapping[str, float] = field(default_factory=dict)
+    overruns: Overruns | None = None

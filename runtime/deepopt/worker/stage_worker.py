@@ -147,7 +147,7 @@ class StageWorker:
             pid=os.getpid(),
             host=socket.gethostname(),
             stages=stages,
-            device=str(self._device),
+            device="emulated" if job.worker.device == "emulated" else str(self._device),
             setup_s=times,
             peak_flops=peak,
             peak_source=source,
@@ -184,6 +184,7 @@ class StageWorker:
             step=self._step,
             reason=reason,
             op_times_s={name: statistics.median(times) for name, times in self._busy_s.items()},
+            overruns=self._pipeline.overruns,
         )
 
     def request_stop(self) -> None:
