@@ -11,7 +11,7 @@ from deepopt.schedule.compact import Row, compact_rows
 from deepopt.schedule.ir import Direction, Op, Placement
 from deepopt.schedule.list_scheduler import (
     ListRules,
-    fewest,
+    Prefer,
     fuse_first_stage,
     list_schedule,
 )
@@ -39,10 +39,10 @@ def bi_stream(placement: Placement, directions: Sequence[Direction]) -> tuple[Ro
         directions: direction of each micro-batch; one stream may be empty.
     """
     rules = ListRules(
-        duration=lambda stage, op, rank: _TIME[op],
+        duration=lambda stage, op, rank: _TIME.get(op, 0.0),
         cap=lambda stage, direction: placement.num_stages - stage,
         split=True,
-        forward_key=fewest,
+        forward=Prefer.FEWEST,
         forward_first=True,
         weight_backlog=_WEIGHT_BACKLOG,
     )

@@ -30,7 +30,7 @@ def zb_v(placement: Placement, directions: Sequence[Direction]) -> tuple[Row, ..
     num_ranks, count = placement.num_ranks, len(directions)
     if count < 2 * num_ranks - 1:
         rules = ListRules(
-            duration=lambda stage, op, rank: _UNIT_TIME[op],
+            duration=lambda stage, op, rank: _UNIT_TIME.get(op, 0.0),
             cap=lambda stage, direction: num_ranks,
             split=True,
         )
@@ -139,7 +139,7 @@ def v_half(placement: Placement, directions: Sequence[Direction]) -> tuple[Row, 
         last_forward = max(i for i, action in enumerate(row) if action.op is Op.F)
         rows.append(tuple(row[: last_forward + 1]))
     rules = ListRules(
-        duration=lambda stage, op, rank: _UNIT_TIME[op],
+        duration=lambda stage, op, rank: _UNIT_TIME.get(op, 0.0),
         cap=lambda stage, direction: len(directions),
         split=True,
     )

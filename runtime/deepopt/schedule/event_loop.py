@@ -27,6 +27,7 @@ assert {op: code for op, code in CODE_OF_OP.items() if code < _FIRST_WITHOUT_INP
     Op.I: 1,
     Op.B: 2,
 }, "the loop tells F, I and B by their codes"
+_PREPARE = CODE_OF_OP[Op.R]
 
 
 def run(
@@ -36,6 +37,7 @@ def run(
     rank_factor: Sequence[float],
     hop_s: Callable[[int, int], tuple[float, float]],
     cores: int | None,
+    unprepared_s: Sequence[float] = (),
 ) -> tuple[tuple[Times, ...], tuple[Times, ...]]:
     """Start and end of every action, per rank.
 
@@ -49,6 +51,8 @@ def run(
         hop_s: hop_s(source, target): how long a tensor occupies its route, and from then to its
             arrival.
         cores: host cores that the ranks share; None where each has a device of its own.
+        unprepared_s: of each stage, what an I or B takes on top where its micro-batch had no R;
+            empty for nothing.
 
     Raises:
         ScheduleError: the order deadlocks.
@@ -63,6 +67,7 @@ def run(
     arrival = array("d", [_UNKNOWN]) * (2 * placement.num_stages * count)
     arrival[0 : 2 * count : 2] = array("d", bytes(8 * count))
     arrival[2 * last_stage * count + 1 :: 2] = array("d", bytes(8 * count))
+    prepared = bytearray(placement.num_stages * count if unprepared_s else 0)
     blocked = [_IDLE] * num_ranks
     # By source, then target: occupancy, latency, and when the route is free (forward, backward).
     routes: list[dict[int, list[float]]] = [{} for _ in range(num_ranks)]
@@ -100,6 +105,11 @@ def run(
                 turn = _UNKNOWN  # one action a turn
                 start = max(start, heapq.heappop(core_free))
             free = start + duration_s[op][stage] * factor
+            if unprepared_s:
+                if op == _PREPARE:
+                    prepared[unit] = 1
+                elif 0 < op < _FIRST_WITHOUT_INPUT and not prepared[unit]:
+                    free += unprepared_s[stage] * factor
             if shared:
                 heapq.heappush(core_free, free)
             start_of[index] = start

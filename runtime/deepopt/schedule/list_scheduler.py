@@ -2,71 +2,40 @@
 
 It builds the orders that have no closed form. The streams it works on are *lanes*: one stage in
 one direction, whose micro-batches pass forward and backward in ascending order, so gradients
-are added in micro-batch order by construction. No order can starve: where lanes share the memory
-of a rank, each has one slot of its own, so the deepest micro-batch in flight may always go on.
-It does not verify (see `verify`) and knows no particular schedule
-(see `builders`).
+are added in micro-batch order by construction. No order can starve: a slot is kept for each lane
+with nothing in flight, and room for one backward where backwards need more than forwards keep;
+so the deepest micro-batch in flight may always go on. It does not verify (see `verify`) and
+knows no particular schedule (see `builders`).
+
+The work is done by `list_codes` on integers, because a search tries hundreds of rules on orders
+of a hundred thousand actions.
 """
 
 from __future__ import annotations
 
+import enum
 import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from deepopt.errors import ScheduleError
+from deepopt.schedule.compact import CODE_OF_OP, OP_BITS, OP_MASK, OPS, compact_rows
 from deepopt.schedule.ir import Action, Direction, Op, Placement
+from deepopt.schedule.memory import Memory
 
 Order = tuple[tuple[Action, ...], ...]
 """Actions per rank."""
 
-
-@dataclass(slots=True, kw_only=True)
-class Lane:
-    """One stage in one direction: its micro-batches and how far each of its ops has come.
-
-    Args:
-        stage: global stage index.
-        rank: who runs it.
-        cap: most micro-batches in flight.
-        microbatches: those that pass, ascending.
-        forward_at: arrival of the input of each F.
-        backward_at: arrival of the gradient of each I or B.
-        num_forward: F that were started.
-        num_backward: I or B that were started.
-        num_weight: W or B that were started.
-    """
-
-    stage: int
-    rank: int
-    cap: int
-    microbatches: tuple[int, ...]
-    forward_at: list[float]
-    backward_at: list[float]
-    num_forward: int = 0
-    num_backward: int = 0
-    num_weight: int = 0
-    before: Lane | None = None
-    after: Lane | None = None
+_F, _I, _B, _W, _R = (CODE_OF_OP[op] for op in (Op.F, Op.I, Op.B, Op.W, Op.R))
+_INFINITE = float("inf")
 
 
-Key = Callable[[Lane, float], float]
-"""Of a lane whose next action may start, and the arrival of its input: the smallest starts."""
+class Prefer(enum.Enum):
+    """Which of the lanes whose next action may start goes first."""
 
-
-def deepest(lane: Lane, arrival: float) -> float:
-    """Prefer the last stages, which are nearest to the end of a micro-batch's forward."""
-    return -lane.stage
-
-
-def earliest(lane: Lane, arrival: float) -> float:
-    """Prefer what has waited longest."""
-    return arrival
-
-
-def fewest(lane: Lane, arrival: float) -> float:
-    """Prefer the lane that has started the fewest forwards."""
-    return lane.num_forward
+    DEEPEST = "the last stages, nearest to the end of a micro-batch's forward"
+    EARLIEST = "what has waited longest"
+    FEWEST = "the lane that has started the fewest forwards"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,31 +43,34 @@ class ListRules:
     """What the scheduler may do and what it prefers.
 
     Args:
-        duration: duration(stage, op, rank) in any unit of time; op is F, I, W or B.
+        duration: duration(stage, op, rank) in any unit of time; op is F, I, W, B or R. A stage
+            whose R takes no time has no R.
         cap: cap(stage, direction): micro-batches in flight in this lane, from the start of F to
             the end of its last gradient; at least 1.
         split: True for I and W apart, W filling the gaps; False for B.
-        latency: from the end of an action to its arrival on another rank.
-        rank_cap: stage micro-batches in flight on one rank, shared by its lanes, one slot kept
-            for each; None for no more than the caps of the lanes.
-        forward_key: which lane's F starts; the deepest of equals.
-        backward_key: which lane's I or B starts; the shallowest of equals.
+        hop: hop(source, target): from the end of an action to its arrival on another rank; None
+            for no time.
+        memory: what the ranks can hold; None for no more than the caps of the lanes.
+        forward: which lane's F starts; the deepest of equals.
+        backward: which lane's I or B starts; the shallowest of equals.
         forward_first: F before I or B.
         weight_backlog: a lane with so many pending W runs one before anything else.
-        weight_patience: no W starts when the input of something better arrives within this share
-            of the W's duration.
+        weight_patience: no W or early R starts when the input of something better arrives within
+            this share of its duration.
+        prepare_first: an R whose gradient is still to come before a pending W; else after it.
     """
 
     duration: Callable[[int, Op, int], float]
     cap: Callable[[int, Direction], int]
     split: bool
-    latency: float = 0.0
-    rank_cap: int | None = None
-    forward_key: Key = deepest
-    backward_key: Key = earliest
+    hop: Callable[[int, int], float] | None = None
+    memory: Memory | None = None
+    forward: Prefer = Prefer.DEEPEST
+    backward: Prefer = Prefer.EARLIEST
     forward_first: bool = False
     weight_backlog: int | None = None
     weight_patience: float = 0.0
+    prepare_first: bool = True
 
 
 def list_schedule(
@@ -118,39 +90,305 @@ def list_schedule(
             each lane's micro-batches in ascending order and be free of deadlock.
 
     Raises:
-        ScheduleError: `rank_cap` leaves no slot for each lane of a rank.
+        ScheduleError: the memory leaves no slot for each lane of a rank.
     """
-    lanes = _lanes(placement, directions, rules)
-    most = max(map(len, lanes))
-    if rules.rank_cap is not None and rules.rank_cap < most:
-        raise ScheduleError(
-            f"a rank works on {most} streams of micro-batches and may hold {rules.rank_cap}",
-            remedy=f"raise the cap to {most}",
-        )
-    actions: list[list[Action]] = [[] for _ in range(placement.num_ranks)]
-    scripts = [iter(row) for row in (prefix or ((),) * placement.num_ranks)]
-    fixed = [next(script, None) for script in scripts]
+    count = len(directions)
+    scripts = compact_rows(prefix or (), num_microbatches=count)
+    rows, _ = list_codes(placement, directions=directions, rules=rules, prefix=scripts)
+
+    def action(code: int) -> Action:
+        stage, microbatch = divmod(code >> OP_BITS, count)
+        return Action(stage, OPS[code & OP_MASK], microbatch)
+
+    return tuple(tuple(map(action, row)) for row in rows)
+
+
+def list_codes(
+    placement: Placement,
+    *,
+    directions: Sequence[Direction],
+    rules: ListRules,
+    prefix: Sequence[Sequence[int]] = (),
+) -> tuple[list[list[int]], float]:
+    """As `list_schedule`, in codes (see `compact`).
+
+    Args:
+        placement: stages on ranks.
+        directions: direction of each micro-batch.
+        rules: durations, caps and preferences.
+        prefix: codes that each rank begins with; empty for none.
+
+    Returns:
+        Codes per rank, and when the last action ends.
+
+    Raises:
+        ScheduleError: the memory leaves no slot for each lane of a rank.
+    """
+    # One flat function: attribute look-ups and calls would take most of its time. Everything by
+    # lane.
+    lanes = _Lanes(placement, directions, rules)
+    lanes_of, stage_of, rank_of = lanes.of_rank, lanes.stage, lanes.rank
+    microbatches, num_of, cap = lanes.microbatches, lanes.num, lanes.cap
+    takes_f, takes_i, takes_w, takes_r = (lanes.duration[op] for op in (_F, _I, _W, _R))
+    kept, extra = lanes.kept, lanes.extra
+    before, after = lanes.before, lanes.after
+    hop_before, hop_after = lanes.hop_before, lanes.hop_after
+    forward_at, backward_at = lanes.forward_at, lanes.backward_at
+    num_lanes = len(stage_of)
+    done_f, done_r, done_i, done_w = ([0] * num_lanes for _ in range(4))
+
+    split, forward_first = rules.split, rules.forward_first
+    prefer_forward, prefer_backward = rules.forward, rules.backward
+    deepest, earliest, fewest = Prefer.DEEPEST, Prefer.EARLIEST, Prefer.FEWEST
+    limit = rules.weight_backlog or 1 << 60
+    patience, prepare_first = rules.weight_patience, rules.prepare_first
+    room_of, reserve = lanes.room, lanes.reserve
+    held_on = [0.0] * placement.num_ranks
+
+    count = len(directions)
+    rows: list[list[int]] = [[] for _ in range(placement.num_ranks)]
+    scripts = [list(reversed(row)) for row in prefix] or [[] for _ in rows]
     free_at = [0.0] * placement.num_ranks
     wake = [(0.0, rank) for rank in range(placement.num_ranks)]
+    push, pop = heapq.heappush, heapq.heappop
+    last_end = 0.0
     while wake:
-        now, rank = heapq.heappop(wake)
+        now, rank = pop(wake)
         if free_at[rank] > now:
             continue
-        forced = fixed[rank]
-        held = lanes[rank]
-        choice = _follow(held, now, forced) if forced else _choose(held, now, rules)
-        if choice is None:
-            continue
-        if forced:
-            fixed[rank] = next(scripts[rank], None)
-        lane, op = choice
-        end = now + rules.duration(lane.stage, op, rank)
-        actions[rank].append(Action(lane.stage, op, _advance(lane, op)))
+        own = lanes_of[rank]
+        lane = -1
+        if scripts[rank]:
+            lane, op = lanes.follow(
+                own, scripts[rank][-1], now, count, (done_f, done_i, done_i, done_w, done_r)
+            )
+            if lane < 0:
+                continue
+            scripts[rank].pop()
+        else:
+            room = room_of[rank]
+            if room < _INFINITE:
+                room -= held_on[rank]
+                for k in own:
+                    if done_f[k] == done_w[k] and done_f[k] < num_of[k]:
+                        room -= kept[k]
+            backward = forward = weight = early = -1
+            backward_key = forward_key = next_arrival = early_at = _INFINITE
+            backlog = 0
+            starved = False
+            for k in own:
+                started, returned = done_f[k], done_i[k]
+                if returned < started:
+                    at = backward_at[k][returned]
+                    prepared = done_r[k]
+                    if at > now:
+                        if at < next_arrival:
+                            next_arrival = at
+                    elif extra[k] and prepared <= returned and extra[k] > room + reserve[rank]:
+                        starved = True  # a W has to free memory before
+                    else:
+                        key = at if prefer_backward is earliest else -stage_of[k]
+                        if key < backward_key or (
+                            key == backward_key and stage_of[k] < stage_of[backward]
+                        ):
+                            backward, backward_key = k, key
+                    if prepared < started and takes_r[k] and extra[k] <= room:
+                        at = backward_at[k][prepared]
+                        if early < 0 or at < early_at:
+                            early, early_at = k, at
+                pending = started - done_w[k]
+                if (
+                    started < num_of[k]
+                    and pending < cap[k]
+                    and (kept[k] <= room or not pending)
+                ):
+                    at = forward_at[k][started]
+                    if at > now:
+                        if at < next_arrival:
+                            next_arrival = at
+                    else:
+                        if prefer_forward is deepest:
+                            key = -stage_of[k]
+                        elif prefer_forward is fewest:
+                            key = started
+                        else:
+                            key = at
+                        if key < forward_key or (
+                            key == forward_key and stage_of[k] > stage_of[forward]
+                        ):
+                            forward, forward_key = k, key
+                pending = returned - done_w[k]
+                if pending > backlog:
+                    weight, backlog = k, pending
+            if weight >= 0 and backlog >= limit:
+                lane, op = weight, _W
+            elif backward >= 0 and (forward < 0 or not forward_first):
+                lane = backward
+                op = _R if takes_r[lane] and done_r[lane] <= done_i[lane] else _I
+            elif forward >= 0:
+                lane, op = forward, _F
+            elif early >= 0 and (prepare_first or weight < 0):
+                lane, op = early, _R
+                if next_arrival - now < patience * takes_r[lane]:
+                    continue
+            elif weight >= 0:
+                lane, op = weight, _W
+                if not starved and next_arrival - now < patience * takes_w[lane]:
+                    continue
+            else:
+                continue
+
+        # Start it.
+        if op == _F:
+            index = done_f[lane]
+            done_f[lane] = index + 1
+            end = now + takes_f[lane]
+            held_on[rank] += kept[lane]
+            target = after[lane]
+            if target < 0:
+                backward_at[lane][index] = end
+            else:
+                arrival = end + hop_after[lane]
+                forward_at[target][index] = arrival
+                push(wake, (arrival, rank_of[target]))
+        elif op == _I:
+            index = done_i[lane]
+            done_i[lane] = index + 1
+            end = now + takes_i[lane]
+            if done_r[lane] <= index:
+                done_r[lane] = index + 1
+                held_on[rank] += extra[lane]
+            if not split:
+                end += takes_w[lane]
+                done_w[lane] += 1
+                held_on[rank] -= kept[lane] + extra[lane]
+            target = before[lane]
+            if target >= 0:
+                arrival = end + hop_before[lane]
+                backward_at[target][index] = arrival
+                push(wake, (arrival, rank_of[target]))
+        elif op == _W:
+            index = done_w[lane]
+            done_w[lane] = index + 1
+            end = now + takes_w[lane]
+            held_on[rank] -= kept[lane] + extra[lane]
+        else:
+            index = done_r[lane]
+            done_r[lane] = index + 1
+            end = now + takes_r[lane]
+            held_on[rank] += extra[lane]
+        if op == _I and not split:
+            op = _B
+        rows[rank].append((stage_of[lane] * count + microbatches[lane][index]) << OP_BITS | op)
         free_at[rank] = end
-        heapq.heappush(wake, (end, rank))
-        if (woken := _deliver(lane, op, end, rules.latency)) is not None:
-            heapq.heappush(wake, woken)
-    return tuple(map(tuple, actions))
+        if end > last_end:
+            last_end = end
+        push(wake, (end, rank))
+    return rows, last_end
+
+
+class _Lanes:
+    """What is known of each lane before the work starts, as lists by lane."""
+
+    def __init__(
+        self, placement: Placement, directions: Sequence[Direction], rules: ListRules
+    ) -> None:
+        self.of_rank: list[list[int]] = [[] for _ in range(placement.num_ranks)]
+        self.stage: list[int] = []
+        self.rank: list[int] = []
+        self.microbatches: list[tuple[int, ...]] = []
+        self.num: list[int] = []
+        self.cap: list[int] = []
+        self.duration: list[list[float]] = [[] for _ in OPS]
+        self.kept: list[float] = []
+        self.extra: list[float] = []
+        self.before: list[int] = []
+        self.after: list[int] = []
+        self.hop_before: list[float] = []
+        self.hop_after: list[float] = []
+        self.forward_at: list[list[float]] = []
+        self.backward_at: list[list[float]] = []
+        for direction in Direction:
+            microbatches = tuple(m for m, d in enumerate(directions) if d is direction)
+            if microbatches:
+                self._add_stream(placement, direction, microbatches, rules)
+        self.reserve = [max((self.extra[k] for k in own), default=0.0) for own in self.of_rank]
+        caps = rules.memory.caps if rules.memory else (_INFINITE,) * placement.num_ranks
+        self.room = [cap - held for cap, held in zip(caps, self.reserve, strict=True)]
+        for rank, own in enumerate(self.of_rank):
+            least = sum(self.kept[k] for k in own) + self.reserve[rank]
+            if caps[rank] < least:
+                raise ScheduleError(
+                    f"rank {rank} works on {len(own)} streams of micro-batches, which hold "
+                    f"{least:g} with one of each, and may hold {caps[rank]:g}",
+                    remedy=f"raise the cap to {least:g}",
+                )
+
+    def _add_stream(
+        self,
+        placement: Placement,
+        direction: Direction,
+        microbatches: tuple[int, ...],
+        rules: ListRules,
+    ) -> None:
+        last = placement.num_stages - 1
+
+        def hop(source: int, target: int) -> float:
+            return 0.0 if rules.hop is None or source == target else rules.hop(source, target)
+
+        for stage in range(placement.num_stages):
+            lane = len(self.stage)
+            rank = placement.rank_of(stage, direction)
+            self.of_rank[rank].append(lane)
+            self.stage.append(stage)
+            self.rank.append(rank)
+            self.microbatches.append(microbatches)
+            self.num.append(len(microbatches))
+            self.cap.append(max(1, rules.cap(stage, direction)))
+            for durations, op in zip(self.duration, OPS, strict=True):
+                early = op is Op.R and not rules.split
+                durations.append(0.0 if early else rules.duration(stage, op, rank))
+            memory = rules.memory
+            self.kept.append(memory.kept[stage] if memory else 0.0)
+            self.extra.append(memory.full[stage] - memory.kept[stage] if memory else 0.0)
+            self.before.append(lane - 1 if stage else -1)
+            self.after.append(lane + 1 if stage < last else -1)
+            previous = placement.rank_of(stage - 1, direction) if stage else rank
+            following = placement.rank_of(stage + 1, direction) if stage < last else rank
+            self.hop_before.append(hop(rank, previous))
+            self.hop_after.append(hop(rank, following))
+            first_input = _INFINITE if stage else 0.0
+            self.forward_at.append([first_input] * len(microbatches))
+            self.backward_at.append([_INFINITE] * len(microbatches))
+
+    def follow(
+        self,
+        own: Sequence[int],
+        code: int,
+        now: float,
+        count: int,
+        done: tuple[list[int], ...],
+    ) -> tuple[int, int]:
+        """The lane and op of a fixed action; lane -1 when it may not start yet."""
+        op = code & OP_MASK
+        stage, microbatch = divmod(code >> OP_BITS, count)
+        for lane in own:
+            made = done[op][lane]
+            if (
+                self.stage[lane] == stage
+                and made < self.num[lane]
+                and self.microbatches[lane][made] == microbatch
+            ):
+                break
+        else:
+            raise AssertionError(f"code {code} is not the next of its kind on its rank")
+        if op == _F:
+            ready = self.forward_at[lane][made] <= now
+        elif op in (_I, _B):
+            ready = self.backward_at[lane][made] <= now
+        else:
+            ready = made < done[_F if op == _R else _I][lane]
+        return (lane if ready else -1), (_I if op == _B else op)
 
 
 def fuse_first_stage(order: Order) -> Order:
@@ -178,129 +416,3 @@ def fuse_first_stage(order: Order) -> Order:
                 fused.append(action)
         rows.append(tuple(fused))
     return tuple(rows)
-
-
-def _lanes(
-    placement: Placement, directions: Sequence[Direction], rules: ListRules
-) -> list[list[Lane]]:
-    by_rank: list[list[Lane]] = [[] for _ in range(placement.num_ranks)]
-    for direction in Direction:
-        microbatches = tuple(m for m, d in enumerate(directions) if d is direction)
-        previous: Lane | None = None
-        for stage in range(placement.num_stages if microbatches else 0):
-            first_input = 0.0 if previous is None else float("inf")
-            lane = Lane(
-                stage=stage,
-                rank=placement.rank_of(stage, direction),
-                cap=max(1, rules.cap(stage, direction)),
-                microbatches=microbatches,
-                forward_at=[first_input] * len(microbatches),
-                backward_at=[float("inf")] * len(microbatches),
-                before=previous,
-            )
-            if previous is not None:
-                previous.after = lane
-            by_rank[lane.rank].append(lane)
-            previous = lane
-    return by_rank
-
-
-def _choose(lanes: Sequence[Lane], now: float, rules: ListRules) -> tuple[Lane, Op] | None:
-    backward: Lane | None = None
-    forward: Lane | None = None
-    weight: Lane | None = None
-    best_backward = best_forward = (float("inf"), 0)
-    backlog = 0
-    next_arrival = float("inf")
-    free_slots = _free_slots(lanes, rules.rank_cap)
-    for lane in lanes:
-        in_flight = lane.num_forward - lane.num_weight
-        if lane.num_backward < lane.num_forward:
-            arrival = lane.backward_at[lane.num_backward]
-            if arrival > now:
-                next_arrival = min(next_arrival, arrival)
-            elif (key := (rules.backward_key(lane, arrival), lane.stage)) < best_backward:
-                backward, best_backward = lane, key
-        if (
-            lane.num_forward < len(lane.microbatches)
-            and in_flight < lane.cap
-            and (free_slots > 0 or not in_flight)
-        ):
-            arrival = lane.forward_at[lane.num_forward]
-            if arrival > now:
-                next_arrival = min(next_arrival, arrival)
-            elif (key := (rules.forward_key(lane, arrival), -lane.stage)) < best_forward:
-                forward, best_forward = lane, key
-        pending = lane.num_backward - lane.num_weight
-        if pending > backlog:
-            weight, backlog = lane, pending
-    limit = rules.weight_backlog
-    if weight is not None and limit is not None and backlog >= limit:
-        return weight, Op.W
-    if backward is not None and (forward is None or not rules.forward_first):
-        return backward, Op.I if rules.split else Op.B
-    if forward is not None:
-        return forward, Op.F
-    if weight is None:
-        return None
-    patience = rules.weight_patience * rules.duration(weight.stage, Op.W, weight.rank)
-    return None if next_arrival - now < patience else (weight, Op.W)
-
-
-def _free_slots(lanes: Sequence[Lane], rank_cap: int | None) -> float:
-    """What the cap of a rank leaves when one slot is kept for each lane with none in flight."""
-    if rank_cap is None:
-        return float("inf")
-    taken = 0
-    for lane in lanes:
-        in_flight = lane.num_forward - lane.num_weight
-        taken += in_flight or lane.num_forward < len(lane.microbatches)
-    return rank_cap - taken
-
-
-def _follow(lanes: Sequence[Lane], now: float, action: Action) -> tuple[Lane, Op] | None:
-    """The lane of a fixed action when it may start now."""
-    for lane in lanes:
-        made = {Op.F: lane.num_forward, Op.W: lane.num_weight}.get(action.op, lane.num_backward)
-        if (
-            lane.stage == action.stage
-            and made < len(lane.microbatches)
-            and lane.microbatches[made] == action.microbatch
-        ):
-            break
-    else:
-        raise AssertionError(f"{action} is not the next of its kind on the rank of its order")
-    if action.op is Op.F:
-        at = lane.forward_at[made]
-    elif action.op is Op.W:
-        at = 0.0 if made < lane.num_backward else float("inf")
-    else:
-        at = lane.backward_at[made]
-    return (lane, action.op) if at <= now else None
-
-
-def _advance(lane: Lane, op: Op) -> int:
-    if op is Op.F:
-        lane.num_forward += 1
-        return lane.microbatches[lane.num_forward - 1]
-    if op is Op.W:
-        lane.num_weight += 1
-        return lane.microbatches[lane.num_weight - 1]
-    lane.num_weight += op is Op.B
-    lane.num_backward += 1
-    return lane.microbatches[lane.num_backward - 1]
-
-
-def _deliver(lane: Lane, op: Op, end: float, latency: float) -> tuple[float, int] | None:
-    """Note the arrival of what an action made; returns when to wake whom, if anyone."""
-    if op is Op.W:
-        return None
-    index = (lane.num_forward if op is Op.F else lane.num_backward) - 1
-    target = lane.after if op is Op.F else lane.before
-    if target is None:
-        if op is Op.F:
-            lane.backward_at[index] = end
-        return None
-    arrival = end + (latency if target.rank != lane.rank else 0.0)
-    (target.forward_at if op is Op.F else target.backward_at)[index] = arrival
-    return arrival, target.rank

@@ -9,30 +9,26 @@ choosing it is the planner's affair.
 
 from __future__ import annotations
 
-import itertools
-import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from deepopt.errors import ScheduleError
 from deepopt.schedule.bound import lower_bound_s
 from deepopt.schedule.builders import BUILDERS, build, misfit
-from deepopt.schedule.ir import Direction, Op, Placement, Schedule
-from deepopt.schedule.list_scheduler import (
-    ListRules,
-    Order,
-    deepest,
-    earliest,
-    fewest,
-    fuse_first_stage,
-    list_schedule,
-)
-from deepopt.schedule.local_search import CodedProblem, improve
+from deepopt.schedule.coding import CodedProblem, Rows
+from deepopt.schedule.ir import Direction, Placement, Schedule
+from deepopt.schedule.list_scheduler import Order, fuse_first_stage
+from deepopt.schedule.local_search import improve
+from deepopt.schedule.memory import Memory, peaks
+from deepopt.schedule.rule_search import search_rules
 from deepopt.schedule.simulate import CostTable, simulate
 from deepopt.schedule.verify import peak_activations, verify
 
 DEFAULT_EFFORT = 1_000_000  # actions to schedule or evaluate: seconds on one core
 _NUM_STARTS = 3  # orders that the local search starts from
+_FEWEST_EVALUATIONS = (
+    50  # fewer than that improve no order: the list scheduler's stay as they are
+)
 
 NAME = "searched"
 """The name of a schedule that no builder made."""
@@ -70,6 +66,8 @@ def search(
     directions: Sequence[Direction],
     costs: CostTable,
     memory_cap: int | None = None,
+    memory: Memory | None = None,
+    cores: int | None = None,
     effort: int = DEFAULT_EFFORT,
     seed: int = 0,
 ) -> SearchResult:
@@ -80,62 +78,102 @@ def search(
         directions: direction of each micro-batch.
         costs: seconds per op, stage, rank and hop.
         memory_cap: most stage micro-batches in flight on a rank; None for any number.
+        memory: instead of `memory_cap`: sizes by stage and capacities by rank.
+        cores: host cores that the ranks share, as for `simulate`; None for a device each.
         effort: actions to schedule or evaluate, half of them in the local search.
         seed: of the random choices.
 
     Raises:
         ScheduleError: nothing fits the memory.
     """
-    problem = CodedProblem(placement, directions=directions, costs=costs)
-    classical = _classical(placement, directions, memory_cap)
-    timed = [(simulate(schedule, costs).makespan_s, schedule) for schedule in classical]
-    builder_s, builder = min(timed, key=lambda entry: entry[0], default=(float("inf"), None))
+    memory = memory or Memory.counted(placement, cap=memory_cap)
+    problem = CodedProblem(placement, directions=directions, costs=costs, memory=memory)
+    bound_s = lower_bound_s(placement, directions=directions, costs=costs, memory=memory)
+    order_bound_s = (  # of what the searches see: no updates
+        bound_s
+        if not costs.update_s
+        else lower_bound_s(
+            placement,
+            directions=directions,
+            costs=replace(costs, update_s=(), reduce_s=()),
+            memory=memory,
+        )
+    )
 
-    num_tries = max(1, effort // 2 // len(problem.actions))
-    orders = [schedule.actions for schedule in classical]
-    orders += _listed(placement, directions, costs, memory_cap, num_tries, seed)
-    coded = []
-    for order in orders:
-        rows = problem.encode(_named(placement, directions, order))
-        ends = problem.ends(rows)
-        assert ends is not None, "builders and the list scheduler make orders that run"
-        coded.append((max(ends), rows))
-    if not coded:
-        raise ScheduleError(
-            f"no order of {len(directions)} micro-batches fits a memory of {memory_cap} stage "
-            "micro-batches per rank",
-            remedy="raise the memory cap, use smaller micro-batches or more ranks",
-        )
-    coded.sort(key=lambda entry: entry[0])
-    starts = coded[:_NUM_STARTS]
-    found = [rows for _, rows in starts]
-    found += [
-        improve(
-            problem,
-            rows,
-            memory_cap=memory_cap,
-            effort=effort // 2 // len(starts),
-            seed=seed + index,
-        )
-        for index, (_, rows) in enumerate(starts)
-    ]
-    best_s, best = builder_s, builder
-    for rows in found:
-        order = fuse_first_stage(problem.decode(rows))
-        schedule = _named(placement, directions, order)
-        makespan_s = simulate(schedule, costs).makespan_s
+    def seconds(schedule: Schedule) -> float:
+        return simulate(schedule, costs, cores=cores).makespan_s
+
+    classical = _classical(placement, directions, memory)
+    timed = [(seconds(schedule), schedule) for schedule in classical]
+    best_s, best = builder_s, builder = min(
+        timed, key=lambda entry: entry[0], default=(float("inf"), None)
+    )
+    for rows in _found(problem, classical, bound_s=order_bound_s, effort=effort, seed=seed):
+        schedule = _named(placement, directions, fuse_first_stage(problem.decode(rows)))
+        makespan_s = seconds(schedule)
         if makespan_s < best_s:
             best_s, best = makespan_s, schedule
-    assert best is not None, "a search that has a start has an end"
-    verify(best, memory_cap=memory_cap)
+    if best is None:
+        raise ScheduleError(
+            f"no order of {len(directions)} micro-batches fits the memory of "
+            f"{_cap_text(memory, memory_cap)}",
+            remedy="raise the memory cap, use smaller micro-batches or more ranks",
+        )
+    verify(best, memory=memory)
     return SearchResult(
         schedule=best,
         makespan_s=best_s,
-        lower_bound_s=lower_bound_s(placement, directions=directions, costs=costs),
+        lower_bound_s=bound_s,
         builder=None if builder is None else builder.name,
         builder_makespan_s=builder_s,
         peak_activations=peak_activations(best),
     )
+
+
+def _found(
+    problem: CodedProblem,
+    classical: Sequence[Schedule],
+    *,
+    bound_s: float,
+    effort: int,
+    seed: int,
+) -> list[Rows]:
+    """Orders of the list scheduler and of the local search, in the order in which to try them."""
+    coded = []
+    for schedule in classical:
+        rows = problem.encode(schedule)
+        ends = problem.ends(rows)
+        assert ends is not None, "builders make orders that run"
+        coded.append((max(ends), rows))
+    coded.sort(key=lambda entry: entry[0])
+    if coded and coded[0][0] <= bound_s * (1 + 1e-9):
+        return [coded[0][1]]  # with R ahead of its gradient, a builder's order is the best
+    try:
+        listed = search_rules(
+            problem, effort=effort // 2, seed=seed, bound_s=bound_s, keep=_NUM_STARTS
+        )
+    except ScheduleError:
+        listed = []  # the memory does not hold one micro-batch of each stream; no rule helps
+    coded += [(entry.makespan_s, entry.rows) for entry in listed]
+    coded.sort(key=lambda entry: entry[0])
+    starts = [rows for _, rows in coded[:_NUM_STARTS]]
+    share = effort // 2 // max(1, len(starts))
+    if share < _FEWEST_EVALUATIONS * problem.num_actions:
+        return starts
+    improved = []
+    for index, rows in enumerate(starts):
+        better = improve(problem, rows, effort=share, seed=seed + index, target_s=bound_s)
+        improved.append(better)
+        ends = problem.ends(better)
+        if ends is not None and max(ends) <= bound_s * (1 + 1e-9):
+            break
+    return [*starts, *improved]
+
+
+def _cap_text(memory: Memory, memory_cap: int | None) -> str:
+    if memory_cap is not None:
+        return f"{memory_cap} stage micro-batches per rank"
+    return f"{min(memory.caps):g} to {max(memory.caps):g} per rank"
 
 
 def _named(placement: Placement, directions: Sequence[Direction], order: Order) -> Schedule:
@@ -143,7 +181,7 @@ def _named(placement: Placement, directions: Sequence[Direction], order: Order) 
 
 
 def _classical(
-    placement: Placement, directions: Sequence[Direction], memory_cap: int | None
+    placement: Placement, directions: Sequence[Direction], memory: Memory
 ) -> list[Schedule]:
     """Every builder's order that fits the placement and the memory."""
     schedules = [
@@ -151,76 +189,17 @@ def _classical(
         for name in BUILDERS
         if misfit(name, placement=placement) is None
     ]
-    return [
-        s for s in schedules if memory_cap is None or max(peak_activations(s)) <= memory_cap
-    ]
+    return [s for s in schedules if fits(s, memory)]
 
 
-def _listed(
-    placement: Placement,
-    directions: Sequence[Direction],
-    costs: CostTable,
-    memory_cap: int | None,
-    num_tries: int,
-    seed: int,
-) -> Iterator[Order]:
-    """The list scheduler's orders under up to so many rules, in a random order of the rules."""
-    rules = list(_rules(placement, len(directions), costs, memory_cap))
-    random.Random(seed).shuffle(rules)
-    for rule in rules[:num_tries]:
-        try:
-            yield list_schedule(placement, directions=directions, rules=rule)
-        except ScheduleError:
-            return  # the memory does not hold one micro-batch of each stream; no rule helps
+def fits(schedule: Schedule, memory: Memory) -> bool:
+    """Whether a schedule stays within the memory of every rank.
 
-
-def _rules(
-    placement: Placement, num_microbatches: int, costs: CostTable, memory_cap: int | None
-) -> Iterator[ListRules]:
-    """Every combination of caps and preferences worth trying."""
-    durations = {
-        op: [costs.duration_s(stage, op=op) for stage in range(placement.num_stages)]
-        for op in (Op.F, Op.I, Op.W)
-    }
-    factor = costs.rank_factor or (1.0,) * placement.num_ranks
-    ways = [placement.down, *(() if placement.up is None else (placement.up,))]
-    longest_hop_s = max(
-        (costs.hop_between(a, target=b) for way in ways for a, b in itertools.pairwise(way)),
-        default=0.0,
+    Args:
+        schedule: compute actions per rank.
+        memory: sizes by stage and capacities by rank.
+    """
+    return all(
+        peak <= cap * (1 + 1e-9)
+        for peak, cap in zip(peaks(schedule, memory), memory.caps, strict=True)
     )
-    for caps, forward, backward, forward_first, backlog, patience in itertools.product(
-        _caps(placement, num_microbatches),
-        (deepest, earliest, fewest),
-        (earliest, deepest),
-        (False, True),
-        (None, 2, 3),
-        (0.0, 0.5),
-    ):
-        yield ListRules(
-            duration=lambda stage, op, rank: durations[op][stage] * factor[rank],
-            cap=lambda stage, direction, caps=caps: caps[stage],  # type: ignore[misc]
-            split=True,
-            latency=longest_hop_s,
-            rank_cap=memory_cap,
-            forward_key=forward,
-            backward_key=backward,
-            forward_first=forward_first,
-            weight_backlog=backlog,
-            weight_patience=patience,
-        )
-
-
-def _caps(placement: Placement, num_microbatches: int) -> Sequence[tuple[int, ...]]:
-    """Micro-batches in flight per stage: as in 1F1B, more, fewer, and any number."""
-    num_stages, per_rank = placement.num_stages, placement.num_stages // placement.num_ranks
-    left = [num_stages - stage for stage in range(num_stages)]
-    choices = (
-        left,
-        [n + 1 for n in left],
-        [-(-n // per_rank) for n in left],
-        [-(-3 * n // (2 * per_rank)) for n in left],
-        [placement.num_ranks] * num_stages,
-        [num_microbatches] * num_stages,
-    )
-    capped = [tuple(min(n, num_microbatches) for n in choice) for choice in choices]
-    return list(dict.fromkeys(capped))

@@ -27,7 +27,8 @@ class CostTable:
         forward_s: F of each stage.
         input_s: I of each stage.
         weight_s: W of each stage.
-        prepare_s: R of each stage; empty for zero.
+        prepare_s: R of each stage; empty for zero. A micro-batch without an R of its own pays it
+            in its I or B.
         rank_factor: multiplies all compute of a rank, for slow devices; empty for 1.
         latency_s: from the end of a transfer to its arrival on another rank.
         transfer_s: how long one tensor occupies its route (source, target, kind).
@@ -304,6 +305,7 @@ def simulate_compact(
             costs.latency_between(source, target=target),
         ),
         cores=cores,
+        unprepared_s=costs.prepare_s if any(costs.prepare_s) else (),
     )
     updates = _updates(schedule, costs, ends)
     lasts = [

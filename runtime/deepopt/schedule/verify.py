@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from deepopt.errors import ScheduleError
 from deepopt.schedule.ir import COMPUTE_OPS, Action, Op, Schedule
 from deepopt.schedule.lowering import lower
+from deepopt.schedule.memory import Memory, held_at
 from deepopt.schedule.verify_lowered import find_transfer_fault
 
 _GRADIENT_ORDER = "the gradients of a stage are added in micro-batch order"
@@ -52,17 +53,21 @@ class Fault:
     remedy: str = ""
 
 
-def verify(schedule: Schedule, *, memory_cap: int | None = None) -> VerifyReport:
+def verify(
+    schedule: Schedule, *, memory_cap: int | None = None, memory: Memory | None = None
+) -> VerifyReport:
     """Refuse a wrong schedule.
 
     Args:
         schedule: compute actions per rank.
         memory_cap: most stage micro-batches in flight that a rank can hold; None for no cap.
+        memory: instead of `memory_cap`: sizes by stage and capacities by rank.
 
     Raises:
         ScheduleError: names the first bad action and the rule it breaks.
     """
-    if (fault := find_fault(schedule, memory_cap=memory_cap)) is not None:
+    fault = find_fault(schedule, memory_cap=memory_cap, memory=memory)
+    if fault is not None:
         raise ScheduleError(fault.message, remedy=fault.remedy)
     return VerifyReport(
         peak_activations=peak_activations(schedule),
@@ -74,12 +79,15 @@ def verify(schedule: Schedule, *, memory_cap: int | None = None) -> VerifyReport
     )
 
 
-def find_fault(schedule: Schedule, *, memory_cap: int | None = None) -> Fault | None:
+def find_fault(
+    schedule: Schedule, *, memory_cap: int | None = None, memory: Memory | None = None
+) -> Fault | None:
     """The first fault of a schedule, for those who want to draw it; None when it is right.
 
     Args:
         schedule: compute actions per rank.
         memory_cap: as for `verify`.
+        memory: as for `verify`.
     """
     fault = _membership(schedule) or _local_order(schedule) or _progress(schedule)
     if fault is not None:
@@ -87,7 +95,9 @@ def find_fault(schedule: Schedule, *, memory_cap: int | None = None) -> Fault | 
     rows = lower(schedule, reduce=True)
     if (transfer := find_transfer_fault(schedule, rows=rows, buffers=1)) is not None:
         return Fault(rank=transfer.rank, action=transfer.action, message=transfer.message)
-    return None if memory_cap is None else _memory(schedule, memory_cap)
+    if memory_cap is not None:
+        return _memory(schedule, memory_cap)
+    return None if memory is None else _sizes(schedule, memory)
 
 
 def peak_activations(schedule: Schedule) -> tuple[int, ...]:
@@ -261,6 +271,22 @@ def _memory(schedule: Schedule, memory_cap: int) -> Fault | None:
                     message=f"rank {rank}: {action} would hold activations of {held} stage "
                     f"micro-batches, the cap is {memory_cap}",
                     remedy="raise the cap or choose a schedule with fewer in flight",
+                )
+    return None
+
+
+def _sizes(schedule: Schedule, memory: Memory) -> Fault | None:
+    """The first action that asks a rank for more than it can hold."""
+    for rank, (row, cap) in enumerate(zip(schedule.actions, memory.caps, strict=True)):
+        for action, held in zip(row, held_at(row, memory), strict=True):
+            if held > cap * (1 + 1e-9):
+                return Fault(
+                    rank=rank,
+                    action=action,
+                    message=f"rank {rank}: {action} would hold activations of {held:,.0f}, the "
+                    f"rank has room for {cap:,.0f}",
+                    remedy="use smaller micro-batches, more ranks, or a schedule with fewer "
+                    "in flight",
                 )
     return None
 
