@@ -98,6 +98,33 @@ def test_zb_h2_and_zb_v_have_their_published_bubble_inside_each_ranks_span(
     assert max(idle) == pytest.approx(bubble(ranks))
 
 
+# arXiv:2401.10241, tables 5 and 9: T_F, T_B, T_W, T_comm in ms, and the bubble rates that its
+# authors computed from them: 1 - m (T_F + T_B + T_W) / the longest span of a rank.
+@pytest.mark.parametrize(
+    ("ranks", "microbatches", "times_ms", "rates"),
+    [
+        (8, 64, (18.546, 18.097, 9.321, 0.762), (0.1240, 0.0674, 0.0444)),
+        (8, 24, (29.718, 29.444, 19.927, 0.527), (0.2347, 0.1323, 0.0698)),
+        (16, 128, (11.325, 11.308, 8.109, 0.378), (0.1251, 0.0576, 0.0266)),
+        (32, 96, (10.419, 10.207, 7.715, 0.408), (0.2646, 0.1421, 0.0641)),
+    ],
+)
+def test_bubbles_with_slow_hops_are_the_published_ones(
+    ranks: int,
+    microbatches: int,
+    times_ms: tuple[float, float, float, float],
+    rates: tuple[float, float, float],
+) -> None:
+    forward, inputs, weight, comm = times_ms
+    costs = CostTable.uniform(
+        ranks, forward_s=forward, input_s=inputs, weight_s=weight, latency_s=comm
+    )
+    for name, rate in zip(("1f1b", "zb_h1", "zb_h2"), rates, strict=True):
+        timeline = simulate(make(name, ranks, microbatches), costs)
+        ours = 1 - microbatches * (forward + inputs + weight) / timeline.steady_s
+        assert ours == pytest.approx(rate, abs=6e-5)
+
+
 # facts: simulated limits of p = 4 with F = I = W, as efficiencies in percent.
 @pytest.mark.parametrize(
     ("name", "at_8", "at_16"), [("1f1b", 72.7, 84.2), ("zb_v", 94.1, 97.0)]
