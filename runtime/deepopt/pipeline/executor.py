@@ -99,6 +99,7 @@ class Executor:
         self._num_received = 0
         self._num_postable = len(self._receives)
         self._posted: deque[PendingReceive] = deque()  # in the order of the list
+        self._early: dict[Action, PendingReceive] = {}  # whose turn came before their need
         self._specs: dict[tuple[Op, int], tuple[TensorSpec, ...]] = {}
         # By (F or B, stage, micro-batch): what arrived for it, what leaves it.
         self._arrived: dict[tuple[Op, int, int], Tensors] = {}
@@ -121,7 +122,19 @@ class Executor:
             Op.RECV_B: self._bind_receive,
             Op.REDUCE: self._bind_reduce,
         }
-        self._calls = [(action, bind[action.op](action)) for action in self.program]
+        # A receive that stands early, for the sake of its channel's order, is posted where it
+        # stands and waited for where it is needed: nothing is to be idle before that.
+        self._calls: list[tuple[Action, Callable[[], None]]] = []
+        self._end_ahead = 0  # of what may run ahead, in self._calls
+        late = late_waits(self.program)
+        taken_early = {receive for receives in late.values() for receive in receives}
+        for index, action in enumerate(self.program):
+            for receive in late.get(index, ()):
+                self._calls.append((receive, self._bind_late_wait(receive)))
+            call = self._bind_early_receive if action in taken_early else bind[action.op]
+            self._calls.append((action, call(action)))
+            if index + 1 == ahead.num_actions:
+                self._end_ahead = len(self._calls)
 
     def channels(self) -> list[Channel]:
         """The channels this worker's program uses."""
@@ -134,7 +147,7 @@ class Executor:
         Args:
             step: 1-based.
         """
-        first = self._ahead.num_actions if self._is_ahead else 0
+        first = self._end_ahead if self._is_ahead else 0
         if not self._is_ahead:
             self._begin(step)
         assert self._step == step, f"step {self._step} was begun, step {step} is to be run"
@@ -156,7 +169,7 @@ class Executor:
         first_actions = self.program[: self._ahead.num_actions]
         self._num_postable = sum(action.op in RECEIVE_OPS for action in first_actions)
         self._post_receives()
-        self._run(0, len(first_actions))
+        self._run(0, self._end_ahead)
 
     def abandon(self) -> None:
         """Forget what ran ahead: activations here, and what peers have sent or will send of it."""
@@ -166,6 +179,9 @@ class Executor:
         assert not self._posted, f"{len(self._posted)} receives are still under way"
         for action in self._ahead.arriving[self._num_received :]:
             self._post(action).wait()
+        for pending in self._early.values():
+            pending.wait()
+        self._early.clear()
         self._arrived.clear()
         self._departing.clear()
         for stage in self._stages.values():
@@ -277,12 +293,37 @@ class Executor:
             tensors = self._next_receive().wait()
             self._num_received += 1
             if forward:
-                for tensor, spec in zip(tensors, self._specs[Op.F, index], strict=True):
-                    tensor.requires_grad_(spec.requires_grad)
+                self._ask_for_gradients(tensors, index)
             self._arrived[here] = tensors
             self._post_receives()
 
         return run
+
+    def _bind_early_receive(self, action: Action) -> Callable[[], None]:
+        def run() -> None:
+            self._early[action] = self._next_receive()
+            self._num_received += 1
+            self._post_receives()
+
+        return run
+
+    def _bind_late_wait(self, action: Action) -> Callable[[], None]:
+        index, microbatch = _stage_and_microbatch(action)
+        forward = action.op is Op.RECV_F
+        here = (Op.F if forward else Op.B, index, microbatch)
+
+        def run() -> None:
+            tensors = self._early.pop(action).wait()
+            if forward:
+                self._ask_for_gradients(tensors, index)
+            self._arrived[here] = tensors
+
+        return run
+
+    def _ask_for_gradients(self, tensors: Tensors, stage: int) -> None:
+        """Mark those tensors that arrived for a stage whose gradients go back."""
+        for tensor, spec in zip(tensors, self._specs[Op.F, stage], strict=True):
+            tensor.requires_grad_(spec.requires_grad)
 
     def _bind_reduce(self, action: Action) -> Callable[[], None]:
         bucket = self._buckets[action.stage]
@@ -348,6 +389,28 @@ class Executor:
 
     def _global(self, microbatch: int) -> int:
         return self._first_microbatch + microbatch
+
+
+def late_waits(program: Sequence[Action]) -> dict[int, list[Action]]:
+    """Receives that do not stand right before their need, by the index of the action they serve.
+
+    Args:
+        program: lowered actions of a rank.
+    """
+    late: dict[int, list[Action]] = {}
+    taken: dict[tuple[bool, int, int | None], Action] = {}  # received, not needed yet
+    just_taken: set[Action] = set()  # since the last action that is no receive
+    for index, action in enumerate(program):
+        if action.op in RECEIVE_OPS:
+            taken[action.op is Op.RECV_F, action.stage, action.microbatch] = action
+            just_taken.add(action)
+            continue
+        if action.op in (Op.F, Op.I, Op.B):
+            receive = taken.pop((action.op is Op.F, action.stage, action.microbatch), None)
+            if receive is not None and receive not in just_taken:
+                late.setdefault(index, []).append(receive)
+        just_taken.clear()
+    return late
 
 
 def _stage_and_microbatch(action: Action) -> tuple[int, int]:
