@@ -102,6 +102,7 @@ PEAKS = {
     "1f1b": lambda p, m: min(p, m),
     "zb_h1": lambda p, m: min(p, m),
     "zb_h2": lambda p, m: min(2 * p - 1, m),
+    "zb_h3": lambda p, m: min(3 * p - 2, m),
     "zb_v": lambda p, m: 2 * min(p, m),
     "bi_stream": lambda p, m: min(p + 1, m),
 }

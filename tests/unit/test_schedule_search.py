@@ -395,3 +395,20 @@ def test_coded_times_are_the_simulators() -> None:
     assert max(ends) == simulate(schedule, costs).makespan_s
     rows[0].reverse()
     assert problem.ends(rows) is None
+
+
+def test_steps_that_overlap_are_searched_by_their_distance() -> None:
+    """A step of ZB-H3 alone is slow; among others no rank of it ever waits, latency or not."""
+    placement = place(PlacementKind.LINE, num_ranks=4)
+    costs = CostTable.uniform(4, forward_s=20, input_s=22, weight_s=16, latency_s=2)
+    directions = (Direction.DOWN,) * 16
+    alone = search(placement, directions=directions, costs=costs, effort=0)
+    among = search(placement, directions=directions, costs=costs, effort=0, overlap=True)
+    assert among.schedule.name == "zb_h3"
+    assert among.makespan_s == among.lower_bound_s == 16 * (20 + 22 + 16)
+    assert alone.makespan_s > among.makespan_s
+    capped = search(
+        placement, directions=directions, costs=costs, effort=0, overlap=True, memory_cap=4
+    )
+    assert max(capped.peak_activations) <= 4
+    assert among.makespan_s < capped.makespan_s

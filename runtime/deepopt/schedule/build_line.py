@@ -1,4 +1,4 @@
-"""Orders for a line of ranks: GPipe, 1F1B, interleaved 1F1B, ZB-H1 and ZB-H2.
+"""Orders for a line of ranks: GPipe, 1F1B, interleaved 1F1B, ZB-H1, ZB-H2 and ZB-H3.
 
 Pure functions from (placement, directions) to the rows of every rank, in codes; no verification.
 """
@@ -118,6 +118,21 @@ def zb_h2(placement: Placement, directions: Sequence[Direction]) -> tuple[Row, .
         directions: direction of each micro-batch.
     """
     return _zero_bubble(placement, num_microbatches=len(directions), depth=2)
+
+
+def zb_h3(placement: Placement, directions: Sequence[Direction]) -> tuple[Row, ...]:
+    """ZB-H1 with three times the warm-up and delay: links and unequal ops hide between steps.
+
+    Activations of 3p - 2 micro-batches. Alone a step is no faster than with ZB-H2; where steps
+    overlap, no rank waits as long as (p-1) hops and (p-1)(I-W) fit into (p-1) forwards.
+
+    Source: ZB-H2 (arXiv:2401.10241, section 2) taken one further.
+
+    Args:
+        placement: line with one stage per rank.
+        directions: direction of each micro-batch.
+    """
+    return _zero_bubble(placement, num_microbatches=len(directions), depth=3)
 
 
 def _zero_bubble(placement: Placement, *, num_microbatches: int, depth: int) -> tuple[Row, ...]:

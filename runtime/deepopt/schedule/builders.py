@@ -18,6 +18,7 @@ from deepopt.schedule.build_line import (
     one_f_one_b,
     zb_h1,
     zb_h2,
+    zb_h3,
 )
 from deepopt.schedule.build_mirror import bi_stream
 from deepopt.schedule.build_v import dual_pipe_v, v_half, zb_v
@@ -72,6 +73,12 @@ BUILDERS: dict[str, Builder] = {
         summary="later weight gradients, 2p - 1 micro-batches in flight",
         placements=_LINE,
         rows=zb_h2,
+        most_stages_per_rank=1,
+    ),
+    "zb_h3": Builder(
+        summary="for steps that overlap: hides links too, 3p - 2 micro-batches in flight",
+        placements=_LINE,
+        rows=zb_h3,
         most_stages_per_rank=1,
     ),
     "zb_v": Builder(

@@ -40,7 +40,7 @@ class SearchResult:
 
     Args:
         schedule: verified; its name is a builder's where none was found that is faster.
-        makespan_s: its simulated step time.
+        makespan_s: its simulated step time; among others where steps overlap.
         lower_bound_s: no order of this placement is faster.
         builder: the fastest classical order that fits the memory; None when none does.
         builder_makespan_s: its simulated step time; infinite when none fits.
@@ -68,6 +68,7 @@ def search(
     memory_cap: int | None = None,
     memory: Memory | None = None,
     cores: int | None = None,
+    overlap: bool = False,
     effort: int = DEFAULT_EFFORT,
     seed: int = 0,
 ) -> SearchResult:
@@ -80,6 +81,9 @@ def search(
         memory_cap: most stage micro-batches in flight on a rank; None for any number.
         memory: instead of `memory_cap`: sizes by stage and capacities by rank.
         cores: host cores that the ranks share, as for `simulate`; None for a device each.
+        overlap: whether each rank begins the next step when it has ended this one
+            (pipeline.overlap_steps): then step times, and the bound, are those of a step among
+            others.
         effort: actions to schedule or evaluate, half of them in the local search.
         seed: of the random choices.
 
@@ -101,7 +105,8 @@ def search(
     )
 
     def seconds(schedule: Schedule) -> float:
-        return simulate(schedule, costs, cores=cores).makespan_s
+        timeline = simulate(schedule, costs, cores=cores)
+        return timeline.steady_s if overlap else timeline.makespan_s
 
     classical = _classical(placement, directions, memory)
     timed = [(seconds(schedule), schedule) for schedule in classical]
@@ -113,6 +118,8 @@ def search(
         makespan_s = seconds(schedule)
         if makespan_s < best_s:
             best_s, best = makespan_s, schedule
+    if overlap and best is not None:
+        bound_s = max(simulate(best, costs).busy_s)  # the same for every order
     if best is None:
         raise ScheduleError(
             f"no order of {len(directions)} micro-batches fits the memory of "
