@@ -9,18 +9,19 @@ first forwards run ahead (`schedule.run_ahead`), and are then continued or forgo
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
 from deepopt.errors import TrainingError
+from deepopt.pipeline.receives import Receives, SpecKey
 from deepopt.pipeline.reduction import Bucket, Reducer, sum_terms
 from deepopt.pipeline.spans import SpanRecorder
 from deepopt.pipeline.stage import Stage, Tensors
-from deepopt.pipeline.transport import Channel, Kind, PendingReceive, TensorSpec, Transport
+from deepopt.pipeline.transport import Channel, Kind, TensorSpec, Transport
 from deepopt.schedule.ir import RECEIVE_OPS, SEND_OPS, Action, Direction, Op, Placement
 from deepopt.schedule.run_ahead import RunAhead
 
@@ -31,6 +32,62 @@ class Batches(Protocol):
     def batch(self, step: int, microbatch: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and targets of one global micro-batch."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What is done for an action.
+
+    Args:
+        position: as in `Slot`.
+        action: what the span says.
+        run: does it.
+        is_silent: leaves no span, because a later call for the same action does.
+    """
+
+    position: int
+    action: Action
+    run: Callable[[], None]
+    is_silent: bool = False
+
+
+class Slot(NamedTuple):
+    """A turn of an action in the order of execution.
+
+    Args:
+        position: of the action in the program; of a wait, that of the action that it serves.
+        action: what.
+        only_post: of a receive that is waited for later.
+    """
+
+    position: int
+    action: Action
+    only_post: bool = False
+
+
+def order_waits(program: Sequence[Action]) -> list[Slot]:
+    """Put the wait for each receive directly before the action that uses it.
+
+    Lowering has some receives earlier, so that no sender waits for ever: there they need only be
+    posted, and other work goes on.
+
+    Args:
+        program: lowered actions of a rank.
+    """
+    receives = {_brings(action): action for action in program if action.op in RECEIVE_OPS}
+    slots: list[Slot] = []
+    in_a_row: list[Slot] = []  # receives since the last other action
+    for position, action in enumerate(program):
+        if action.op in RECEIVE_OPS:
+            in_a_row.append(Slot(position, action, only_post=True))
+            continue
+        used = receives.get(_uses(action))
+        slots += [slot for slot in in_a_row if slot.action != used]
+        in_a_row.clear()
+        if used is not None:
+            slots.append(Slot(position, used))
+        slots.append(Slot(position, action))
+    return slots
 
 
 class Executor:
@@ -87,20 +144,13 @@ class Executor:
         self._batches = batches
         self._first_rank = first_rank
         self._first_microbatch = first_microbatch
-        self._lookahead = lookahead
         self._spans = spans
         self._on_whole = on_whole
         self._before_action = before_action
         self._last_stage = placement.num_stages - 1
         self._step = 0
         self._is_ahead = False  # the step in work was begun by run_ahead
-        self._receives = [a for a in self.program if a.op in RECEIVE_OPS]
-        self._num_posted = 0
-        self._num_received = 0
-        self._num_postable = len(self._receives)
-        self._posted: deque[PendingReceive] = deque()  # in the order of the list
-        self._early: dict[Action, PendingReceive] = {}  # whose turn came before their need
-        self._specs: dict[tuple[Op, int], tuple[TensorSpec, ...]] = {}
+        self._specs: dict[SpecKey, tuple[TensorSpec, ...]] = {}
         # By (F or B, stage, micro-batch): what arrived for it, what leaves it.
         self._arrived: dict[tuple[Op, int, int], Tensors] = {}
         self._departing: dict[tuple[Op, int, int], Tensors] = {}
@@ -110,31 +160,15 @@ class Executor:
             for action in self.program
             if action.op in RECEIVE_OPS or action.op in SEND_OPS
         }
-        bind = {
-            Op.F: self._bind_forward,
-            Op.B: self._bind_backward,
-            Op.I: self._bind_backward,
-            Op.W: self._bind_weight,
-            Op.R: self._bind_prepare,
-            Op.SEND_F: self._bind_send_forward,
-            Op.SEND_B: self._bind_send_backward,
-            Op.RECV_F: self._bind_receive,
-            Op.RECV_B: self._bind_receive,
-            Op.REDUCE: self._bind_reduce,
-        }
-        # A receive that stands early, for the sake of its channel's order, is posted where it
-        # stands and waited for where it is needed: nothing is to be idle before that.
-        self._calls: list[tuple[Action, Callable[[], None]]] = []
-        self._end_ahead = 0  # of what may run ahead, in self._calls
-        late = late_waits(self.program)
-        taken_early = {receive for receives in late.values() for receive in receives}
-        for index, action in enumerate(self.program):
-            for receive in late.get(index, ()):
-                self._calls.append((receive, self._bind_late_wait(receive)))
-            call = self._bind_early_receive if action in taken_early else bind[action.op]
-            self._calls.append((action, call(action)))
-            if index + 1 == ahead.num_actions:
-                self._end_ahead = len(self._calls)
+        self._receives = Receives(
+            [action for action in self.program if action.op in RECEIVE_OPS],
+            addresses=self._addresses,
+            specs=self._specs,
+            transport=transport,
+            lookahead=lookahead,
+        )
+        self._calls = self._bind()
+        self._num_calls_ahead = sum(call.position < ahead.num_actions for call in self._calls)
 
     def channels(self) -> list[Channel]:
         """The channels this worker's program uses."""
@@ -147,15 +181,16 @@ class Executor:
         Args:
             step: 1-based.
         """
-        first = self._end_ahead if self._is_ahead else 0
-        if not self._is_ahead:
+        first = self._num_calls_ahead if self._is_ahead else 0
+        if self._is_ahead:
+            assert self._step == step, f"step {self._step} was begun, step {step} is to be run"
+            self._receives.lift_limit()
+        else:
             self._begin(step)
-        assert self._step == step, f"step {self._step} was begun, step {step} is to be run"
+            self._receives.begin()
         self._is_ahead = False
         for stage in self._stages.values():
             stage.gradients.zero()  # what ran ahead has left those of the step before alone
-        self._num_postable = len(self._receives)
-        self._post_receives()
         self._run(first, len(self._calls))
 
     def run_ahead(self, step: int) -> None:
@@ -167,21 +202,15 @@ class Executor:
         self._begin(step)
         self._is_ahead = True
         first_actions = self.program[: self._ahead.num_actions]
-        self._num_postable = sum(action.op in RECEIVE_OPS for action in first_actions)
-        self._post_receives()
-        self._run(0, self._end_ahead)
+        self._receives.begin(limit=sum(a.op in RECEIVE_OPS for a in first_actions))
+        self._run(0, self._num_calls_ahead)
 
     def abandon(self) -> None:
         """Forget what ran ahead: activations here, and what peers have sent or will send of it."""
         if not self._is_ahead:
             return
         self._is_ahead = False
-        assert not self._posted, f"{len(self._posted)} receives are still under way"
-        for action in self._ahead.arriving[self._num_received :]:
-            self._post(action).wait()
-        for pending in self._early.values():
-            pending.wait()
-        self._early.clear()
+        self._receives.drop(self._ahead.arriving)
         self._arrived.clear()
         self._departing.clear()
         for stage in self._stages.values():
@@ -189,23 +218,49 @@ class Executor:
 
     def _begin(self, step: int) -> None:
         self._step = step
-        self._num_posted = self._num_received = 0
         for stage in self._stages.values():
             stage.begin_step(step)
 
     def _run(self, first: int, end: int) -> None:
         spans, before_action, step = self._spans, self._before_action, self._step
-        for action, call in self._calls[first:end]:
-            self.action = action
+        for call in self._calls[first:end]:
+            if call.is_silent:
+                call.run()
+                continue
+            self.action = action = call.action
             if before_action is not None:
                 before_action(step, action)
             spans.begin()
-            call()
+            call.run()
             spans.end(action)
             self.progress += 1
         self.action = None
 
     # One method an operation: binds it to what it works on. -------------------------------------
+
+    def _bind(self) -> list[_Call]:
+        """The program as calls."""
+        bind = {
+            Op.F: self._bind_forward,
+            Op.B: self._bind_backward,
+            Op.I: self._bind_backward,
+            Op.W: self._bind_weight,
+            Op.R: self._bind_prepare,
+            Op.SEND_F: self._bind_send_forward,
+            Op.SEND_B: self._bind_send_backward,
+            Op.REDUCE: self._bind_reduce,
+        }
+        calls = []
+        for slot in order_waits(self.program):
+            action = slot.action
+            if slot.only_post:
+                run: Callable[[], None] = partial(self._receives.post_through, action)
+            elif action.op in RECEIVE_OPS:
+                run = self._bind_receive(action)
+            else:
+                run = bind[action.op](action)
+            calls.append(_Call(slot.position, action, run, is_silent=slot.only_post))
+        return calls
 
     def _bind_forward(self, action: Action) -> Callable[[], None]:
         index, microbatch = _stage_and_microbatch(action)
@@ -290,40 +345,13 @@ class Executor:
         here = (Op.F if forward else Op.B, index, microbatch)
 
         def run() -> None:
-            tensors = self._next_receive().wait()
-            self._num_received += 1
+            tensors = self._receives.take(action)
             if forward:
-                self._ask_for_gradients(tensors, index)
-            self._arrived[here] = tensors
-            self._post_receives()
-
-        return run
-
-    def _bind_early_receive(self, action: Action) -> Callable[[], None]:
-        def run() -> None:
-            self._early[action] = self._next_receive()
-            self._num_received += 1
-            self._post_receives()
-
-        return run
-
-    def _bind_late_wait(self, action: Action) -> Callable[[], None]:
-        index, microbatch = _stage_and_microbatch(action)
-        forward = action.op is Op.RECV_F
-        here = (Op.F if forward else Op.B, index, microbatch)
-
-        def run() -> None:
-            tensors = self._early.pop(action).wait()
-            if forward:
-                self._ask_for_gradients(tensors, index)
+                for tensor, spec in zip(tensors, self._specs[Op.F, index], strict=True):
+                    tensor.requires_grad_(spec.requires_grad)
             self._arrived[here] = tensors
 
         return run
-
-    def _ask_for_gradients(self, tensors: Tensors, stage: int) -> None:
-        """Mark those tensors that arrived for a stage whose gradients go back."""
-        for tensor, spec in zip(tensors, self._specs[Op.F, stage], strict=True):
-            tensor.requires_grad_(spec.requires_grad)
 
     def _bind_reduce(self, action: Action) -> Callable[[], None]:
         bucket = self._buckets[action.stage]
@@ -336,33 +364,7 @@ class Executor:
 
         return run
 
-    # Receives, addresses. ----------------------------------------------------------------------
-
-    def _next_receive(self) -> PendingReceive:
-        """The next receive of the list, posted now if its shape was not known when its turn
-        came."""
-        if self._posted:
-            return self._posted.popleft()
-        self._num_posted += 1
-        return self._post(self._receives[self._num_posted - 1])
-
-    def _post_receives(self) -> None:
-        """Post the next receives of the list, up to one whose shape nobody has told yet."""
-        end = min(self._num_postable, self._num_received + self._lookahead)
-        while self._num_posted < end:
-            action = self._receives[self._num_posted]
-            if _spec_key(action) not in self._specs:
-                return
-            self._posted.append(self._post(action))
-            self._num_posted += 1
-
-    def _post(self, action: Action) -> PendingReceive:
-        """Post one receive; waits for its shape if nobody has told it yet."""
-        key = _spec_key(action)
-        if key not in self._specs:
-            self._specs[key] = self._transport.look_up(f"activation/{action.stage}")
-        channel, message = self._addresses[action]
-        return self._transport.receive(channel, message, self._specs[key])
+    # Addresses. --------------------------------------------------------------------------------
 
     def _channel(self, action: Action) -> Channel:
         stage, microbatch = _stage_and_microbatch(action)
@@ -391,35 +393,19 @@ class Executor:
         return self._first_microbatch + microbatch
 
 
-def late_waits(program: Sequence[Action]) -> dict[int, list[Action]]:
-    """Receives that do not stand right before their need, by the index of the action they serve.
-
-    Args:
-        program: lowered actions of a rank.
-    """
-    late: dict[int, list[Action]] = {}
-    taken: dict[tuple[bool, int, int | None], Action] = {}  # received, not needed yet
-    just_taken: set[Action] = set()  # since the last action that is no receive
-    for index, action in enumerate(program):
-        if action.op in RECEIVE_OPS:
-            taken[action.op is Op.RECV_F, action.stage, action.microbatch] = action
-            just_taken.add(action)
-            continue
-        if action.op in (Op.F, Op.I, Op.B):
-            receive = taken.pop((action.op is Op.F, action.stage, action.microbatch), None)
-            if receive is not None and receive not in just_taken:
-                late.setdefault(index, []).append(receive)
-        just_taken.clear()
-    return late
-
-
 def _stage_and_microbatch(action: Action) -> tuple[int, int]:
     assert action.microbatch is not None, f"{action} has no micro-batch"
     return action.stage, action.microbatch
 
 
-def _spec_key(action: Action) -> tuple[Op, int]:
-    return (Op.F if action.op is Op.RECV_F else Op.B, action.stage)
+def _brings(receive: Action) -> tuple[Op, int, int | None]:
+    return (Op.F if receive.op is Op.RECV_F else Op.B, receive.stage, receive.microbatch)
+
+
+def _uses(action: Action) -> tuple[Op, int, int | None]:
+    """What an F, I or B needs to arrive; of other actions, what no receive brings."""
+    backward = action.op is Op.I or action.op is Op.B
+    return (Op.B if backward else action.op, action.stage, action.microbatch)
 
 
 def _check_shapes(action: Action, tensors: Tensors, specs: Sequence[TensorSpec]) -> None:

@@ -1,0 +1,121 @@
+"""A worker's receives of one step: posted ahead in the order of its list, waited for when needed.
+
+The list says by when a receive must be posted, so that no sender waits for ever; it is waited for
+directly before the action that uses it. It knows neither stages nor schedules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+
+from deepopt.pipeline.transport import Channel, PendingReceive, TensorSpec, Transport
+from deepopt.schedule.ir import Action, Op
+
+SpecKey = tuple[Op, int]
+"""(F or B, the stage that receives): all its micro-batches have one shape."""
+
+
+def spec_key(action: Action) -> SpecKey:
+    """Where the shapes of what a receive brings are kept.
+
+    Args:
+        action: RECV_F or RECV_B.
+    """
+    return (Op.F if action.op is Op.RECV_F else Op.B, action.stage)
+
+
+class Receives:
+    """The receives of one worker, step after step.
+
+    Args:
+        actions: in the order in which they are posted.
+        addresses: channel and message number of each.
+        specs: what is known of shapes; what is learnt is added.
+        transport: to the senders.
+        lookahead: receives posted ahead of the one that is waited for.
+    """
+
+    def __init__(
+        self,
+        actions: Sequence[Action],
+        *,
+        addresses: Mapping[Action, tuple[Channel, int]],
+        specs: dict[SpecKey, tuple[TensorSpec, ...]],
+        transport: Transport,
+        lookahead: int,
+    ) -> None:
+        self._actions = actions
+        self._number = {action: number for number, action in enumerate(actions)}
+        self._addresses = addresses
+        self._specs = specs
+        self._transport = transport
+        self._lookahead = lookahead
+        self._limit = len(actions)
+        self._num_posted = 0
+        self._pending: dict[Action, PendingReceive] = {}
+        self._taken: set[Action] = set()
+
+    def begin(self, *, limit: int | None = None) -> None:
+        """Begin a step.
+
+        Args:
+            limit: post no more than the first so many until `lift_limit`; None for all.
+        """
+        assert not self._pending, f"{[*map(str, self._pending)]} were never waited for"
+        self._num_posted = 0
+        self._taken.clear()
+        self._limit = len(self._actions) if limit is None else limit
+        self._post_up_to(self._lookahead)
+
+    def lift_limit(self) -> None:
+        """Let all receives of the step be posted."""
+        self._limit = len(self._actions)
+        self._post_up_to(len(self._taken) + self._lookahead)
+
+    def post_through(self, action: Action) -> None:
+        """Post the receives of the list up to one, as far as their shapes are known."""
+        self._post_up_to(self._number[action] + 1)
+
+    def take(self, action: Action) -> tuple[torch.Tensor, ...]:
+        """Wait for what a receive brings, and post the next ones."""
+        number = self._number[action]
+        while self._num_posted <= number:  # the first step: wait for the shapes, too
+            self._post(self._actions[self._num_posted])
+            self._num_posted += 1
+        tensors = self._pending.pop(action).wait()
+        self._taken.add(action)
+        self._post_up_to(number + 1 + self._lookahead)
+        return tensors
+
+    def drop(self, actions: Iterable[Action]) -> None:
+        """Take in what senders have sent or will send, and forget it.
+
+        Args:
+            actions: in the order of the list; those that were taken already are left out.
+        """
+        for action in actions:
+            if action in self._taken:
+                continue
+            if action not in self._pending:
+                self._post(action)
+            self._pending.pop(action).wait()
+        assert not self._pending, f"{[*map(str, self._pending)]} are still under way"
+
+    def _post_up_to(self, end: int) -> None:
+        """Post receives of the list, up to one whose shape nobody has told yet."""
+        while self._num_posted < min(end, self._limit):
+            action = self._actions[self._num_posted]
+            if spec_key(action) not in self._specs:
+                return
+            self._post(action)
+            self._num_posted += 1
+
+    def _post(self, action: Action) -> None:
+        """Post one receive; waits for its shape if nobody has told it yet."""
+        key = spec_key(action)
+        if key not in self._specs:
+            self._specs[key] = self._transport.look_up(f"activation/{action.stage}")
+        channel, message = self._addresses[action]
+        self._pending[action] = self._transport.receive(channel, message, self._specs[key])
