@@ -214,7 +214,7 @@ def _show_plan(prepared: Prepared, *, shown_as: Path, json: bool) -> None:
     from deepopt.schedule.draw import draw_text
 
     show_start(prepared, shown_as=shown_as)
-    # Without its last line: the planner's costs are no seconds.
-    say(draw_text(prepared.timeline).rpartition("\n")[0])
+    # Without times: the planner's costs are no seconds.
+    say(draw_text(prepared.timeline, axis=False))
     say()
     say("dry run: nothing was started")

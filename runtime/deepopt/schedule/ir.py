@@ -53,7 +53,9 @@ class Action:
         return f"{self.stage}{self.op}{'' if self.microbatch is None else self.microbatch}"
 
 
-_ACTION = re.compile(r"(\d+)(SEND_F|RECV_F|SEND_B|RECV_B|REDUCE|F|I|W|B|R)(\d+)?")
+_ACTION = re.compile(
+    r"([0-9]{1,9})(SEND_F|RECV_F|SEND_B|RECV_B|REDUCE|F|I|W|B|R)([0-9]{1,9})?", re.ASCII
+)
 
 
 def parse_action(text: str) -> Action:

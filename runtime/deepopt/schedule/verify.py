@@ -14,12 +14,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from deepopt.errors import ScheduleError
-from deepopt.schedule.ir import COMPUTE_OPS, Action, Op, Schedule
+from deepopt.schedule.faults import Fault, fault_at, find_membership_fault
+from deepopt.schedule.ir import Action, Op, Schedule
 from deepopt.schedule.lowering import lower
 from deepopt.schedule.memory import Memory, held_at
 from deepopt.schedule.verify_lowered import find_transfer_fault
 
 _GRADIENT_ORDER = "the gradients of a stage are added in micro-batch order"
+_GRADIENT_REMEDY = (
+    "put them in ascending order: then the numbers do not depend on the schedule, bit for bit"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,23 +38,6 @@ class VerifyReport:
 
     peak_activations: tuple[int, ...]
     num_transfers: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fault:
-    """The first thing that is wrong.
-
-    Args:
-        rank: where.
-        action: the bad action; when it is missing, the one that should be there.
-        message: action and reason, in one sentence.
-        remedy: what to do, if there is more to say than "change the order".
-    """
-
-    rank: int
-    action: Action
-    message: str
-    remedy: str = ""
 
 
 def verify(
@@ -89,7 +76,7 @@ def find_fault(
         memory_cap: as for `verify`.
         memory: as for `verify`.
     """
-    fault = _membership(schedule) or _local_order(schedule) or _progress(schedule)
+    fault = find_membership_fault(schedule) or _local_order(schedule) or _progress(schedule)
     if fault is not None:
         return fault
     rows = lower(schedule, reduce=True)
@@ -119,56 +106,6 @@ def peak_activations(schedule: Schedule) -> tuple[int, ...]:
     return tuple(peaks)
 
 
-def _membership(schedule: Schedule) -> Fault | None:
-    """Every op once and where it belongs."""
-    placement = schedule.placement
-    if len(schedule.actions) != placement.num_ranks:
-        raise ScheduleError(
-            f"the schedule has {len(schedule.actions)} rows, its placement "
-            f"{placement.num_ranks} ranks"
-        )
-    seen: set[Action] = set()
-    for rank, row in enumerate(schedule.actions):
-        for action in row:
-            problem = ""
-            if action.op not in COMPUTE_OPS:
-                problem = "is not a compute action; sends and receives are added by lowering"
-            elif not 0 <= action.stage < placement.num_stages:
-                problem = f"names a stage that is not one of {placement.num_stages}"
-            elif (
-                action.microbatch is None
-                or not 0 <= action.microbatch < schedule.num_microbatches
-            ):
-                problem = f"names a micro-batch that is not one of {schedule.num_microbatches}"
-            elif (owner := schedule.rank_of(action)) != rank:
-                problem = f"belongs to rank {owner}"
-            elif action in seen:
-                problem = "runs twice"
-            if problem:
-                return _fault(rank, action, problem)
-            seen.add(action)
-    for stage in range(placement.num_stages):
-        for microbatch, direction in enumerate(schedule.directions):
-            rank = placement.rank_of(stage, direction)
-            has = {op: Action(stage, op, microbatch) in seen for op in COMPUTE_OPS}
-            forward = Action(stage, Op.F, microbatch)
-            whole = Action(stage, Op.B, microbatch)
-            if not has[Op.F]:
-                return _fault(rank, forward, "is missing")
-            if has[Op.B] and (has[Op.I] or has[Op.W]):
-                twin = Action(stage, Op.I if has[Op.I] else Op.W, microbatch)
-                return _fault(rank, whole, f"and {twin} would add the same gradient twice")
-            if not has[Op.B] and not (has[Op.I] or has[Op.W]):
-                return _fault(rank, whole, f"is missing: {forward} has no backward")
-            for op, other in ((Op.I, Op.W), (Op.W, Op.I)):
-                if not has[Op.B] and not has[op]:
-                    present = Action(stage, other, microbatch)
-                    return _fault(
-                        rank, Action(stage, op, microbatch), f"is missing beside {present}"
-                    )
-    return None
-
-
 def _needs(schedule: Schedule, action: Action) -> list[Action]:
     """The actions whose results an action uses; a backward by its I, which stands for B too."""
     stage, microbatch = action.stage, action.microbatch
@@ -195,11 +132,22 @@ def _local_order(schedule: Schedule) -> Fault | None:
         for index, action in enumerate(row):
             for need in _needs(schedule, action):
                 if position.get(need, -1) > index:
-                    return _fault(rank, action, f"runs before {row[position[need]]}")
+                    late = row[position[need]]
+                    return fault_at(
+                        rank,
+                        action,
+                        f"runs before {late}, whose result it needs",
+                        related=(late,),
+                    )
             if action.op in (Op.I, Op.B):
                 ready = Action(action.stage, Op.R, action.microbatch)
                 if position.get(ready, -1) > index:
-                    return _fault(rank, ready, f"runs after {action}, which it is to prepare")
+                    return fault_at(
+                        rank,
+                        ready,
+                        f"runs after {action}, which it is to prepare",
+                        related=(action,),
+                    )
             assert action.microbatch is not None, f"{action} passed without a micro-batch"
             direction = schedule.directions[action.microbatch]
             for part in (Op.I, Op.W) if action.op is Op.B else (action.op,):
@@ -207,7 +155,13 @@ def _local_order(schedule: Schedule) -> Fault | None:
                     continue
                 before = last.get((action.stage, direction, part))
                 if before is not None and (before.microbatch or 0) > action.microbatch:
-                    return _fault(rank, before, f"runs before {action}, but {_GRADIENT_ORDER}")
+                    return fault_at(
+                        rank,
+                        before,
+                        f"runs before {action}, but {_GRADIENT_ORDER}",
+                        related=(action,),
+                        remedy=_GRADIENT_REMEDY,
+                    )
                 last[action.stage, direction, part] = action
     return None
 
@@ -240,6 +194,7 @@ def _cycle(schedule: Schedule, at: Sequence[int], done: set[Action], first: int)
     """Follow who waits for whom from a stuck rank until a rank comes again."""
     order: list[int] = []
     waits: dict[int, str] = {}
+    awaited: dict[int, Action] = {}
     rank = first
     while rank not in waits:
         action = schedule.actions[rank][at[rank]]
@@ -247,6 +202,7 @@ def _cycle(schedule: Schedule, at: Sequence[int], done: set[Action], first: int)
         other = schedule.rank_of(need)
         name = next(a for a in schedule.actions[other] if _result(a) == need)
         waits[rank] = f"{action} on rank {rank} waits for {name} on rank {other}"
+        awaited[rank] = name
         order.append(rank)
         rank = other
     circle = order[order.index(rank) :]
@@ -256,20 +212,30 @@ def _cycle(schedule: Schedule, at: Sequence[int], done: set[Action], first: int)
         action=action,
         message="deadlock: " + ", ".join(waits[r] for r in circle),
         remedy="each of these actions stands before what another of them needs: move one later",
+        related=tuple(
+            dict.fromkeys(
+                one for r in circle for one in (schedule.actions[r][at[r]], awaited[r])
+            )
+        ),
     )
 
 
 def _memory(schedule: Schedule, memory_cap: int) -> Fault | None:
     for rank, row in enumerate(schedule.actions):
-        held = 0
+        held: dict[tuple[int, int | None], Action] = {}
         for action in row:
-            held += (action.op is Op.F) - (action.op in (Op.B, Op.W))
-            if held > memory_cap:
-                return Fault(
-                    rank=rank,
-                    action=action,
-                    message=f"rank {rank}: {action} would hold activations of {held} stage "
-                    f"micro-batches, the cap is {memory_cap}",
+            if action.op is Op.F:
+                held[action.stage, action.microbatch] = action
+            elif action.op in (Op.B, Op.W):
+                held.pop((action.stage, action.microbatch), None)
+            if len(held) > memory_cap:
+                others = tuple(other for other in held.values() if other != action)
+                return fault_at(
+                    rank,
+                    action,
+                    f"would hold activations of {len(held)} stage micro-batches, the cap is "
+                    f"{memory_cap}",
+                    related=others,
                     remedy="raise the cap or choose a schedule with fewer in flight",
                 )
     return None
@@ -289,7 +255,3 @@ def _sizes(schedule: Schedule, memory: Memory) -> Fault | None:
                     "in flight",
                 )
     return None
-
-
-def _fault(rank: int, action: Action, problem: str) -> Fault:
-    return Fault(rank=rank, action=action, message=f"rank {rank}: {action} {problem}")
