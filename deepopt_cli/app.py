@@ -14,6 +14,7 @@ from deepopt_cli.cmd_init import init
 from deepopt_cli.cmd_launch import launch
 from deepopt_cli.cmd_logs import logs
 from deepopt_cli.cmd_resume import resume
+from deepopt_cli.cmd_schedule import schedule
 from deepopt_cli.cmd_schema import schema
 from deepopt_cli.cmd_status import status
 from deepopt_cli.cmd_stop import stop
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 for command in (launch, resume, status, logs, stop, init, schema):
     app.command()(command)
+app.add_typer(schedule)
 
 
 def _show_version(wanted: bool) -> None:

@@ -47,6 +47,27 @@ def say_json(value: Mapping[str, object]) -> None:
     say(encode(value))
 
 
+class ProgressLine:
+    """One line on stderr that says what goes on, and is gone when it is over.
+
+    Says nothing where stderr is no terminal.
+    """
+
+    def __enter__(self) -> ProgressLine:
+        return self
+
+    def tell(self, text: str) -> None:
+        """Replace the line."""
+        if sys.stderr.isatty():
+            sys.stderr.write(f"\r\x1b[K{text} ...")
+            sys.stderr.flush()
+
+    def __exit__(self, *_: object) -> None:
+        if sys.stderr.isatty():
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
+
+
 def show_error(message: str, *, remedy: str = "", details: str = "") -> None:
     """Say an error on stderr.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 HEAVY = ("ray", "torch", "pydantic", "rich", "numpy", "yaml", "tensorboard")
-COMMANDS = ("launch", "resume", "status", "logs", "stop", "init", "schema")
+COMMANDS = ("launch", "resume", "status", "logs", "stop", "init", "schema", "schedule")
 DEEPOPT = Path(sys.executable).with_name("deepopt")
 
 
@@ -37,9 +38,36 @@ def test_help_answers_in_under_four_tenths_of_a_second() -> None:
     assert min(times_s) < 0.4, times_s  # the best of five: other tests load this machine
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+def test_schedules_are_searched_and_drawn_without_anything_heavy() -> None:
+    script = (
+        "import sys, deepopt_cli.app\n"
+        "deepopt_cli.app.app(sys.argv[1:], standalone_mode=False)\n"
+        f"print([m for m in {HEAVY!r} if m in sys.modules and m != 'pydantic'])"  # typer's own
+    )
+    for arguments in (
+        ("show", "--placement", "v", "--effort", "1000", "--svg", os.devnull),
+        ("compare", "--effort", "100", "--ranks", "2"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", script, "schedule", *arguments],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout.splitlines()[-1] == "[]"
+
+
+COMMANDS_WITH_EXAMPLES = (
+    *(command for command in COMMANDS if command != "schedule"),
+    "schedule show",
+    "schedule compare",
+    "schedule verify",
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS_WITH_EXAMPLES)
 def test_each_command_has_help_with_examples(command: str) -> None:
-    shown = run(command, "--help")
+    shown = run(*command.split(), "--help")
     assert shown.returncode == 0
     assert f"  deepopt {command}" in shown.stdout.partition("Examples:")[2]
 

@@ -1,0 +1,236 @@
+"""Where an order is from: options alone, a job file, a run directory, or a CSV file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from deepopt.errors import InputError, ScheduleError
+from deepopt.planner.comparison import (
+    SEARCHED,
+    Candidate,
+    Misfit,
+    Outcome,
+    candidates,
+    evaluate,
+    judge,
+)
+from deepopt.planner.sketch import Pipeline
+from deepopt.schedule.builders import BUILDERS, build
+from deepopt.schedule.ir import PlacementKind
+from deepopt.schedule.verify import find_fault
+from deepopt_cli.schedule_options import MOST_STAGES_PER_RANK, PipelineOptions
+from deepopt_cli.schedule_orders import read_order
+from deepopt_cli.schedule_subject import Progress, plan_of, relative_layers, yardstick
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """Which order of a pipeline is wanted, where nothing else says so.
+
+    Args:
+        placement: line, v, mirror or auto.
+        schedule: a builder or auto.
+        stages_per_rank: of placement line; None where not said.
+        effort: of each search.
+        seed: of each search.
+    """
+
+    placement: str
+    schedule: str
+    stages_per_rank: int | None
+    effort: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shown:
+    """An order and what it is compared with.
+
+    Args:
+        outcome: the order and its figures.
+        yardstick: 1F1B for the same pipeline; None where it cannot be had.
+        has_unit: the costs are seconds.
+        origin: where the order is from, in words.
+    """
+
+    outcome: Outcome
+    yardstick: Outcome | None
+    has_unit: bool
+    origin: str
+
+
+def shown(
+    source: Path | None,
+    *,
+    from_csv: Path | None,
+    options: PipelineOptions,
+    choice: Choice,
+    progress: Progress,
+) -> Shown:
+    """Find the order that is asked for.
+
+    Args:
+        source: a job file, run directory or CSV file; None for the options alone.
+        from_csv: a CSV file of any name.
+        options: sizes and costs.
+        choice: which order, for the options alone.
+        progress: told what is being searched.
+
+    Raises:
+        DeepoptError: what is wrong, with the values.
+    """
+    if source is not None and from_csv is not None:
+        raise InputError(
+            f"{source} and --from-csv {from_csv} are two sources", remedy="give one of them"
+        )
+    if from_csv is None and source is not None and source.suffix == ".csv":
+        from_csv = source
+    if from_csv is not None:
+        return _of_csv(from_csv, options)
+    if source is not None:
+        return _of_plan(source, options)
+    return _of_options(options, choice, progress)
+
+
+def _of_options(options: PipelineOptions, choice: Choice, progress: Progress) -> Shown:
+    per_rank = choice.stages_per_rank
+    pipeline = options.pipeline(stages_per_rank=per_rank or MOST_STAGES_PER_RANK)
+    one_f_one_b = yardstick(pipeline)
+    candidate = _named(pipeline, choice)
+    if candidate is not None:
+        progress(f"{candidate.schedule} on placement {candidate.placement_words}")
+        found = evaluate(pipeline, candidate=candidate, effort=choice.effort, seed=choice.seed)
+        if isinstance(found, Misfit):
+            raise ScheduleError(
+                f"schedule {candidate.schedule} on placement {candidate.placement_words}: "
+                f"{found.reason}",
+                remedy="deepopt schedule compare, with the same options, lists what fits",
+            )
+        return Shown(
+            outcome=found,
+            yardstick=one_f_one_b,
+            has_unit=True,
+            origin=_origin(found, candidate),
+        )
+    tried = [
+        each
+        for each in candidates(
+            pipeline.num_ranks, most_stages_per_rank=MOST_STAGES_PER_RANK, with_search=True
+        )
+        if each.schedule == SEARCHED
+    ]
+    best: tuple[Candidate, Outcome] | None = None
+    reasons = []
+    for index, each in enumerate(tried, start=1):
+        progress(f"{index} of {len(tried)}: searching, {each.placement_words}")
+        found = evaluate(pipeline, candidate=each, effort=choice.effort, seed=choice.seed)
+        if isinstance(found, Misfit):
+            reasons.append(found.reason)
+        elif best is None or found.preference < best[1].preference:
+            best = (each, found)
+    if best is None:
+        raise ScheduleError(f"no placement fits: {reasons[0]}", remedy="raise --memory-cap")
+    return Shown(
+        outcome=best[1],
+        yardstick=one_f_one_b,
+        has_unit=True,
+        origin=f"{_origin(best[1], best[0])}, the fastest of {len(tried)} placements",
+    )
+
+
+def _named(pipeline: Pipeline, choice: Choice) -> Candidate | None:
+    """The candidate that a choice names; None where the placement is free."""
+    known = [AUTO, *(kind.value for kind in PlacementKind)]
+    if choice.placement not in known:
+        raise InputError(f"--placement {choice.placement!r} is not one of {', '.join(known)}")
+    if choice.schedule not in (AUTO, *BUILDERS):
+        raise InputError(
+            f"--schedule {choice.schedule!r} is not a schedule",
+            remedy=f"known: {AUTO}, {', '.join(BUILDERS)}",
+        )
+    name = SEARCHED if choice.schedule == AUTO else choice.schedule
+    if choice.placement != AUTO:
+        kind = PlacementKind(choice.placement)
+    elif choice.schedule != AUTO:
+        kind = BUILDERS[choice.schedule].placements[0]
+    elif choice.stages_per_rank is not None:
+        kind = PlacementKind.LINE
+    else:
+        return None
+    per_rank = choice.stages_per_rank
+    if per_rank is None:
+        per_rank = 2 if choice.schedule == "interleaved_1f1b" else 1
+    elif kind is not PlacementKind.LINE:
+        raise InputError(
+            f"--stages-per-rank {per_rank} is of placement line; {kind} has its own number",
+            remedy="leave it out, or choose --placement line",
+        )
+    return Candidate(kind=kind, stages_per_rank=per_rank, schedule=name)
+
+
+def _origin(outcome: Outcome, candidate: Candidate) -> str:
+    name = outcome.schedule.name
+    if candidate.schedule != SEARCHED:
+        return f"{name}: {BUILDERS[name].summary}"
+    if name == SEARCHED:
+        return f"searched; of the builders {outcome.best_builder or 'none fits'} is nearest"
+    return f"{name}: no search found a faster one"
+
+
+def _of_csv(path: Path, options: PipelineOptions) -> Shown:
+    order = read_order(path).schedule
+    if (fault := find_fault(order)) is not None:
+        raise ScheduleError(
+            f"{path}: {fault.message}",
+            remedy=f"deepopt schedule verify {path} draws the fault",
+        )
+    placement = order.placement
+    for option, asked, has in (
+        ("--ranks", options.ranks, placement.num_ranks),
+        ("--microbatches", options.microbatches, order.num_microbatches),
+    ):
+        if asked not in (None, has):
+            raise InputError(
+                f"{option} {asked} was given, {path} has {has}", remedy=f"leave out {option}"
+            )
+    per_rank = placement.num_stages // placement.num_ranks
+    pipeline = options.pipeline_of(
+        num_ranks=placement.num_ranks,
+        num_microbatches=order.num_microbatches,
+        stages_per_rank=per_rank,
+    )
+    return Shown(
+        outcome=judge(order, costs=pipeline.table(placement)),
+        yardstick=yardstick(pipeline),
+        has_unit=True,
+        origin=str(path),
+    )
+
+
+def _of_plan(source: Path, options: PipelineOptions) -> Shown:
+    plan, skeleton = plan_of(source)
+    placement, directions = plan.make_placement(), plan.directions(0)
+    layers, has_unit = relative_layers(skeleton), False
+    if options.costs is not None:
+        given = options.pipeline_of(
+            num_ranks=plan.pipeline_size,
+            num_microbatches=len(directions),
+            stages_per_rank=placement.num_stages // placement.num_ranks,
+        )
+        costs, has_unit, layers = given.table(placement), True, given.layers
+    else:
+        costs = layers.table(plan.boundaries, placement=placement)
+    order = build(plan.schedule, placement=placement, directions=directions)
+    pipeline = Pipeline(
+        num_ranks=plan.pipeline_size, num_microbatches=len(directions), layers=layers
+    )
+    return Shown(
+        outcome=judge(order, costs=costs),
+        yardstick=yardstick(pipeline),
+        has_unit=has_unit,
+        origin=f"{plan.schedule}, plan {plan.plan_id} of {source}"
+        + ("" if has_unit else ", costs by operation counts"),
+    )

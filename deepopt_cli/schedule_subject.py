@@ -1,0 +1,188 @@
+"""The pipeline that orders are for: sizes and costs by options, a job file or a run directory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from deepopt.planner.comparison import (
+    YARDSTICK,
+    Candidate,
+    Misfit,
+    Outcome,
+    candidates,
+    evaluate,
+)
+from deepopt.planner.layer_costs import LayerCosts
+from deepopt.planner.sketch import Pipeline
+from deepopt.schedule.ir import PlacementKind
+from deepopt_cli.schedule_options import PipelineOptions
+
+if TYPE_CHECKING:
+    from deepopt.planner.plan import Plan
+    from deepopt.planner.skeleton import ModelSkeleton
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """A pipeline to compare orders for.
+
+    Args:
+        pipeline: sizes and costs.
+        has_unit: the costs are seconds.
+        words: what it is, for people.
+    """
+
+    pipeline: Pipeline
+    has_unit: bool
+    words: str
+
+
+def subject(source: Path | None, *, options: PipelineOptions, stages_per_rank: int) -> Subject:
+    """The pipeline that orders are compared for.
+
+    Args:
+        source: a job file or run directory; None for the options alone.
+        options: sizes and costs.
+        stages_per_rank: the most of placement line.
+
+    Raises:
+        DeepoptError: what is wrong, with the values.
+    """
+    if source is None:
+        pipeline = options.pipeline(stages_per_rank=stages_per_rank)
+        return Subject(pipeline=pipeline, has_unit=True, words="given costs")
+    plan, skeleton = plan_of(source)
+    pipeline = Pipeline(
+        num_ranks=options.ranks or plan.pipeline_size,
+        num_microbatches=options.microbatches or len(plan.directions(0)),
+        layers=relative_layers(skeleton),
+        memory_cap=options.memory_cap,
+    )
+    if options.costs is not None:
+        pipeline = options.pipeline_of(
+            num_ranks=pipeline.num_ranks,
+            num_microbatches=pipeline.num_microbatches,
+            stages_per_rank=stages_per_rank,
+        )
+        return Subject(
+            pipeline=pipeline, has_unit=True, words=f"sizes of {source}, given costs"
+        )
+    return Subject(
+        pipeline=pipeline, has_unit=False, words=f"{source}, costs by operation counts"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """Orders side by side.
+
+    Args:
+        found: what can be had, the preferred first.
+        misfits: what cannot.
+        yardstick_s: makespan of 1F1B, whatever the memory; None where it does not run.
+        has_unit: the costs are seconds.
+    """
+
+    found: tuple[tuple[Candidate, Outcome], ...]
+    misfits: tuple[tuple[Candidate, Misfit], ...]
+    yardstick_s: float | None
+    has_unit: bool
+
+
+def compared(
+    about: Subject,
+    *,
+    stages_per_rank: int,
+    with_search: bool,
+    effort: int,
+    seed: int,
+    progress: Progress,
+) -> Comparison:
+    """Try everything.
+
+    Args:
+        about: the pipeline.
+        stages_per_rank: the most of placement line.
+        with_search: also searched orders.
+        effort: of each search.
+        seed: of each search.
+        progress: told what is being tried.
+    """
+    pipeline = about.pipeline
+    tried = candidates(
+        pipeline.num_ranks, most_stages_per_rank=stages_per_rank, with_search=with_search
+    )
+    found: list[tuple[Candidate, Outcome]] = []
+    misfits: list[tuple[Candidate, Misfit]] = []
+    for index, candidate in enumerate(tried, start=1):
+        progress(f"{index} of {len(tried)}: {candidate.schedule}, {candidate.placement_words}")
+        result = evaluate(pipeline, candidate=candidate, effort=effort, seed=seed)
+        if isinstance(result, Misfit):
+            misfits.append((candidate, result))
+        else:
+            found.append((candidate, result))
+    one_f_one_b = yardstick(pipeline)
+    return Comparison(
+        found=tuple(sorted(found, key=lambda entry: entry[1].preference)),
+        misfits=tuple(misfits),
+        yardstick_s=None if one_f_one_b is None else one_f_one_b.timeline.makespan_s,
+        has_unit=about.has_unit,
+    )
+
+
+def yardstick(pipeline: Pipeline) -> Outcome | None:
+    """1F1B on the same layers, whatever the memory holds; None where it does not run.
+
+    Args:
+        pipeline: sizes and costs.
+    """
+    unlimited = replace(pipeline, memory_cap=None)
+    candidate = Candidate(kind=PlacementKind.LINE, stages_per_rank=1, schedule=YARDSTICK)
+    found = evaluate(unlimited, candidate=candidate, effort=1, seed=0)
+    return None if isinstance(found, Misfit) else found
+
+
+def plan_of(source: Path) -> tuple[Plan, ModelSkeleton]:
+    """The plan of a run directory, or the one that a job file would get.
+
+    Args:
+        source: either of them.
+
+    Raises:
+        DeepoptError: neither, or the job cannot be planned.
+    """
+    if source.is_dir():
+        from deepopt.planner.plan import Plan
+        from deepopt.planner.skeleton import ModelSkeleton
+        from deepopt.telemetry.files import read_json
+        from deepopt_cli.run_view import open_run
+
+        run = open_run(source)
+        return (
+            Plan.from_json(read_json(run.plan)),
+            ModelSkeleton.from_json(read_json(run.model)),
+        )
+    from deepopt.job_file import load_job
+    from deepopt_cli.preparation import import_from, prepare, with_absolute_paths
+
+    job = with_absolute_paths(load_job(source, ()))
+    import_from([Path.cwd()], job=job)
+    prepared = prepare(job, plan_id=1)
+    return prepared.plan, prepared.skeleton
+
+
+def relative_layers(skeleton: ModelSkeleton) -> LayerCosts:
+    """Relative costs: each of F, I and W as many operations as a forward.
+
+    Args:
+        skeleton: the model.
+    """
+    from deepopt.planner.decide import layer_costs
+
+    costs = layer_costs(skeleton)
+    return LayerCosts(forward_s=costs, input_s=costs, weight_s=costs, source="operation counts")
