@@ -108,3 +108,44 @@ def test_a_cheap_layer_is_left_for_a_stage_that_needs_one() -> None:
     costs = [1.0, 3.0, 0.0, 2.0, 0.0, 2.0, 0.0]
     stages = stage_costs(costs, partition_folded(costs, 5))
     assert (folded_load(stages), max(stages)) == (4.0, 3.0)
+
+
+factors_of_devices = st.sampled_from([1.0, 1.3, 1.6, 2.5])
+
+
+@settings(max_examples=150, deadline=None)
+@given(costs_of_layers, st.data())
+def test_no_cut_is_better_for_devices_of_unequal_speed(
+    costs: list[float], data: st.DataObject
+) -> None:
+    num_stages = data.draw(st.integers(1, len(costs)))
+    factors = data.draw(st.lists(factors_of_devices, min_size=num_stages, max_size=num_stages))
+
+    def load(cut: tuple[int, ...]) -> float:
+        stages = stage_costs(costs, cut)
+        return max(f * cost for f, cost in zip(factors, stages, strict=True))
+
+    best = min(map(load, every_cut(len(costs), num_stages)))
+    assert load(partition(costs, num_stages, factors=factors)) <= best + 1e-9 * sum(costs)
+
+
+@settings(max_examples=150, deadline=None)
+@given(costs_of_layers, st.data())
+def test_no_folded_cut_is_better_for_devices_of_unequal_speed(
+    costs: list[float], data: st.DataObject
+) -> None:
+    num_stages = data.draw(st.integers(1, len(costs)))
+    num_pairs = -(-num_stages // 2)
+    factors = data.draw(st.lists(factors_of_devices, min_size=num_pairs, max_size=num_pairs))
+
+    def load(cut: tuple[int, ...]) -> float:
+        return folded_load(stage_costs(costs, cut), factors=factors)
+
+    best = min(map(load, every_cut(len(costs), num_stages)))
+    found = load(partition_folded(costs, num_stages, factors=factors))
+    assert found <= best + 1e-9 * sum(costs)
+
+
+def test_factors_of_other_ranks_are_refused() -> None:
+    with pytest.raises(PlanError, match="not 2 positive factors"):
+        partition([1.0, 2.0, 3.0], 2, factors=(1.0,))

@@ -9,13 +9,16 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections.abc import Callable, Sequence
+from operator import add, mul
 
 from deepopt.errors import PlanError
 
 _RELATIVE_STEP = 1e-12  # two loads closer than this are one: float sums differ by as much
 
 
-def partition(costs: Sequence[float], num_stages: int) -> tuple[int, ...]:
+def partition(
+    costs: Sequence[float], num_stages: int, *, factors: Sequence[float] = ()
+) -> tuple[int, ...]:
     """Contiguous non-empty stages with the smallest possible cost of the costliest stage.
 
     Among the best, the one with the smallest sum of squares, so that the other stages are even
@@ -24,6 +27,7 @@ def partition(costs: Sequence[float], num_stages: int) -> tuple[int, ...]:
     Args:
         costs: cost of each layer in chain order, each at least 0.
         num_stages: 1 to len(costs).
+        factors: multiplies the cost of each stage, by the speed of its device; empty for 1.
 
     Returns:
         Index of the first layer of each stage.
@@ -32,15 +36,18 @@ def partition(costs: Sequence[float], num_stages: int) -> tuple[int, ...]:
         PlanError: more stages than layers.
     """
     sums = _sums(costs, num_stages)
+    scale = _factors(factors, num_stages)
     cap = _least_cap(
-        lambda cap: _line(sums, num_stages, cap),
-        load=lambda edges: max(_stage_costs(sums, edges)),
-        total=sums[-1],
+        lambda cap: _line(sums, scale, cap),
+        load=lambda edges: max(map(mul, scale, _stage_costs(sums, edges))),
+        total=sums[-1] * max(scale),
     )
-    return _evenest_line(sums, num_stages, cap)
+    return _evenest_line(sums, scale, cap)
 
 
-def partition_folded(costs: Sequence[float], num_stages: int) -> tuple[int, ...]:
+def partition_folded(
+    costs: Sequence[float], num_stages: int, *, factors: Sequence[float] = ()
+) -> tuple[int, ...]:
     """Contiguous non-empty stages for ranks that serve stage s and stage num_stages - 1 - s.
 
     That is mirror placement (half of the micro-batches go through each of the two, so a rank's
@@ -53,6 +60,8 @@ def partition_folded(costs: Sequence[float], num_stages: int) -> tuple[int, ...]
     Args:
         costs: cost of each layer in chain order, each at least 0.
         num_stages: 1 to len(costs).
+        factors: multiplies the cost of each pair, from the outermost inwards, by the speed of the
+            slowest device that serves it; empty for 1.
 
     Returns:
         Index of the first layer of each stage.
@@ -61,19 +70,25 @@ def partition_folded(costs: Sequence[float], num_stages: int) -> tuple[int, ...]
         PlanError: more stages than layers.
     """
     sums = _sums(costs, num_stages)
-    pair_cap = _least_cap(
-        lambda cap: _folded(sums, num_stages, pair_cap=cap, stage_cap=cap),
-        load=lambda edges: folded_load(_stage_costs(sums, edges)),
-        total=2 * sums[-1],
+    scale = _factors(factors, -(-num_stages // 2))
+
+    def caps(cap: float) -> list[float]:
+        return [cap / factor for factor in scale]
+
+    load_cap = _least_cap(
+        lambda cap: _folded(sums, num_stages, pair_caps=caps(cap), stage_cap=sums[-1]),
+        load=lambda edges: folded_load(_stage_costs(sums, edges), factors=scale),
+        total=2 * sums[-1] * max(scale),
     )
+    pair_caps = [cap * (1 + _RELATIVE_STEP) for cap in caps(load_cap)]
     stage_cap = _least_cap(
-        lambda cap: _folded(sums, num_stages, pair_cap=pair_cap, stage_cap=cap),
+        lambda cap: _folded(sums, num_stages, pair_caps=pair_caps, stage_cap=cap),
         load=lambda edges: max(_stage_costs(sums, edges)),
         total=sums[-1],
     )
-    edges = _folded(sums, num_stages, pair_cap=pair_cap, stage_cap=stage_cap)
+    edges = _folded(sums, num_stages, pair_caps=pair_caps, stage_cap=stage_cap)
     assert edges is not None, "the least caps that were reached can be reached again"
-    return _even_out(sums, edges, pair_cap=pair_cap, stage_cap=stage_cap)
+    return _even_out(sums, edges, pair_caps=pair_caps, stage_cap=stage_cap)
 
 
 def stage_costs(costs: Sequence[float], boundaries: Sequence[int]) -> tuple[float, ...]:
@@ -86,13 +101,27 @@ def stage_costs(costs: Sequence[float], boundaries: Sequence[int]) -> tuple[floa
     return tuple(_stage_costs([0.0, *itertools.accumulate(costs)], boundaries))
 
 
-def folded_load(stages: Sequence[float]) -> float:
+def folded_load(stages: Sequence[float], *, factors: Sequence[float] = ()) -> float:
     """The greatest cost of a pair of stages s and num_stages - 1 - s.
 
     Args:
         stages: cost of each stage; the middle one of an odd number counts twice.
+        factors: of each pair, from the outermost inwards; empty for 1.
     """
-    return max(a + b for a, b in zip(stages, reversed(stages), strict=True))
+    scale = _factors(factors, -(-len(stages) // 2))
+    pairs = [a + b for a, b in zip(stages, reversed(stages), strict=True)]
+    return max(map(mul, scale, pairs))
+
+
+def _factors(factors: Sequence[float], count: int) -> Sequence[float]:
+    if not factors:
+        return (1.0,) * count
+    if len(factors) != count or not all(factor > 0 for factor in factors):
+        raise PlanError(
+            f"{list(factors)} are not {count} positive factors of devices",
+            remedy="give one factor for each rank, 1 for the reference device",
+        )
+    return factors
 
 
 def _sums(costs: Sequence[float], num_stages: int) -> list[float]:
@@ -128,22 +157,28 @@ def _least_cap(
     return high * (1 + _RELATIVE_STEP)  # so that the same sums, in another order, still fit
 
 
-def _line(sums: Sequence[float], num_stages: int, cap: float) -> tuple[int, ...] | None:
+def _line(
+    sums: Sequence[float], factors: Sequence[float], cap: float
+) -> tuple[int, ...] | None:
     """Fill each stage up to the cap, but leave a layer for each stage to come."""
     num_layers = len(sums) - 1
     edges = [0]
-    for later in range(num_stages - 1, -1, -1):
+    for stage, factor in enumerate(factors):
+        later = len(factors) - 1 - stage
         start = edges[-1]
-        end = min(bisect.bisect_right(sums, sums[start] + cap) - 1, num_layers - later)
+        room = sums[start] + cap / factor
+        end = min(bisect.bisect_right(sums, room) - 1, num_layers - later)
         if end <= start:
             return None
         edges.append(end)
     return tuple(edges[:-1]) if edges[-1] == num_layers else None
 
 
-def _evenest_line(sums: Sequence[float], num_stages: int, cap: float) -> tuple[int, ...]:
+def _evenest_line(
+    sums: Sequence[float], factors: Sequence[float], cap: float
+) -> tuple[int, ...]:
     """The smallest sum of squared stage costs with no stage above the cap."""
-    num_layers = len(sums) - 1
+    num_layers, num_stages = len(sums) - 1, len(factors)
     best = [0.0] + [float("inf")] * num_layers  # of the first layers in the stages so far
     choices: list[list[int]] = []
     for stage in range(num_stages):
@@ -151,7 +186,7 @@ def _evenest_line(sums: Sequence[float], num_stages: int, cap: float) -> tuple[i
         chosen = [0] * (num_layers + 1)
         for end in range(stage + 1, num_layers - (num_stages - 1 - stage) + 1):
             for start in range(end - 1, stage - 1, -1):
-                cost = sums[end] - sums[start]
+                cost = (sums[end] - sums[start]) * factors[stage]
                 if cost > cap:
                     break
                 if best[start] + cost * cost < new[end]:
@@ -167,7 +202,7 @@ def _evenest_line(sums: Sequence[float], num_stages: int, cap: float) -> tuple[i
 
 
 def _folded(
-    sums: Sequence[float], num_stages: int, *, pair_cap: float, stage_cap: float
+    sums: Sequence[float], num_stages: int, *, pair_caps: Sequence[float], stage_cap: float
 ) -> tuple[int, ...] | None:
     """Take pairs from both ends under the caps: depth first, the largest stages first.
 
@@ -177,20 +212,21 @@ def _folded(
     num_layers, num_pairs = len(sums) - 1, num_stages // 2
     odd = num_stages % 2 == 1
     failed: set[tuple[int, int, int]] = set()
+    paired = [*pair_caps[:num_pairs], 0.0]
+    room_from = list(itertools.accumulate(reversed(paired)))[::-1]  # of the pairs to come
 
     def search(pair: int, front: int, behind: int) -> tuple[int, ...] | None:
         rest = sums[behind] - sums[front]
         if pair == num_pairs:
             if odd:
-                fits = front < behind and rest <= stage_cap and 2 * rest <= pair_cap
+                fits = front < behind and rest <= stage_cap and 2 * rest <= pair_caps[pair]
                 return (front,) if fits else None
             return () if front == behind else None
-        room_to_come = (num_pairs - pair) * pair_cap + (
-            min(stage_cap, pair_cap / 2) if odd else 0
-        )
-        if rest > room_to_come * (1 + _RELATIVE_STEP) or (pair, front, behind) in failed:
+        room = room_from[pair] + (min(stage_cap, pair_caps[-1] / 2) if odd else 0)
+        if rest > room * (1 + _RELATIVE_STEP) or (pair, front, behind) in failed:
             return None
         later = num_stages - 2 * (pair + 1)
+        pair_cap = pair_caps[pair]
         cap = min(stage_cap, pair_cap)
         last = min(bisect.bisect_right(sums, sums[front] + cap) - 1, behind - later - 1)
         for end in range(last, front, -1):
@@ -207,7 +243,11 @@ def _folded(
 
 
 def _even_out(
-    sums: Sequence[float], edges: tuple[int, ...], *, pair_cap: float, stage_cap: float
+    sums: Sequence[float],
+    edges: tuple[int, ...],
+    *,
+    pair_caps: Sequence[float],
+    stage_cap: float,
 ) -> tuple[int, ...]:
     """Move single edges by one layer as long as the squares shrink and the caps hold."""
 
@@ -225,7 +265,10 @@ def _even_out(
                     continue
                 cut = [*best[:index], edge, *best[index + 1 :]]
                 stages = _stage_costs(sums, cut)
-                fits = folded_load(stages) <= pair_cap and max(stages) <= stage_cap
+                pairs = map(add, stages, reversed(stages))
+                fits = max(stages) <= stage_cap and all(
+                    pair <= cap for pair, cap in zip(pairs, pair_caps, strict=False)
+                )
                 if fits and squares(cut) < squares(best):
                     best, moved = cut, True
     return tuple(best)
