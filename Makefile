@@ -15,8 +15,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --group dev --editable .
 	touch $@
 
-run: setup  ## train the built-in model on the standard library's sources: four workers, mirror placement
-	$(BIN)/deepopt launch --workers 4 --set pipeline.placement=mirror
+run: setup  ## train the built-in model on the standard library's sources: four workers, the schedule that is best here
+	$(BIN)/deepopt launch --workers 4
 
 test: setup  ## all tests that this machine can run
 	$(BIN)/python -m pytest

@@ -124,7 +124,7 @@ def _plan(job: JobConfig, schedule: str, ranks: int) -> Plan:
     placement, order = CUTS[schedule]
     pipeline = job.pipeline.model_copy(update={"placement": placement, "schedule": order})
     cut = job.model_copy(update={"pipeline": pipeline})
-    return make_plan(cut, describe(job), num_workers=ranks, plan_id=1)
+    return make_plan(cut, describe(job), num_workers=ranks, plan_id=1).plan
 
 
 def main() -> None:

@@ -193,7 +193,7 @@ def _our_step(
         }
     )
     skeleton = describe_model(job)
-    plan = make_plan(job, skeleton, num_workers=RANKS, plan_id=1)
+    plan = make_plan(job, skeleton, num_workers=RANKS, plan_id=1).plan
     device = torch.device("cpu")
     indices = [i for stage in plan.held_stages(rank) for i in plan.stage_layers(stage)]
     layers, loss = build_layers(job, indices, device=device)

@@ -89,7 +89,7 @@ def _make_pipeline(job: JobConfig, batches: BatchSource) -> PipelineStep:
     layers, loss = build_layers(job, range(len(skeleton.layers)), device=device)
     return PipelineStep(
         job=job,
-        plan=make_plan(job, skeleton, num_workers=1, plan_id=1),
+        plan=make_plan(job, skeleton, num_workers=1, plan_id=1).plan,
         skeleton=skeleton,
         rank=0,
         layers=dict(enumerate(layers)),

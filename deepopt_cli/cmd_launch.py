@@ -8,7 +8,7 @@ import shutil
 import sys
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -133,8 +133,12 @@ def write_plan(run: RunDirectory, prepared: Prepared) -> None:
         prepared: the job.
     """
     from deepopt.job_file import dump_job
+    from deepopt.planner.orders import write_orders
     from deepopt.telemetry.files import write_json_atomic, write_text_atomic
 
+    planned = prepared.planned
+    write_orders(run.schedules, plan=planned.plan, schedules=planned.schedules)
+    write_json_atomic(run.costs, planned.costs.to_json(), durable=True)
     write_json_atomic(run.model, prepared.skeleton.to_json(), durable=True)
     write_json_atomic(run.plan, prepared.plan.to_json(), durable=True)
     # Last: a folder with a job in it is a run directory.
@@ -207,14 +211,42 @@ def _show_plan(prepared: Prepared, *, shown_as: Path, json: bool) -> None:
                 "model": prepared.skeleton.to_json(),
                 "plan": prepared.plan.to_json(),
                 "predicted_bubble": prepared.timeline.bubble,
+                "costs": prepared.planned.costs.source,
+                "compared": _compared(prepared),
                 "run_dir": str(shown_as.absolute()),
             }
         )
         return
     from deepopt.schedule.draw import draw_text
+    from deepopt_cli.preparation import comparison_table
 
     show_start(prepared, shown_as=shown_as)
-    # Without times: the planner's costs are no seconds.
+    if compared := comparison_table(prepared):
+        say(f"compared, by simulated step time ({prepared.planned.costs.source} costs):")
+        say(compared)
+        say()
+    # Without times: estimated costs are no seconds.
     say(draw_text(prepared.timeline, axis=False))
     say()
     say("dry run: nothing was started")
+
+
+def _compared(prepared: Prepared) -> list[dict[str, Any]]:
+    comparison = prepared.planned.comparison
+    if comparison is None:
+        return []
+    fitting: list[dict[str, Any]] = [
+        {
+            "placement": str(candidate.shape),
+            "schedule": candidate.schedules[0].name,
+            "step_s": candidate.makespan_s,
+            "bubble": candidate.bubble,
+            "gap": candidate.gap,
+            "peak_activations": candidate.peak_activations,
+            "weight_copies": candidate.weight_copies,
+        }
+        for candidate in comparison.candidates
+    ]
+    return fitting + [
+        {"placement": str(shape), "left_out": reason} for shape, reason in comparison.left_out
+    ]

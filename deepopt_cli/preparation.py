@@ -20,10 +20,10 @@ from deepopt.config import JobConfig
 from deepopt.errors import ClusterError, InputError
 from deepopt.planner.plan import Plan
 from deepopt.planner.skeleton import ModelSkeleton
-from deepopt.schedule.ir import Schedule
 from deepopt_cli.output import human_count, human_percent, ranges, table
 
 if TYPE_CHECKING:
+    from deepopt.planner.decide import Planned
     from deepopt.schedule.simulate import Timeline
 
 CPU_WORKERS = 4  # enough to see a pipeline; a laptop has as many cores
@@ -37,16 +37,21 @@ class Prepared:
     Args:
         job: with groups, number of workers and absolute paths resolved.
         skeleton: the model.
-        plan: who holds which layers.
+        planned: who holds which layers, in which order they work, and why.
         timeline: the first replica's schedule, simulated with the planner's costs.
         source: the data in words.
     """
 
     job: JobConfig
     skeleton: ModelSkeleton
-    plan: Plan
+    planned: Planned
     timeline: Timeline
     source: str
+
+    @property
+    def plan(self) -> Plan:
+        """Who holds which layers."""
+        return self.planned.plan
 
 
 def import_from(roots: Sequence[Path], *, job: JobConfig) -> None:
@@ -100,6 +105,8 @@ def prepare(job: JobConfig, *, plan_id: int) -> Prepared:
 
     from deepopt.convert import describe
     from deepopt.planner.decide import make_plan, resolve_groups
+    from deepopt.schedule.simulate import simulate
+    from deepopt.schedule.verify import verify
 
     num_workers = count_workers(job)
     job = _updated(
@@ -107,9 +114,22 @@ def prepare(job: JobConfig, *, plan_id: int) -> Prepared:
         {"training": {"groups": resolve_groups(job)}, "worker": {"count": num_workers}},
     )
     skeleton = describe(job)
-    plan = make_plan(job, skeleton, num_workers=num_workers, plan_id=plan_id)
-    timelines = [_simulate(plan, skeleton, schedule) for schedule in _verified_schedules(plan)]
-    return Prepared(job=job, skeleton=skeleton, plan=plan, timeline=timelines[0], source=source)
+    cores = _shared_cores(job, num_workers)
+    planned = make_plan(job, skeleton, num_workers=num_workers, plan_id=plan_id, cores=cores)
+    for schedule in dict.fromkeys(planned.schedules):
+        verify(schedule)
+    plan = planned.plan
+    table = planned.costs.table(
+        plan.boundaries, placement=plan.make_placement(), num_replicas=plan.data_size
+    )
+    per_replica = None if cores is None else max(1, cores // plan.data_size)
+    return Prepared(
+        job=job,
+        skeleton=skeleton,
+        planned=planned,
+        timeline=simulate(planned.schedules[0], table, cores=per_replica),
+        source=source,
+    )
 
 
 def count_workers(job: JobConfig) -> int:
@@ -179,37 +199,20 @@ def _matches(pattern: str) -> list[str]:
     return [*names, pattern] if Path(pattern).exists() else names
 
 
-def _verified_schedules(plan: Plan) -> list[Schedule]:
-    """The schedule of each replica that differs from the ones before it.
+def _shared_cores(job: JobConfig, num_workers: int) -> int | None:
+    """Cores that the workers share; None where each has a device or a core of its own."""
+    cluster = job.cluster
+    if cluster.address is not None or cluster.hostfile is not None:
+        return None  # of other machines: not known here
+    if job.worker.device == "emulated":
+        return None
+    if job.worker.device != "cpu":
+        import torch
 
-    Raises:
-        ScheduleError: a schedule is wrong.
-    """
-    from deepopt.schedule.builders import build
-    from deepopt.schedule.lowering import lower
-    from deepopt.schedule.verify import verify
-    from deepopt.schedule.verify_lowered import verify_lowered
-
-    placement = plan.make_placement()
-    different = dict.fromkeys(plan.directions(index) for index in range(plan.data_size))
-    schedules = []
-    for directions in different:
-        schedule = build(plan.schedule, placement=placement, directions=directions)
-        verify(schedule)
-        verify_lowered(schedule, rows=lower(schedule, reduce=True))
-        schedules.append(schedule)
-    return schedules
-
-
-def _simulate(plan: Plan, skeleton: ModelSkeleton, schedule: Schedule) -> Timeline:
-    """The schedule in time, in the planner's unit of cost; transfers and updates take none."""
-    from deepopt.planner.decide import layer_costs
-    from deepopt.schedule.simulate import CostTable, simulate
-
-    costs = layer_costs(skeleton)
-    edges = [*plan.boundaries, len(costs)]
-    stages = tuple(sum(costs[start:end]) for start, end in itertools.pairwise(edges))
-    return simulate(schedule, CostTable(forward_s=stages, input_s=stages, weight_s=stages))
+        if torch.cuda.is_available():
+            return None
+    cores = len(os.sched_getaffinity(0)) // job.worker.threads
+    return max(1, cores) if num_workers > cores else None
 
 
 def plan_lines(prepared: Prepared) -> list[str]:
@@ -230,11 +233,43 @@ def plan_lines(prepared: Prepared) -> list[str]:
         f"{training.microbatch_size} x {job.data.sequence_length} tokens, "
         f"{plan.num_groups} groups, seed {training.seed}",
         f"plan        {plan.pipeline_size} ranks{replicas}, placement {plan.placement}, schedule "
-        f"{plan.schedule}, predicted bubble {human_percent(prepared.timeline.bubble)}",
+        f"{prepared.planned.schedules[0].name}, predicted bubble "
+        f"{human_percent(prepared.timeline.bubble)} ({prepared.planned.costs.source} costs)",
         f"cluster     {_cluster_words(job)}",
         "",
         stage_table(plan, skeleton),
     ]
+
+
+def comparison_table(prepared: Prepared) -> str:
+    """What the schedule was chosen from, the best first; empty where the job names it.
+
+    Args:
+        prepared: the job.
+    """
+    comparison = prepared.planned.comparison
+    if comparison is None:
+        return ""
+    best_s = comparison.best.makespan_s
+    rows: list[Sequence[object]] = [
+        (
+            candidate.shape,
+            candidate.schedules[0].name,
+            f"{candidate.makespan_s / best_s:.3f}",
+            human_percent(candidate.bubble),
+            "" if candidate.gap is None else human_percent(candidate.gap),
+            candidate.peak_activations,
+            candidate.weight_copies,
+            "",
+        )
+        for candidate in comparison.candidates
+    ]
+    if comparison.one_f_one_b_s is not None:
+        ratio = f"{comparison.one_f_one_b_s / best_s:.3f}"
+        rows.append(("line", "1f1b", ratio, "", "", "", 1, "the yardstick"))
+    rows += [(shape, "", "", "", "", "", "", reason) for shape, reason in comparison.left_out]
+    header = ("placement", "schedule", "time", "bubble", "gap", "in flight", "copies", "note")
+    return table(header, rows)
 
 
 def stage_table(plan: Plan, skeleton: ModelSkeleton) -> str:

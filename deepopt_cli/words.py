@@ -232,6 +232,12 @@ def report_lines(report: Mapping[str, Any]) -> list[str]:
         report: the content of `report.json`; empty when there is none.
     """
     lines = []
+    if (gain := report.get("gain_over_1f1b")) is not None:
+        costs = "the job's costs" if report.get("emulated") else "the costs measured here"
+        lines.append(
+            f"schedule    {report.get('schedule')} on placement {report.get('placement')}: "
+            f"{gain:.3f}x the speed of 1F1B, simulated in {costs}"
+        )
     measured, simulated = report.get("measured_step_s"), report.get("simulated_step_s")
     if measured is not None:
         words = f"measured {_milliseconds(measured)}"

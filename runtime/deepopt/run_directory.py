@@ -2,8 +2,9 @@
 
 | file | writer |
 |---|---|
-| launch.json, job.yaml, model.json, plan.json | the command line, before anything starts; plan.json again by
-the head |
+| launch.json, job.yaml, model.json, plan.json | the command line, before anything starts;
+plan.json again by the head |
+| costs.json, schedules/ | the command line, with each plan |
 | supervisor.json, logs/supervisor.log | the supervisor |
 | journal.jsonl, status.json, metrics.jsonl, events.jsonl | the head alone |
 | requests/*.json | `deepopt stop` and whoever asks; the supervisor reads and removes them |
@@ -46,6 +47,16 @@ class RunDirectory:
     def plan(self) -> Path:
         """The newest plan: stage boundaries, placement, schedule."""
         return self.root / "plan.json"
+
+    @property
+    def costs(self) -> Path:
+        """What the layers were taken to cost when the newest plan was made."""
+        return self.root / "costs.json"
+
+    @property
+    def schedules(self) -> Path:
+        """Searched orders that plans refer to, one file each."""
+        return self.root / "schedules"
 
     @property
     def supervisor(self) -> Path:

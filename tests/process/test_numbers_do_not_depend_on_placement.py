@@ -7,6 +7,11 @@ from typing import Any
 
 import pytest
 
+from deepopt.convert import describe
+from deepopt.planner import decide
+from deepopt.planner.choose import SHAPES, Shape
+from deepopt.planner.orders import write_orders
+from deepopt.run_directory import RunDirectory
 from support.worker_processes import losses_of, make_plan, tiny_job
 
 STEPS = 3
@@ -66,6 +71,30 @@ def test_losses_equal_those_of_one_process(
     job = tiny_job()
     losses = losses_of(job, make_plan(job, **where), run_dir=tmp_path, last_step=STEPS)
     assert losses == one_process
+
+
+@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[4], SHAPES[5]], ids=str)
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_searched_orders_change_no_bit(
+    shape: Shape, recompute: str, one_process: list[float], tmp_path: Path
+) -> None:
+    stages = shape.place(2).num_stages
+    boundaries = [0, 2, 4, 6][
+        :stages
+    ]  # line x2 and v cut alike: the placement tells them apart
+    job = tiny_job(
+        pipeline={
+            "placement": str(shape.kind),
+            "boundaries": boundaries,
+            "recompute": recompute,
+        }
+    )
+    planned = decide.make_plan(job, describe(job), num_workers=2, plan_id=1, effort=20_000)
+    assert planned.comparison is not None
+    assert planned.comparison.best.shape == shape
+    run = RunDirectory(tmp_path)
+    write_orders(run.schedules, plan=planned.plan, schedules=planned.schedules)
+    assert losses_of(job, planned.plan, run_dir=tmp_path, last_step=STEPS) == one_process
 
 
 def test_recomputation_changes_no_bit(one_process: list[float], tmp_path: Path) -> None:

@@ -172,7 +172,10 @@ def test_a_dry_run_shows_plan_and_schedule_and_leaves_no_trace(
     assert "rank 0" in result.stdout
     assert "dry run: nothing was started" in result.stdout
     shown = json.loads(launch("--dry-run", "--json").stdout)
-    assert shown["plan"]["schedule"] == "bi_stream"
+    assert "compared, by simulated step time (estimated costs):" in result.stdout
+    fitting = [row for row in shown["compared"] if "step_s" in row]
+    assert fitting[0]["placement"].startswith(shown["plan"]["placement"])
+    assert fitting[0]["step_s"] == min(row["step_s"] for row in fitting)
     assert shown["job"]["name"] == "tiny"
     assert supervision.started == []
     assert [path for path in sorted(here.iterdir()) if path.name != "__pycache__"] == before

@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deepopt.planner.choose import one_f_one_b_s
 from deepopt.planner.emulated_costs import emulated_costs
+from deepopt.planner.estimate import estimated_costs
+from deepopt.planner.layer_costs import LayerCosts
+from deepopt.planner.measured import measured_costs, stage_times
+from deepopt.planner.orders import load_schedule
 from deepopt.planner.plan import Plan
-from deepopt.schedule.builders import build
-from deepopt.schedule.ir import Op, parse_action
+from deepopt.schedule.ir import Op
 from deepopt.schedule.simulate import CostTable, Timeline, simulate
 
 if TYPE_CHECKING:
@@ -43,30 +47,23 @@ def cost_table(
     Returns:
         None when a stage was not measured.
     """
-    found: dict[tuple[int, Op], list[float]] = defaultdict(list)
-    for times in op_times_s:
-        for name, seconds in times.items():
-            action = parse_action(f"{name}0")
-            found[action.stage, action.op].append(seconds)
+    found = stage_times(op_times_s)
     stages = range(plan.num_stages)
-
-    def mean(stage: int, op: Op) -> float:
-        return statistics.fmean(found[stage, op])
 
     forward, inputs, weights, prepares = [], [], [], []
     for stage in stages:
         if (stage, Op.F) not in found:
             return None
-        forward.append(mean(stage, Op.F))
+        forward.append(found[stage, Op.F])
         if (stage, Op.I) in found and (stage, Op.W) in found:
-            inputs.append(mean(stage, Op.I))
-            weights.append(mean(stage, Op.W))
+            inputs.append(found[stage, Op.I])
+            weights.append(found[stage, Op.W])
         elif (stage, Op.B) in found:  # the schedule knows no parts; their sum counts
-            inputs.append(mean(stage, Op.B))
+            inputs.append(found[stage, Op.B])
             weights.append(0.0)
         else:
             return None
-        prepares.append(mean(stage, Op.R) if (stage, Op.R) in found else 0.0)
+        prepares.append(found.get((stage, Op.R), 0.0))
     held = max(len(plan.held_stages(rank)) for rank in range(plan.pipeline_size))
     return CostTable(
         forward_s=tuple(forward),
@@ -78,17 +75,19 @@ def cost_table(
     )
 
 
-def predict(plan: Plan, costs: CostTable, *, cores: int | None) -> Timeline:
+def predict(plan: Plan, costs: CostTable, *, cores: int | None, schedules: Path) -> Timeline:
     """The step of the plan's first replica in time.
 
     Args:
         plan: who holds which layers.
         costs: seconds of each operation.
         cores: host cores that the workers share; None where each has a device of its own.
+        schedules: folder of searched orders.
+
+    Raises:
+        PlanError: a searched order cannot be read.
     """
-    schedule = build(
-        plan.schedule, placement=plan.make_placement(), directions=plan.directions(0)
-    )
+    schedule = load_schedule(plan, data_index=0, folder=schedules)
     if cores is not None:  # the other replicas work at the same time
         cores = max(1, cores // plan.data_size)
     return simulate(schedule, costs, cores=cores)
@@ -129,6 +128,9 @@ def make_report(controller: Controller) -> dict[str, Any]:
         "simulated_step_s": None,
         "simulated_bubble": None,
         "shared_cores": None,
+        "simulated_1f1b_step_s": None,
+        "gain_over_1f1b": None,
+        "update_s": statistics.median(pace.update_s) if pace.update_s else None,
         "emulated": None,
         "op_times_s": {},
         "setup_s": {},
@@ -164,11 +166,45 @@ def make_report(controller: Controller) -> dict[str, Any]:
         )
     if costs is not None:
         cores = shared_cores([word.device for word in ready], [word.host for word in ready])
-        timeline = predict(controller.plan, costs, cores=cores)
+        timeline = predict(
+            controller.plan, costs, cores=cores, schedules=controller.run.schedules
+        )
+        report |= _against_1f1b(controller, report, timeline, cores=cores)
         report["simulated_step_s"] = timeline.makespan_s
         report["simulated_bubble"] = timeline.bubble
         report["shared_cores"] = cores
     return report
+
+
+def _against_1f1b(
+    controller: Controller, report: Mapping[str, Any], timeline: Timeline, *, cores: int | None
+) -> dict[str, float]:
+    """What plain 1F1B would have taken in the costs of this run: simulated, not run."""
+    plan = controller.plan
+    prior = estimated_costs(controller.job, controller.skeleton)
+    costs: LayerCosts | None = prior
+    if report["emulated"] is None:
+        costs = measured_costs(
+            report["op_times_s"].values(),
+            plan=plan,
+            prior=prior,
+            update_s=report["update_s"] or 0.0,
+        )
+    if costs is None or timeline.makespan_s <= 0:
+        return {}
+    replicas = [[b - a for a, b in plan.replica_groups(d)] for d in range(plan.data_size)]
+    seconds = one_f_one_b_s(
+        costs,
+        num_ranks=plan.pipeline_size,
+        replicas=replicas,
+        cores=None if cores is None else max(1, cores // plan.data_size),
+    )
+    if seconds is None:
+        return {}
+    return {
+        "simulated_1f1b_step_s": seconds,
+        "gain_over_1f1b": seconds / timeline.makespan_s,
+    }
 
 
 def _median(values: Iterable[float]) -> float | None:

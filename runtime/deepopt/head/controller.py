@@ -123,7 +123,7 @@ class Controller:
         self.generation: Generation | None = None
         self.state = JobState.STARTING
         self.outcome: Outcome | None = None
-        self._run = run
+        self.run = run
         self._group = group
         self._store = store
         self._store_address = store_address
@@ -286,7 +286,7 @@ class Controller:
                 generation,
                 start=start,
                 job=self.job,
-                run_dir=str(self._run.root),
+                run_dir=str(self.run.root),
                 store_address=self._store_address,
                 last_step=self.identity.last_step,
             )

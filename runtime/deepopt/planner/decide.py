@@ -8,66 +8,175 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from deepopt.config import JobConfig
 from deepopt.errors import PlanError
-from deepopt.planner.partition import partition, partition_folded
+from deepopt.planner.choose import (
+    LAUNCH_EFFORT,
+    SHAPES,
+    Comparison,
+    Shape,
+    compare,
+    fit_boundaries,
+)
+from deepopt.planner.estimate import estimated_costs
+from deepopt.planner.layer_costs import LayerCosts
+from deepopt.planner.orders import input_key
 from deepopt.planner.plan import Plan
 from deepopt.planner.skeleton import ModelSkeleton
-from deepopt.schedule.builders import BUILDERS, default_schedule, misfit
-from deepopt.schedule.ir import PlacementKind
+from deepopt.schedule.builders import BUILDERS, build, misfit
+from deepopt.schedule.ir import PlacementKind, Schedule
+from deepopt.schedule.search import NAME as SEARCHED
 
 _AUTO = "auto"
 _PREFERENCE = (PlacementKind.MIRROR, PlacementKind.LINE, PlacementKind.V)
+_SEARCH_VERSION = 1  # +1 when the same inputs may give another order
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """A plan and what led to it.
+
+    Args:
+        plan: who does what.
+        schedules: the order of each replica.
+        costs: what the layers were taken to cost.
+        comparison: what a searched plan was chosen from; None where the job names the schedule, or
+            there is one rank.
+    """
+
+    plan: Plan
+    schedules: tuple[Schedule, ...]
+    costs: LayerCosts
+    comparison: Comparison | None
 
 
 def make_plan(
-    job: JobConfig, skeleton: ModelSkeleton, *, num_workers: int, plan_id: int
-) -> Plan:
+    job: JobConfig,
+    skeleton: ModelSkeleton,
+    *,
+    num_workers: int,
+    plan_id: int,
+    costs: LayerCosts | None = None,
+    cores: int | None = None,
+    effort: int = LAUNCH_EFFORT,
+) -> Planned:
     """Decide who holds which layers and in which order they work.
 
-    Placement `auto` is line for one rank of a pipeline, else mirror where the gradient groups
-    can be shared by two directions, else line; a named schedule or boundaries narrow the
-    choice.
+    Schedule `auto` is searched, over every placement that the job leaves open; a named one is
+    built, on the first placement of mirror, line and v that fits.
 
     Args:
         job: the resolved job.
         skeleton: the model's layers.
         num_workers: workers of the whole job.
         plan_id: number of this plan in the job.
+        costs: of the layers; None to estimate them from the skeleton.
+        cores: host cores that the workers share; None where each has a device or core of its own.
+        effort: of the search, see `choose.compare`.
 
     Raises:
         PlanError: workers, layers, groups, placement or schedule do not fit together.
     """
     pipeline_size = _pipeline_size(job, num_workers)
     num_groups = resolve_groups(job)
-    schedule = _named_schedule(job)
-    problems: list[PlanError] = []
-    for kind in _candidates(job, schedule, pipeline_size):
-        copies = 2 if kind is PlacementKind.MIRROR else 1
+    costs = costs or estimated_costs(job, skeleton)
+    name = _named_schedule(job)
+    problems: list[tuple[Shape, PlanError]] = []
+    plans: list[tuple[Shape, Plan]] = []
+    for shape in _shapes(job, name, pipeline_size):
         try:
-            _check_groups(kind, num_groups, copies, job.parallel.data)
-            boundaries = _boundaries(job, skeleton, kind, schedule, pipeline_size)
+            _check_groups(shape.kind, num_groups, job.parallel.data)
+            boundaries = _boundaries(job, costs, shape, pipeline_size)
+            plan = Plan(
+                plan_id=plan_id,
+                layer_names=tuple(layer.name for layer in skeleton.layers),
+                boundaries=boundaries,
+                placement=shape.kind,
+                schedule=name or SEARCHED,
+                pipeline_size=pipeline_size,
+                data_size=job.parallel.data,
+                num_microbatches=job.training.microbatches,
+                num_groups=num_groups,
+            )
+            if name and (problem := misfit(name, placement=plan.make_placement())):
+                raise PlanError(problem[0], remedy=problem[1])
         except PlanError as problem:
-            problems.append(problem)
+            problems.append((shape, problem))
             continue
-        plan = Plan(
-            plan_id=plan_id,
-            layer_names=tuple(layer.name for layer in skeleton.layers),
-            boundaries=boundaries,
-            placement=kind,
-            schedule=schedule
-            or default_schedule(kind, stages_per_rank=len(boundaries) // pipeline_size),
-            pipeline_size=pipeline_size,
-            data_size=job.parallel.data,
-            num_microbatches=job.training.microbatches,
-            num_groups=num_groups,
+        if name is not None:
+            return _built(plan, costs)
+        plans.append((shape, plan))
+    if not plans:
+        raise problems[-1][1]
+    planned = _searched(job, plans, costs=costs, cores=cores, effort=effort)
+    if planned.comparison is None:
+        return planned
+    unfit = tuple((shape, problem.message) for shape, problem in problems)
+    left_out = unfit + planned.comparison.left_out
+    return replace(planned, comparison=replace(planned.comparison, left_out=left_out))
+
+
+def _built(plan: Plan, costs: LayerCosts) -> Planned:
+    placement = plan.make_placement()
+    schedules = tuple(
+        build(plan.schedule, placement=placement, directions=plan.directions(index))
+        for index in range(plan.data_size)
+    )
+    return Planned(plan=plan, schedules=schedules, costs=costs, comparison=None)
+
+
+def _searched(
+    job: JobConfig,
+    plans: Sequence[tuple[Shape, Plan]],
+    *,
+    costs: LayerCosts,
+    cores: int | None,
+    effort: int,
+) -> Planned:
+    """The fastest of the placements that fit."""
+    first = plans[0][1]
+    if (
+        first.num_stages == 1 and first.placement is PlacementKind.LINE
+    ):  # one rank does the same work in any order
+        return _built(replace(first, schedule="1f1b"), costs)
+    replicas = [
+        [end - start for start, end in first.replica_groups(index)]
+        for index in range(first.data_size)
+    ]
+    comparison = compare(
+        costs,
+        num_ranks=first.pipeline_size,
+        replicas=replicas,
+        shapes=[shape for shape, _ in plans],
+        boundaries=job.pipeline.boundaries,
+        cores=cores,
+        effort=effort,
+    )
+    best = comparison.best
+    plan = next(plan for shape, plan in plans if shape == best.shape)
+    plan = replace(plan, boundaries=best.boundaries)
+    names = {schedule.name for schedule in best.schedules}
+    if len(names) == 1 and SEARCHED not in names:
+        plan = replace(plan, schedule=names.pop())
+    else:
+        inputs = {
+            "costs": costs.to_json(),
+            "placement": plan.placement,
+            "boundaries": plan.boundaries,
+            "cores": cores,
+            "effort": effort,
+            "version": _SEARCH_VERSION,
+        }
+        plan = replace(
+            plan,
+            orders=tuple(
+                input_key({**inputs, "directions": schedule.directions})
+                for schedule in best.schedules
+            ),
         )
-        if problem_text := misfit(plan.schedule, placement=plan.make_placement()):
-            problems.append(PlanError(problem_text[0], remedy=problem_text[1]))
-            continue
-        return plan
-    raise problems[-1]
+    return Planned(plan=plan, schedules=best.schedules, costs=costs, comparison=comparison)
 
 
 def resolve_groups(job: JobConfig) -> int:
@@ -88,24 +197,6 @@ def resolve_groups(job: JobConfig) -> int:
             remedy="lower training.groups or raise training.microbatches",
         )
     return groups
-
-
-def layer_costs(skeleton: ModelSkeleton) -> tuple[float, ...]:
-    """What each layer costs, in units of its own: forward operations per token.
-
-    Where no layer states its operations, the number of its parameters stands for them; where
-    there are none either, all layers are equal.
-
-    Args:
-        skeleton: the model's layers.
-    """
-    flops = tuple(layer.forward_flops_per_token for layer in skeleton.layers)
-    if any(flops):
-        return flops
-    parameters = tuple(
-        float(sum(p.numel for p in layer.parameters)) for layer in skeleton.layers
-    )
-    return parameters if any(parameters) else (1.0,) * len(skeleton.layers)
 
 
 def _pipeline_size(job: JobConfig, num_workers: int) -> int:
@@ -143,21 +234,40 @@ def _named_schedule(job: JobConfig) -> str | None:
     return name
 
 
-def _candidates(
-    job: JobConfig, schedule: str | None, pipeline_size: int
-) -> Sequence[PlacementKind]:
-    """Kinds of placement to try, the best first; the last one's problem is the one told."""
-    if job.pipeline.placement != _AUTO:
-        return (PlacementKind(job.pipeline.placement),)
-    if schedule is not None:
-        fitting = BUILDERS[schedule].placements
-        return [kind for kind in _PREFERENCE if kind in fitting]
-    if pipeline_size == 1:
-        return (PlacementKind.LINE,)
-    return (PlacementKind.MIRROR, PlacementKind.LINE)
+def _shapes(job: JobConfig, schedule: str | None, pipeline_size: int) -> Sequence[Shape]:
+    """Placements to try, the best first; the last one's problem is the one told."""
+    named = job.pipeline.placement
+    if schedule is None:
+        shapes = [s for s in SHAPES if named in (_AUTO, s.kind)]
+        explicit = job.pipeline.boundaries
+        if explicit is not None:
+            fitting = [s for s in shapes if s.place(pipeline_size).num_stages == len(explicit)]
+            shapes = fitting or shapes[:1]  # whose problem is told
+        if pipeline_size == 1:
+            return shapes[:1]
+        # Line with one stage a rank last: where nothing fits, its problem is the simplest one.
+        return sorted(shapes, key=lambda s: s.kind is PlacementKind.LINE and s == SHAPES[0])
+    if named != _AUTO:
+        kinds: Sequence[PlacementKind] = (PlacementKind(named),)
+    else:
+        fits = BUILDERS[schedule].placements
+        kinds = [kind for kind in _PREFERENCE if kind in fits]
+    explicit = job.pipeline.boundaries
+    return [_shape_of(kind, schedule, explicit, pipeline_size) for kind in kinds]
 
 
-def _check_groups(kind: PlacementKind, num_groups: int, copies: int, data: int) -> None:
+def _shape_of(
+    kind: PlacementKind, schedule: str, explicit: Sequence[int] | None, pipeline_size: int
+) -> Shape:
+    """A kind of placement with the stages a rank that boundaries or schedule ask for."""
+    per_rank = 2 if kind is PlacementKind.V or schedule == "interleaved_1f1b" else 1
+    if explicit is not None and kind is PlacementKind.LINE:
+        per_rank = max(1, len(explicit) // pipeline_size)
+    return Shape(kind=kind, stages_per_rank=per_rank)
+
+
+def _check_groups(kind: PlacementKind, num_groups: int, data: int) -> None:
+    copies = 2 if kind is PlacementKind.MIRROR else 1
     if num_groups % (copies * data):
         directions = f" of {copies} directions" if copies > 1 else ""
         raise PlanError(
@@ -170,31 +280,14 @@ def _check_groups(kind: PlacementKind, num_groups: int, copies: int, data: int) 
 
 
 def _boundaries(
-    job: JobConfig,
-    skeleton: ModelSkeleton,
-    kind: PlacementKind,
-    schedule: str | None,
-    pipeline_size: int,
+    job: JobConfig, costs: LayerCosts, shape: Shape, pipeline_size: int
 ) -> tuple[int, ...]:
     """The first layer of each stage: as the job says, or by cost."""
-    num_layers = len(skeleton.layers)
     explicit = job.pipeline.boundaries
     if explicit is not None:
-        _check_explicit(explicit, kind, pipeline_size, num_layers)
+        _check_explicit(explicit, shape.kind, pipeline_size, costs.num_layers)
         return explicit
-    per_rank = 2 if kind is PlacementKind.V or schedule == "interleaved_1f1b" else 1
-    num_stages = per_rank * pipeline_size
-    if num_stages > num_layers:
-        stages = f"{num_stages} stages" + (f" ({per_rank} a rank)" if per_rank > 1 else "")
-        raise PlanError(
-            f"{stages} need at least {num_stages} layers, the model has {num_layers}",
-            remedy=f"use at most {num_layers // per_rank or 1} worker(s) per pipeline, "
-            "more replicas (parallel.data), or a deeper model",
-        )
-    costs = layer_costs(skeleton)
-    if kind is PlacementKind.LINE:
-        return partition(costs, num_stages)
-    return partition_folded(costs, num_stages)
+    return fit_boundaries(costs, shape, num_ranks=pipeline_size)
 
 
 def _check_explicit(

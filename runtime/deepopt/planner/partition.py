@@ -110,7 +110,8 @@ def folded_load(stages: Sequence[float], *, factors: Sequence[float] = ()) -> fl
     """
     scale = _factors(factors, -(-len(stages) // 2))
     pairs = [a + b for a, b in zip(stages, reversed(stages), strict=True)]
-    return max(map(mul, scale, pairs))
+    load: float = max(map(mul, scale, pairs))
+    return load
 
 
 def _factors(factors: Sequence[float], count: int) -> Sequence[float]:

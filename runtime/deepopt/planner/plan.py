@@ -32,11 +32,13 @@ class Plan:
         layer_names: all layers in chain order.
         boundaries: index of the first layer of each stage; starts with 0, strictly ascending.
         placement: line, v or mirror.
-        schedule: name of a builder in `schedule.builders`.
+        schedule: name of a builder in `schedule.builders`, or `searched` where `orders` is set.
         pipeline_size: ranks of one pipeline replica.
         data_size: number of replicas.
         num_microbatches: micro-batches of one step, over all replicas.
         num_groups: gradient groups of one step, over all replicas.
+        orders: for each replica, the key of its searched order (see `planner.orders`); empty
+            where a builder makes it.
     """
 
     plan_id: int
@@ -48,6 +50,7 @@ class Plan:
     data_size: int
     num_microbatches: int
     num_groups: int
+    orders: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         edges = (*self.boundaries, len(self.layer_names))
@@ -60,6 +63,10 @@ class Plan:
                 f"stage boundaries {list(self.boundaries)} do not cut "
                 f"{len(self.layer_names)} layers into non-empty stages",
                 remedy="start with 0, ascend strictly, and stay below the number of layers",
+            )
+        if len(self.orders) not in (0, self.data_size):
+            raise PlanError(
+                f"the plan names {len(self.orders)} searched orders for {self.data_size} replicas"
             )
         copies = 2 if self.placement is PlacementKind.MIRROR and self.pipeline_size > 1 else 1
         if self.num_groups % (copies * self.data_size):
@@ -151,6 +158,7 @@ class Plan:
                 **fields,
                 "layer_names": tuple(fields["layer_names"]),
                 "boundaries": tuple(fields["boundaries"]),
+                "orders": tuple(fields.get("orders", ())),  # older plans know none
                 "placement": PlacementKind(fields["placement"]),
             }
         )

@@ -30,6 +30,7 @@ from deepopt.errors import DeepoptError, TransportError
 from deepopt.pipeline.spans import Span
 from deepopt.pipeline.step import PipelineStep, StepResult, Wish
 from deepopt.pipeline.transport import Transport
+from deepopt.planner.orders import load_schedule
 from deepopt.planner.skeleton import ModelSkeleton
 from deepopt.run_directory import RunDirectory
 from deepopt.schedule.ir import COMPUTE_OPS
@@ -125,6 +126,11 @@ class StageWorker:
                 batches=self._batches,
                 device=self._device,
                 before_action=script if script else None,
+                schedule=load_schedule(
+                    plan,
+                    data_index=rank // plan.pipeline_size,
+                    folder=self._run_directory.schedules,
+                ),
             )
             script.check(self._pipeline.executor.program)
             self._checkpointer = LayerCheckpointer(
