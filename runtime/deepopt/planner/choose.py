@@ -121,6 +121,7 @@ def compare(
     shapes: Sequence[Shape] = SHAPES,
     boundaries: tuple[int, ...] | None = None,
     cores: int | None = None,
+    overlap: bool = False,
     effort: int = LAUNCH_EFFORT,
     seed: int = 0,
 ) -> Comparison:
@@ -133,6 +134,7 @@ def compare(
         shapes: placements to look at.
         boundaries: a cut to keep to; None to fit one to the costs.
         cores: host cores that all workers share; None where each has a device of its own.
+        overlap: whether steps overlap, as for `search`.
         effort: actions to schedule or evaluate for each placement and replica.
         seed: of the random choices.
 
@@ -152,6 +154,7 @@ def compare(
                     replicas=replicas,
                     boundaries=boundaries,
                     cores=per_replica,
+                    overlap=overlap,
                     effort=effort,
                     seed=seed,
                 )
@@ -170,7 +173,7 @@ def compare(
         candidates=tuple(candidates),
         left_out=tuple(left_out),
         one_f_one_b_s=one_f_one_b_s(
-            costs, num_ranks=num_ranks, replicas=replicas, cores=per_replica
+            costs, num_ranks=num_ranks, replicas=replicas, cores=per_replica, overlap=overlap
         ),
         source=costs.source,
     )
@@ -254,6 +257,7 @@ def one_f_one_b_s(
     num_ranks: int,
     replicas: Sequence[Sequence[int]],
     cores: int | None = None,
+    overlap: bool = False,
 ) -> float | None:
     """Simulated step time of plain 1F1B: the yardstick.
 
@@ -262,6 +266,7 @@ def one_f_one_b_s(
         num_ranks: of one pipeline.
         replicas: micro-batches of each gradient group, for each replica.
         cores: host cores that the ranks of one replica share.
+        overlap: whether steps overlap.
 
     Returns:
         None where the model has fewer layers than ranks.
@@ -279,7 +284,8 @@ def one_f_one_b_s(
     schedule = build(
         "1f1b", placement=placement, directions=directions_of(most, num_directions=1)
     )
-    return simulate(schedule, table, cores=cores).makespan_s
+    timeline = simulate(schedule, table, cores=cores)
+    return timeline.steady_s if overlap else timeline.makespan_s
 
 
 def _candidate(
@@ -290,6 +296,7 @@ def _candidate(
     replicas: Sequence[Sequence[int]],
     boundaries: tuple[int, ...] | None,
     cores: int | None,
+    overlap: bool,
     effort: int,
     seed: int,
 ) -> Candidate:
@@ -312,6 +319,7 @@ def _candidate(
                 costs=table,
                 memory=memory,
                 cores=cores,
+                overlap=overlap,
                 effort=effort,
                 seed=seed,
             )

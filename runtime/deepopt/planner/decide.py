@@ -152,6 +152,7 @@ def _searched(
         shapes=[shape for shape, _ in plans],
         boundaries=job.pipeline.boundaries,
         cores=cores,
+        overlap=job.pipeline.overlap_steps,
         effort=effort,
     )
     best = comparison.best
@@ -166,6 +167,7 @@ def _searched(
             "placement": plan.placement,
             "boundaries": plan.boundaries,
             "cores": cores,
+            "overlap": job.pipeline.overlap_steps,
             "effort": effort,
             "version": _SEARCH_VERSION,
         }

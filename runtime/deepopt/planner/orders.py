@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from deepopt.errors import PlanError, ScheduleError
+from deepopt.errors import DeepoptError, PlanError
 from deepopt.planner.plan import Plan
 from deepopt.schedule.builders import build
 from deepopt.schedule.ir import Schedule, parse_action
@@ -83,8 +83,8 @@ def load_schedule(plan: Plan, *, data_index: int, folder: Path) -> Schedule:
             actions=tuple(tuple(map(parse_action, row.split())) for row in rows),
         )
         verify(schedule)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ScheduleError) as problem:
-        text = problem.message if isinstance(problem, ScheduleError) else str(problem)
+    except (ValueError, KeyError, TypeError, AttributeError, DeepoptError) as problem:
+        text = problem.message if isinstance(problem, DeepoptError) else str(problem)
         raise PlanError(
             f"the searched order {path} cannot be used: {text}",
             remedy="deepopt resume RUN_DIR searches it again; or set pipeline.schedule to the "

@@ -161,18 +161,30 @@ def _least_cap(
 def _line(
     sums: Sequence[float], factors: Sequence[float], cap: float
 ) -> tuple[int, ...] | None:
-    """Fill each stage up to the cap, but leave a layer for each stage to come."""
+    """Stages up to the cap of their device: by every layer at which each stage can end.
+
+    With devices of one speed the longest stage would always do; a slow device after a fast one may
+    have to be given less than the fast one leaves.
+    """
     num_layers = len(sums) - 1
-    edges = [0]
+    ends: list[list[int]] = [[0]]  # ascending
     for stage, factor in enumerate(factors):
-        later = len(factors) - 1 - stage
-        start = edges[-1]
-        room = sums[start] + cap / factor
-        end = min(bisect.bisect_right(sums, room) - 1, num_layers - later)
-        if end <= start:
+        last = num_layers - (len(factors) - 1 - stage)  # a layer for each stage to come
+        reached: list[int] = []
+        for start in ends[-1]:
+            end = min(bisect.bisect_right(sums, sums[start] + cap / factor) - 1, last)
+            first = max(start, reached[-1] if reached else 0) + 1
+            reached.extend(range(first, end + 1))
+        if not reached:
             return None
-        edges.append(end)
-    return tuple(edges[:-1]) if edges[-1] == num_layers else None
+        ends.append(reached)
+    if ends[-1][-1] != num_layers:
+        return None
+    edges = [num_layers]
+    for stage in reversed(range(len(factors))):
+        room = cap / factors[stage]
+        edges.append(next(e for e in ends[stage] if sums[edges[-1]] <= sums[e] + room))
+    return tuple(reversed(edges[1:]))
 
 
 def _evenest_line(
