@@ -16,7 +16,7 @@ from deepopt.planner.comparison import (
     judge,
 )
 from deepopt.planner.sketch import Pipeline
-from deepopt.schedule.builders import BUILDERS, build
+from deepopt.schedule.builders import BUILDERS
 from deepopt.schedule.ir import PlacementKind
 from deepopt.schedule.verify import find_fault
 from deepopt_cli.schedule_options import MOST_STAGES_PER_RANK, PipelineOptions
@@ -211,7 +211,7 @@ def _of_csv(path: Path, options: PipelineOptions) -> Shown:
 
 
 def _of_plan(source: Path, options: PipelineOptions) -> Shown:
-    plan, skeleton = plan_of(source)
+    plan, skeleton, order = plan_of(source)
     placement, directions = plan.make_placement(), plan.directions(0)
     layers, has_unit = relative_layers(skeleton), False
     if options.costs is not None:
@@ -223,7 +223,6 @@ def _of_plan(source: Path, options: PipelineOptions) -> Shown:
         costs, has_unit, layers = given.table(placement), True, given.layers
     else:
         costs = layers.table(plan.boundaries, placement=placement)
-    order = build(plan.schedule, placement=placement, directions=directions)
     pipeline = Pipeline(
         num_ranks=plan.pipeline_size, num_microbatches=len(directions), layers=layers
     )
@@ -231,6 +230,6 @@ def _of_plan(source: Path, options: PipelineOptions) -> Shown:
         outcome=judge(order, costs=costs),
         yardstick=yardstick(pipeline),
         has_unit=has_unit,
-        origin=f"{plan.schedule}, plan {plan.plan_id} of {source}"
+        origin=f"{order.name}, plan {plan.plan_id} of {source}"
         + ("" if has_unit else ", costs by operation counts"),
     )

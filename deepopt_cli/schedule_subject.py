@@ -23,6 +23,7 @@ from deepopt_cli.schedule_options import PipelineOptions
 if TYPE_CHECKING:
     from deepopt.planner.plan import Plan
     from deepopt.planner.skeleton import ModelSkeleton
+    from deepopt.schedule.ir import Schedule
 
 Progress = Callable[[str], None]
 
@@ -56,7 +57,7 @@ def subject(source: Path | None, *, options: PipelineOptions, stages_per_rank: i
     if source is None:
         pipeline = options.pipeline(stages_per_rank=stages_per_rank)
         return Subject(pipeline=pipeline, has_unit=True, words="given costs")
-    plan, skeleton = plan_of(source)
+    plan, skeleton, _ = plan_of(source)
     pipeline = Pipeline(
         num_ranks=options.ranks or plan.pipeline_size,
         num_microbatches=options.microbatches or len(plan.directions(0)),
@@ -147,8 +148,8 @@ def yardstick(pipeline: Pipeline) -> Outcome | None:
     return None if isinstance(found, Misfit) else found
 
 
-def plan_of(source: Path) -> tuple[Plan, ModelSkeleton]:
-    """The plan of a run directory, or the one that a job file would get.
+def plan_of(source: Path) -> tuple[Plan, ModelSkeleton, Schedule]:
+    """The plan of a run directory, or the one that a job file would get; with its first order.
 
     Args:
         source: either of them.
@@ -157,15 +158,18 @@ def plan_of(source: Path) -> tuple[Plan, ModelSkeleton]:
         DeepoptError: neither, or the job cannot be planned.
     """
     if source.is_dir():
+        from deepopt.planner.orders import load_schedule
         from deepopt.planner.plan import Plan
         from deepopt.planner.skeleton import ModelSkeleton
         from deepopt.telemetry.files import read_json
         from deepopt_cli.run_view import open_run
 
         run = open_run(source)
+        plan = Plan.from_json(read_json(run.plan))
         return (
-            Plan.from_json(read_json(run.plan)),
+            plan,
             ModelSkeleton.from_json(read_json(run.model)),
+            load_schedule(plan, data_index=0, folder=run.schedules),
         )
     from deepopt.job_file import load_job
     from deepopt_cli.preparation import import_from, prepare, with_absolute_paths
@@ -173,7 +177,7 @@ def plan_of(source: Path) -> tuple[Plan, ModelSkeleton]:
     job = with_absolute_paths(load_job(source, ()))
     import_from([Path.cwd()], job=job)
     prepared = prepare(job, plan_id=1)
-    return prepared.plan, prepared.skeleton
+    return prepared.plan, prepared.skeleton, prepared.planned.schedules[0]
 
 
 def relative_layers(skeleton: ModelSkeleton) -> LayerCosts:
@@ -182,7 +186,7 @@ def relative_layers(skeleton: ModelSkeleton) -> LayerCosts:
     Args:
         skeleton: the model.
     """
-    from deepopt.planner.decide import layer_costs
+    from deepopt.planner.estimate import relative_costs
 
-    costs = layer_costs(skeleton)
+    costs = relative_costs(skeleton)
     return LayerCosts(forward_s=costs, input_s=costs, weight_s=costs, source="operation counts")

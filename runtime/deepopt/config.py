@@ -175,7 +175,8 @@ class PipelineConfig(Section):
     )
     schedule: Text = Field(
         default="auto",
-        description="Name of the order of work (`gpipe`, `1f1b`, `bi_stream`, ...), or `auto`.",
+        description="Name of the order of work (`gpipe`, `1f1b`, `bi_stream`, ...); `auto`: searched, "
+        "over all placements that `placement` leaves open.",
     )
     boundaries: tuple[Index, ...] | None = Field(
         default=None,
