@@ -81,6 +81,10 @@ class WeightGradQueue:
         """
         self._entries.append((weight, compute))
 
+    def weights(self) -> list[torch.Tensor]:
+        """The weights whose gradients wait, once a use."""
+        return [weight for weight, _ in self._entries]
+
     @torch.no_grad()
     def flush(self) -> None:
         """Compute what was put off, add it to each `weight.grad` as autograd would, and forget
@@ -195,14 +199,7 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(x)
         ctx.weight = weight
         ctx.holder = holder
-        # F.linear adds the bias inside the product only if it can view x as a matrix.
-        ctx.fused_bias = x.dim() == 2 or x.is_contiguous()
-        rows = _as_matrix(x)
-        if bias is None or ctx.fused_bias:
-            out = F.linear(rows, weight, bias)
-        else:
-            out = F.linear(rows, weight).add_(bias)
-        return out.view(*x.shape[:-1], weight.shape[0])
+        return F.linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -225,7 +222,8 @@ class _Linear(torch.autograd.Function):
                 lambda: grad_rows.t().mm(rows),
             )
         if needs_bias:
-            summed = grad_rows if ctx.fused_bias else grad_out
+            # F.linear adds the bias inside the product only if it can view x as a matrix.
+            summed = grad_rows if x.dim() == 2 or x.is_contiguous() else grad_out
             grad_bias = summed.sum(tuple(range(summed.dim() - 1)))
         return grad_x, grad_weight, grad_bias, None
 
