@@ -6,15 +6,23 @@ know ranks, schedules or transports.
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from deepopt.pipeline.boundary import as_leaves, enter
 from deepopt.pipeline.gradients import StageGradients
+from deepopt.pipeline.graph_split import SplitBackward, leaves_of
 from deepopt.pipeline.randomness import mix, seed_generators
+from deepopt.pipeline.weight_probe import Verdict, probe
+from deepopt.pipeline.weight_trial import Way
 from deepopt_kernels.weight_grad import WeightGradHolder, WeightGradQueue, defer_linears
+
+logger = logging.getLogger(__name__)
 
 Tensors = tuple[torch.Tensor, ...]
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -48,13 +56,17 @@ class Layer:
 
 @dataclass(slots=True)
 class _Segment:
-    """A run of layers with one autograd graph; `outputs` is None until it has been run with
-    gradients."""
+    """A run of layers with one autograd graph.
+
+    `roots` is None until it has been run with gradients; `grads` are those of the roots where F
+    computed them already.
+    """
 
     layers: Sequence[Layer]
     leaves: Tensors
     targets: torch.Tensor | None = None
-    outputs: Tensors | None = None
+    roots: list[torch.Tensor] | list[GradientEdge] | None = None
+    grads: list[torch.Tensor | None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +92,16 @@ class Stage:
             it.
         loss: makes the stage the last one; maps (output, targets) to a scalar mean.
         recompute: keep only layer inputs in F and run the layers again for the backward.
-        defer_weights: compute weight gradients in W instead of with the input gradient.
+        defer_weights: compute weight gradients in W instead of with the input gradient, in
+            layers where a probe at the first micro-batch finds that right and worth it.
+
+    The gradient of the loss is computed with F where nothing but the output takes part in it: it
+    then is all that stays of the loss, and I need not wait for it.
+
+    Attributes:
+        losses: by micro-batch, of this step.
+        verdicts: how each layer's weight gradients are computed, by name; filled by the first
+            forward when `defer_weights`.
     """
 
     def __init__(
@@ -110,14 +131,18 @@ class Stage:
         self._recompute = recompute
         self._flights: dict[int, list[_Segment]] = {}
         self._habits: dict[int, _Habits] = {}  # of recomputed segments, by first layer
+        self._writes_inputs: dict[int, bool] = {}  # of segments kept in F, by first layer
         self._queues: dict[int, WeightGradQueue] = {}
+        self._divided: dict[int, list[SplitBackward]] = {}
         self._holder = WeightGradHolder()
+        self._defer_weights = defer_weights
+        self.verdicts: dict[str, Verdict] = {}
+        self._split: dict[int, list[torch.nn.Parameter]] = {}  # weights of split graphs
         for layer in self.layers:
-            if defer_weights:
-                defer_linears(layer.module, self._holder)
             for module in layer.module.modules():
                 if hasattr(module, "loss_scale"):  # losses that a layer adds on its own
                     module.loss_scale = 1.0 / num_microbatches  # type: ignore[assignment]
+        self._runs = self._cut_into_runs()
 
     def begin_step(self, step: int) -> None:
         """Forget the last step's losses; its gradients stay until somebody zeroes them."""
@@ -140,31 +165,33 @@ class Stage:
             The outputs, detached, `requires_grad` telling which need a gradient; empty for the
             last stage.
         """
-        runs = [(layer,) for layer in self.layers] if self._recompute else [self.layers]
         flight = []
         values = tuple(t.to(self._device) for t in inputs)
         targets = None if targets is None else targets.to(self._device)
-        for position, layers in enumerate(runs):
-            ends = position == len(runs) - 1
-            segment = _Segment(layers, _as_leaves(values), targets if ends else None)
+        unprobed = self._defer_weights and not self.verdicts
+        for layers in self._runs:
+            if unprobed:
+                self._probe(layers[0], values, microbatch)
+            ends = layers[-1] is self.layers[-1]
+            segment = _Segment(layers, as_leaves(values), targets if ends else None)
             flight.append(segment)
             # The last layer and the loss are kept: their backward comes next, nothing would be
             # saved.
             if self._recompute and not (ends and self._loss is not None):
                 values = self._run_without_graph(segment, microbatch)
             else:
-                self._run(segment, microbatch)
-                assert segment.outputs is not None, "a segment that ran has outputs"
-                values = segment.outputs
+                values = self._run(segment, microbatch)
+        if unprobed:
+            self._runs = self._cut_into_runs()
         self._flights[microbatch] = flight
         if self._loss is not None:
             return ()
         return tuple(v.detach().requires_grad_(v.requires_grad) for v in values)
 
     def prepare(self, microbatch: int) -> None:
-        """R: run again, with gradients, what F did not keep."""
+        """R: run again, with gradients, what F did not keep; nothing if it all is there."""
         for segment in self._flights[microbatch]:
-            if segment.outputs is None:
+            if segment.roots is None:
                 self._run(segment, microbatch)
 
     def backward(self, microbatch: int, output_grads: Tensors = ()) -> Tensors:
@@ -177,22 +204,7 @@ class Stage:
         Returns:
             Gradients of the inputs that require one, in their order.
         """
-        self.gradients.aim(self._group_of[microbatch])
-        grads: Sequence[torch.Tensor | None] = output_grads
-        for segment in reversed(self._flights.pop(microbatch)):
-            if segment.outputs is None:
-                self._run(segment, microbatch)
-            assert segment.outputs is not None, "a segment that ran has outputs"
-            roots = [out for out in segment.outputs if out.requires_grad]
-            if roots:
-                torch.autograd.backward(roots, list(grads) if grads else None)
-            grads = [
-                torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-                for leaf in segment.leaves
-                if leaf.requires_grad
-            ]
-        self.gradients.collect()
-        return tuple(g for g in grads if g is not None)
+        return self._backward(microbatch, output_grads, divided=None)
 
     def backward_input(self, microbatch: int, output_grads: Tensors = ()) -> Tensors:
         """I: gradients of the inputs; large weight gradients wait for W.
@@ -202,34 +214,101 @@ class Stage:
             output_grads: one for each output that requires a gradient; none for the last stage.
         """
         queue = WeightGradQueue(self._holder)
+        divided: list[SplitBackward] = []
         with queue.capture():
-            input_grads = self.backward(microbatch, output_grads)
+            input_grads = self._backward(microbatch, output_grads, divided=divided)
         self._queues[microbatch] = queue
+        self._divided[microbatch] = divided
         return input_grads
 
     def backward_weight(self, microbatch: int) -> None:
         """W: the weight gradients that I left."""
         self.gradients.aim(self._group_of[microbatch])
         self._queues.pop(microbatch).flush()
+        for backward in self._divided.pop(microbatch):
+            backward.run_weights()
         self.gradients.collect()
 
     def abandon(self) -> None:
         """Drop everything in flight: the step will not be finished."""
         self._flights.clear()
         self._queues.clear()
+        self._divided.clear()
 
-    def _run(self, segment: _Segment, microbatch: int) -> None:
-        habits = self._habits.get(segment.layers[0].index)
-        copy = habits is not None and habits.writes_inputs
+    def _backward(
+        self, microbatch: int, output_grads: Tensors, *, divided: list[SplitBackward] | None
+    ) -> Tensors:
+        """Go back through all segments; `divided` takes those that have a second part."""
+        self.gradients.aim(self._group_of[microbatch])
+        grads: list[torch.Tensor | None] = list(output_grads)
+        flight = self._flights.pop(microbatch)
+        while flight:  # each segment is freed when it is done
+            segment = flight.pop()
+            if segment.roots is None:
+                self._run(segment, microbatch)
+            roots, leaves = segment.roots, [t for t in segment.leaves if t.requires_grad]
+            assert roots is not None, "a segment that ran has roots"
+            if segment.grads is not None:
+                grads = segment.grads
+            weights = self._split.get(segment.layers[0].index)
+            if divided is not None and weights and roots:
+                backward = SplitBackward(roots, inputs=leaves, weights=weights)
+                divided.append(backward)
+                backward.run_inputs(grads)
+            elif roots:
+                torch.autograd.backward(roots, grads or None)
+            grads = [torch.zeros_like(t) if t.grad is None else t.grad for t in leaves]
+        self.gradients.collect()
+        return tuple(g for g in grads if g is not None)
+
+    def _run(self, segment: _Segment, microbatch: int) -> Tensors:
+        """Run with gradients; returns the outputs of the layers."""
+        last = segment.layers[-1] is self.layers[-1]
         with torch.enable_grad():
-            values = tuple(leaf.clone() if copy else _enter(leaf) for leaf in segment.leaves)
-            outputs = self._apply(segment.layers, values, microbatch)
-            if self._loss is not None and segment.layers[-1] is self.layers[-1]:
+            outputs = self._apply_to_leaves(segment, microbatch)
+            if self._loss is not None and last:
                 assert segment.targets is not None, "the last stage was given no targets"
-                loss = self._loss(outputs[0], segment.targets)
-                self.losses[microbatch] = loss.detach()
-                outputs = (loss / self._num_microbatches,)
-        segment.outputs = outputs
+                self._run_loss(segment, outputs[0], microbatch)
+            else:
+                segment.roots = [out for out in outputs if out.requires_grad]
+        return outputs
+
+    def _apply_to_leaves(self, segment: _Segment, microbatch: int) -> Tensors:
+        key, leaves = segment.layers[0].index, segment.leaves
+        if self._recompute:
+            habits = self._habits.get(key)
+            if habits is not None and habits.writes_inputs:
+                values = tuple(leaf.clone() for leaf in leaves)
+                return self._apply(segment.layers, values, microbatch)
+        if self._writes_inputs.get(key) is False:
+            try:
+                return self._apply(segment.layers, leaves, microbatch)
+            except (
+                RuntimeError
+            ) as error:  # this time it writes: autograd forbids that on leaves
+                if "leaf Variable that requires grad" not in str(error):
+                    raise
+        versions = [leaf._version for leaf in leaves]
+        outputs = self._apply(segment.layers, tuple(map(enter, leaves)), microbatch)
+        self._writes_inputs[key] = [leaf._version for leaf in leaves] != versions
+        return outputs
+
+    def _run_loss(self, segment: _Segment, output: torch.Tensor, microbatch: int) -> None:
+        assert self._loss is not None, "only the last stage has a loss"
+        version = output._version
+        loss = self._loss(output, segment.targets)  # type: ignore[arg-type]
+        self.losses[microbatch] = loss.detach()
+        scaled = loss / self._num_microbatches
+        if (
+            output.grad_fn is None
+            or scaled.grad_fn is None
+            or output._version != version
+            or leaves_of([scaled.grad_fn], stop=output.grad_fn)
+        ):
+            segment.roots = [scaled] if scaled.requires_grad else []
+            return
+        segment.grads = list(torch.autograd.grad(scaled, output))
+        segment.roots = [get_gradient_edge(output)]  # the output itself is not needed
 
     def _run_without_graph(self, segment: _Segment, microbatch: int) -> Tensors:
         key = segment.layers[0].index
@@ -249,40 +328,48 @@ class Stage:
             for out, requires_grad in zip(outputs, habits.requires_grad, strict=True)
         )
 
+    def _probe(self, layer: Layer, values: Tensors, microbatch: int) -> None:
+        """Find out when this layer's weight gradients are computed, and arrange for it."""
+
+        def seed() -> None:
+            seed_generators(mix(self._seed, self._step, microbatch, layer.index), self._device)
+
+        verdict = probe(layer.module, inputs=values, seed=seed, clock=self._clock)
+        self.verdicts[layer.name] = verdict
+        if verdict.way is not Way.FUSED:
+            defer_linears(layer.module, self._holder)
+        if verdict.way is Way.SPLIT:
+            parameters = dict(layer.module.named_parameters())
+            self._split[layer.index] = [parameters[name] for name in sorted(verdict.split)]
+        if verdict.reason:
+            kind = type(layer.module).__name__
+            where = f"layer {layer.index} ({layer.name}, {kind})"
+            logger.info("weight gradients of %s: %s: %s", where, verdict.way, verdict.reason)
+
+    def _clock(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+    def _cut_into_runs(self) -> list[tuple[Layer, ...]]:
+        """Layers of one graph each: as many as possible together."""
+        runs: list[tuple[Layer, ...]] = []
+        alone = self._recompute or (self._defer_weights and not self.verdicts)
+        for layer in self.layers:
+            joins = (
+                runs
+                and not alone
+                and self._split.keys().isdisjoint({layer.index, runs[-1][-1].index})
+            )
+            runs[-1:] = [(*runs[-1], layer)] if joins else [*runs[-1:], (layer,)]
+        return runs
+
     def _apply(self, layers: Sequence[Layer], values: Tensors, microbatch: int) -> Tensors:
         for position, layer in enumerate(layers):
             if position > 0:
-                values = tuple(map(_enter, values))
+                values = tuple(map(enter, values))
             seed = mix(self._seed, self._step, microbatch, layer.index)
             seed_generators(seed, self._device)
             result = layer.module(*values)
             values = (result,) if isinstance(result, torch.Tensor) else tuple(result)
         return values
-
-
-class _Boundary(torch.autograd.Function):
-    """Identity between two layers, contiguous both ways.
-
-    Tensors are contiguous where a cut sends them, and the layout of an operand can change the
-    bits of a product; so they are contiguous between any two layers. What it returns is no
-    leaf: the next layer may write to it, as it may inside one process.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        return x.detach().contiguous()
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-        return grad.contiguous()
-
-
-def _enter(x: torch.Tensor) -> torch.Tensor:
-    if not x.requires_grad:
-        return x.contiguous()
-    out: torch.Tensor = _Boundary.apply(x)  # type: ignore[no-untyped-call]
-    return out
-
-
-def _as_leaves(tensors: Tensors) -> Tensors:
-    return tuple(t.detach().contiguous().requires_grad_(t.requires_grad) for t in tensors)
