@@ -323,7 +323,7 @@ class EmulationConfig(Section):
     update_ms: PerLayer = Field(
         default=0.0,
         description="Optimizer update of a layer, once a step by each of its holders, in "
-        "milliseconds.",
+        "milliseconds; 0: as long as it really takes.",
     )
     rank_factor: tuple[Positive, ...] = Field(
         default=(),

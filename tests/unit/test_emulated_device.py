@@ -147,6 +147,21 @@ def test_routes_do_not_wait_for_other_routes() -> None:
     assert second - first < 50e9
 
 
+def test_kinds_of_messages_that_take_no_time_go_the_real_way() -> None:
+    wire = Wire()
+    transport = EmulatedTransport(
+        wire,
+        latency_s=100.0,
+        transfer_s=lambda channel, message, tensors: 0.0,
+        timed=frozenset({Kind.REDUCTION}),
+    )
+    sent = torch.ones(2)
+    transport.send(ROAD, 0, [sent])
+    assert len(wire.sent[0]) == 1
+    (received,) = transport.receive(ROAD, 0, []).wait()
+    assert received is sent
+
+
 def test_an_exchange_ends_a_latency_after_the_last_rank_and_gives_what_was_given() -> None:
     transport = emulated(Wire(), transfer_s=0.0)
     began_s = time.monotonic()

@@ -48,7 +48,7 @@ class Emulation:
         )
 
     def optimizer(self, layer: Layer, config: OptimizerConfig) -> LayerOptimizer:
-        """The optimizer of a layer, on the emulated device.
+        """The optimizer of a layer, on the emulated device where its update takes a stated time.
 
         Args:
             layer: of this worker.
@@ -57,6 +57,8 @@ class Emulation:
         factors = self._costs.rank_factor
         factor = factors[self._pipeline_rank] if factors else 1.0
         update_s = self._costs.update_s[layer.index] * factor
+        if update_s == 0:
+            return LayerOptimizer(layer, config)
         return EmulatedOptimizer(layer, config, device=self.device, update_s=update_s)
 
     def transport(self, inner: Transport, *, buckets: Mapping[int, Bucket]) -> Transport:
@@ -90,4 +92,12 @@ class Emulation:
             elements = sum(tensor.numel() for tensor in tensors)
             return elements * element_s.get(message // 2, 0.0)
 
-        return EmulatedTransport(inner, latency_s=self._table.latency_s, transfer_s=transfer_s)
+        timed = frozenset(
+            kind
+            for kind in Kind
+            if self._table.latency_s
+            or (any(stage_bytes) if kind is Kind.REDUCTION else self._table.transfer_s)
+        )
+        return EmulatedTransport(
+            inner, latency_s=self._table.latency_s, transfer_s=transfer_s, timed=timed
+        )

@@ -18,6 +18,7 @@ from deepopt.errors import ClusterError
 from deepopt.pipeline.emulated_clock import wait_until
 from deepopt.pipeline.transport import (
     Channel,
+    Kind,
     PendingGather,
     PendingReceive,
     TensorSpec,
@@ -40,16 +41,25 @@ class EmulatedTransport:
         inner: carries the messages.
         latency_s: from the end of a transfer to its arrival.
         transfer_s: how long a message occupies its route.
+        timed: kinds of messages that take any time; the others go the real way alone.
 
     Raises:
         ClusterError: workers run on several hosts.
         TransportError: a peer is gone.
     """
 
-    def __init__(self, inner: Transport, *, latency_s: float, transfer_s: TransferTime) -> None:
+    def __init__(
+        self,
+        inner: Transport,
+        *,
+        latency_s: float,
+        transfer_s: TransferTime,
+        timed: frozenset[Kind] = frozenset(Kind),
+    ) -> None:
         self._inner = inner
         self._latency_ns = round(latency_s * 1e9)
         self._transfer_s = transfer_s
+        self._timed = timed
         self._route_free_ns: dict[Channel, int] = {}
         hosts = {row[0] for row in inner.start_all_gather([_host_number()]).wait()}
         if len(hosts) > 1:
@@ -77,10 +87,15 @@ class EmulatedTransport:
         self, channel: Channel, message: int, specs: Sequence[TensorSpec]
     ) -> PendingReceive:
         """Post a receive and return at once."""
+        if channel.kind not in self._timed:
+            return self._inner.receive(channel, message, specs)
         return _Receive(self._inner.receive(channel, message, [*specs, _ARRIVAL]))
 
     def send(self, channel: Channel, message: int, tensors: Sequence[torch.Tensor]) -> None:
         """Send at once what arrives when its route would bring it."""
+        if channel.kind not in self._timed:
+            self._inner.send(channel, message, tensors)
+            return
         start_ns = max(time.monotonic_ns(), self._route_free_ns.get(channel, 0))
         end_ns = start_ns + round(self._transfer_s(channel, message, tensors) * 1e9)
         self._route_free_ns[channel] = end_ns

@@ -219,7 +219,8 @@ class PipelineStep:
         self._reducer.finish()
         self._transport.finish_sends()
         spans = self._spans.take()
-        totals = total(spans, device_time=self._device.type == "cuda")
+        own_clock = self._device.type == "cuda" or self.overruns is not None
+        totals = total(spans, device_time=own_clock)
         totals.reduce_s += time.perf_counter() - reducing
 
         exchanging = time.perf_counter()
