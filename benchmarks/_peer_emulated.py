@@ -128,6 +128,8 @@ class PeerRank:
             ended_s=tuple(ended_s),
             spans=(),
             losses=tuple(losses),
+            num_ran_ahead=0,
+            num_rolled_back=0,
             overruns=None,
         )
 

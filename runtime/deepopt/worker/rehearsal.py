@@ -70,6 +70,8 @@ class RankSteps:
         ended_s: end of each step, on the same clock.
         spans: of the last step.
         losses: of each step.
+        num_ran_ahead: steps that were begun before the one before was agreed on.
+        num_rolled_back: those of them that were taken back.
         overruns: since the plan was loaded; None where the device is real.
     """
 
@@ -77,6 +79,8 @@ class RankSteps:
     ended_s: tuple[float, ...]
     spans: tuple[Span, ...]
     losses: tuple[float, ...]
+    num_ran_ahead: int
+    num_rolled_back: int
     overruns: Overruns | None
 
     @property
@@ -340,6 +344,7 @@ class RankPlan:
         """Train some steps more."""
         ended_s: list[float] = []
         losses: list[float] = []
+        ran_ahead = rolled_back = 0
         spans: Sequence[Span] = ()
         began_s = time.monotonic()
         for index in range(num_steps):
@@ -349,11 +354,15 @@ class RankPlan:
             )
             ended_s.append(time.monotonic())
             losses.append(result.loss)
+            ran_ahead += result.ran_ahead
+            rolled_back += result.rolled_back
             spans = result.spans
         return RankSteps(
             began_s=began_s,
             ended_s=tuple(ended_s),
             spans=tuple(spans),
             losses=tuple(losses),
+            num_ran_ahead=ran_ahead,
+            num_rolled_back=rolled_back,
             overruns=self._pipeline.overruns,
         )
