@@ -122,6 +122,8 @@ def _weights(manifest: Manifest, *, skeleton: ModelSkeleton) -> list[_Weight]:
     weights = []
     for layer in skeleton.layers:
         for parameter in layer.parameters:
+            if not parameter.in_state_dict:
+                continue
             owner = parameter.name
             while (further := owners[owner]) is not None:
                 owner = further

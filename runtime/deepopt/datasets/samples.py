@@ -1,22 +1,38 @@
-"""One sample of a user's dataset to (input, target), and samples to a micro-batch."""
+"""One sample of a user's dataset to (input, target), and samples to a micro-batch.
+
+An input is a tensor, or a dict of tensors by the names of the model's arguments.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from deepopt.errors import InputError
 
-Batch = tuple[torch.Tensor, torch.Tensor]
+Inputs = torch.Tensor | Mapping[str, torch.Tensor]
+Batch = tuple[Inputs, torch.Tensor]
+
+
+def model_inputs(inputs: Inputs) -> tuple[torch.Tensor, ...]:
+    """The tensors of a micro-batch in the order in which the first layer takes them.
+
+    Args:
+        inputs: one tensor, or tensors by name: they go in the order of their names.
+    """
+    if isinstance(inputs, torch.Tensor):
+        return (inputs,)
+    return tuple(inputs[name] for name in sorted(inputs))
 
 
 def to_pair(sample: Any, *, sequence_length: int, where: str) -> Batch:
     """Read a sample.
 
     Args:
-        sample: a pair (input, target) of tensors, arrays or numbers; or sequence_length + 1
+        sample: a pair (input, target) of tensors, arrays or numbers, the input perhaps a dict of
+            such; or sequence_length + 1
             token ids, of which the target is the input shifted by one.
         sequence_length: in tokens.
         where: names the sample in errors.
@@ -26,7 +42,10 @@ def to_pair(sample: Any, *, sequence_length: int, where: str) -> Batch:
     """
     try:
         if isinstance(sample, (tuple, list)) and len(sample) == 2:
-            return torch.as_tensor(sample[0]), torch.as_tensor(sample[1])
+            target = torch.as_tensor(sample[1])
+            if isinstance(sample[0], Mapping):
+                return {k: torch.as_tensor(v) for k, v in sample[0].items()}, target
+            return torch.as_tensor(sample[0]), target
         tokens = torch.as_tensor(sample)
     except (TypeError, ValueError, RuntimeError) as error:
         raise _refusal(where, f"a {type(sample).__name__}: {error}", sequence_length) from error
@@ -47,16 +66,36 @@ def stack(pairs: Sequence[Batch], *, where: str) -> Batch:
     Raises:
         InputError: their shapes or dtypes differ.
     """
-    stacked = []
-    for part, tensors in zip(("inputs", "targets"), zip(*pairs, strict=True), strict=True):
-        kinds = {(tuple(t.shape), t.dtype) for t in tensors}
-        if len(kinds) > 1:
-            raise InputError(
-                f"{where}: the {part} differ in shape or dtype: {sorted(map(str, kinds))}",
-                remedy="pad or cut the samples to one shape in the dataset",
-            )
-        stacked.append(torch.stack(tensors))
-    return stacked[0], stacked[1]
+    first = pairs[0][0]
+    targets = _stack([target for _, target in pairs], "targets", where=where)
+    if isinstance(first, torch.Tensor):
+        tensors = [inputs for inputs, _ in pairs if isinstance(inputs, torch.Tensor)]
+        return _stack(tensors, "inputs", where=where), targets
+    names = {tuple(sorted(inputs)) for inputs, _ in pairs if isinstance(inputs, Mapping)}
+    if len(names) > 1:
+        raise InputError(
+            f"{where}: the inputs differ in their names: {sorted(names)}",
+            remedy="give every sample the same inputs in the dataset",
+        )
+    by_name = {
+        name: _stack(
+            [inputs[name] for inputs, _ in pairs if isinstance(inputs, Mapping)],
+            f"inputs {name!r}",
+            where=where,
+        )
+        for name in sorted(first)
+    }
+    return by_name, targets
+
+
+def _stack(tensors: Sequence[torch.Tensor], part: str, *, where: str) -> torch.Tensor:
+    kinds = {(tuple(t.shape), t.dtype) for t in tensors}
+    if len(kinds) > 1:
+        raise InputError(
+            f"{where}: the {part} differ in shape or dtype: {sorted(map(str, kinds))}",
+            remedy="pad or cut the samples to one shape in the dataset",
+        )
+    return torch.stack(list(tensors))
 
 
 def _refusal(where: str, found: str, sequence_length: int) -> InputError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import traceback
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -66,11 +67,12 @@ class OwnBatches:
         if not (
             isinstance(batch, (tuple, list))
             and len(batch) == 2
-            and all(isinstance(part, torch.Tensor) for part in batch)
+            and _are_inputs(batch[0])
+            and isinstance(batch[1], torch.Tensor)
         ):
             raise InputError(
                 f"{self._name}: batch({step}, {microbatch}) gave a {type(batch).__name__}",
-                remedy="return a pair of tensors (inputs, targets)",
+                remedy="return a pair (inputs, targets): a tensor or a dict of tensors, and a tensor",
             )
         return batch[0], batch[1]
 
@@ -143,6 +145,12 @@ def user_source(job: JobConfig) -> IndexedSource | OwnBatches | StreamSource:
         remedy="return something with len() and [index], or with batch(step, microbatch), or a "
         "stream with state_dict() and load_state_dict()",
     )
+
+
+def _are_inputs(inputs: Any) -> bool:
+    if isinstance(inputs, Mapping):
+        return bool(inputs) and all(isinstance(x, torch.Tensor) for x in inputs.values())
+    return isinstance(inputs, torch.Tensor)
 
 
 def _is_indexed(dataset: Any) -> bool:

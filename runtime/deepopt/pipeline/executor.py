@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, Protocol
 
-import torch
-
+from deepopt.datasets.samples import Batch, model_inputs
 from deepopt.errors import TrainingError
 from deepopt.pipeline.receives import Receives, SpecKey
 from deepopt.pipeline.reduction import Bucket, Reducer, sum_terms
@@ -29,7 +28,7 @@ from deepopt.schedule.run_ahead import RunAhead
 class Batches(Protocol):
     """Where the first and the last stage take their tensors from."""
 
-    def batch(self, step: int, microbatch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def batch(self, step: int, microbatch: int) -> Batch:
         """Inputs and targets of one global micro-batch."""
         ...
 
@@ -276,7 +275,7 @@ class Executor:
             targets = None
             if batches is not None and (first or last):
                 batch_inputs, targets = batches.batch(self._step, number)
-                inputs = (batch_inputs,) if first else inputs
+                inputs = model_inputs(batch_inputs) if first else inputs
             outputs = stage.forward(number, inputs, targets)
             if last:
                 return

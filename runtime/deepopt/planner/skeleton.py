@@ -24,6 +24,8 @@ class ParameterSkeleton:
         tied_to: name of the parameter of an earlier layer that this one shares its values
             with; None when it is a parameter of its own.
         requires_grad: False for a frozen parameter.
+        in_state_dict: False for a further use of a parameter that the model's `state_dict` holds
+            under another name only.
     """
 
     name: str
@@ -31,6 +33,7 @@ class ParameterSkeleton:
     dtype: str
     tied_to: str | None = None
     requires_grad: bool = True
+    in_state_dict: bool = True
 
     @property
     def numel(self) -> int:

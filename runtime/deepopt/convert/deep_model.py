@@ -1,0 +1,174 @@
+"""`convert_to_deepopt`: a model in hand becomes a chain of layers that can be looked at, cut and run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+
+from deepopt.convert.chain import Chain, chain_of_named, chain_of_recorded, named_layers
+from deepopt.convert.programs import record_as_trained
+from deepopt.convert.split import split
+from deepopt.convert.structure import leaves
+from deepopt.errors import InputError
+from deepopt.pipeline.transport import TensorSpec
+
+ParallelMode = Literal["bi_stream", "mirror", "v", "line", "auto"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeepLayer:
+    """One layer of a converted model.
+
+    Args:
+        name: path of its module in the model.
+        kind: class name of that module.
+        parameters: names in the model's `state_dict`.
+        num_parameters: elements; those of tied parameters count where they are first used.
+        forward_flops: floating-point operations of one forward with the example inputs (matrix
+            products, convolutions, attention); None without example inputs.
+        alive: the tensors that a cut before this layer carries; None without example inputs.
+    """
+
+    name: str
+    kind: str
+    parameters: tuple[str, ...]
+    num_parameters: int
+    forward_flops: int | None
+    alive: tuple[TensorSpec, ...] | None
+
+    @property
+    def cut_bytes(self) -> int | None:
+        """Bytes that a cut before this layer carries forward for one micro-batch."""
+        if self.alive is None:
+            return None
+        return sum(torch.Size(t.shape).numel() * t.dtype.itemsize for t in self.alive)
+
+
+class DeepModel:
+    """A model as a chain of layers; made by `convert_to_deepopt`.
+
+    Args:
+        chain: the model and its layers; shared with the model, not copied.
+        layers: what there is to know of each.
+        placement: of the stages, as `pipeline.placement` of a job names it.
+    """
+
+    def __init__(self, *, chain: Chain, layers: tuple[DeepLayer, ...], placement: str) -> None:
+        self.chain = chain
+        self.layers = layers
+        self.placement = placement
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The model as it was given; training the chain trains it."""
+        return self.chain.model
+
+    def state_dict(self) -> dict[str, Any]:
+        """The model's own."""
+        return self.chain.model.state_dict()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run layer after layer, each given only what a cut before it carries.
+
+        Args:
+            args: as the model takes them, of the example inputs' shapes.
+            kwargs: as the model takes them.
+
+        Returns:
+            What the model returns.
+        """
+        values = tuple(x for x in leaves((args, kwargs)) if isinstance(x, torch.Tensor))
+        output: Any = None
+        for layer in self.chain.layers:
+            output = layer.module(*values)
+            values = (output,) if isinstance(output, torch.Tensor) else tuple(output)
+        return output if self.chain.programs is None else values[0]
+
+
+def convert_to_deepopt(
+    model: torch.nn.Module,
+    parallel_mode: ParallelMode = "bi_stream",
+    example_inputs: Any = None,
+) -> DeepModel:
+    """Turn a model into a chain of layers, without changing it.
+
+    Args:
+        model: any module. An `nn.Sequential` and a model with `deepopt_layers()` name their layers;
+            of any other one forward is recorded in train mode.
+        parallel_mode: `bi_stream` (the same as `mirror`), `v`, `line` or `auto`.
+        example_inputs: what one micro-batch gives to the forward: a tensor, a tuple of positional
+            arguments, or a dict of keyword arguments; of the shapes and dtypes of training. None: the
+            model's own `dummy_inputs`, or a small one for `torch.nn.Transformer`.
+
+    Raises:
+        InputError: an argument is wrong, or the forward cannot be cut: says where and why.
+    """
+    if parallel_mode not in get_args(ParallelMode):
+        raise InputError(
+            f"parallel_mode {parallel_mode!r} is unknown",
+            remedy=f"one of {', '.join(get_args(ParallelMode))}",
+        )
+    if not isinstance(model, torch.nn.Module):
+        raise InputError(f"model is a {type(model).__name__}, not a torch.nn.Module")
+    placement = "mirror" if parallel_mode == "bi_stream" else parallel_mode
+    named = named_layers(model)
+    if named is not None:
+        chain = chain_of_named(model, named)
+        return DeepModel(chain=chain, layers=_layers(chain, None), placement=placement)
+    args, kwargs = _example(model, example_inputs)
+    recording = record_as_trained(model, args=args, kwargs=kwargs)
+    chain = chain_of_recorded(model, split(recording))
+    specs = [TensorSpec(v.shape, v.dtype, v.requires_grad) for v in recording.values]
+    return DeepModel(chain=chain, layers=_layers(chain, specs), placement=placement)
+
+
+def _layers(chain: Chain, specs: Sequence[TensorSpec] | None) -> tuple[DeepLayer, ...]:
+    layers = []
+    for index, layer in enumerate(chain.layers):
+        parameters = layer.parameters(remove_duplicate=False)
+        programs = chain.programs
+        alive = None
+        if programs is not None and specs is not None:
+            alive = tuple(specs[value] for value in programs[index].takes)
+        layers.append(
+            DeepLayer(
+                name=layer.name,
+                kind=layer.kind,
+                parameters=tuple(n for n in parameters if n not in layer.repeated),
+                num_parameters=sum(
+                    p.numel() for n, p in parameters.items() if n not in chain.ties
+                ),
+                forward_flops=layer.flops,
+                alive=alive,
+            )
+        )
+    return tuple(layers)
+
+
+def _example(model: torch.nn.Module, given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if given is None:
+        given = getattr(model, "dummy_inputs", None)
+    if given is None and isinstance(model, torch.nn.Transformer):
+        given = _transformer_example(model)
+    if given is None:
+        raise InputError(
+            f"a {type(model).__name__} does not name its layers, so one forward of it must be seen",
+            remedy="give example_inputs: a tensor, a tuple, or a dict of keyword arguments",
+        )
+    if isinstance(given, Mapping):
+        return (), dict(given)
+    return (tuple(given), {}) if isinstance(given, tuple | list) else ((given,), {})
+
+
+def _transformer_example(model: torch.nn.Transformer) -> dict[str, torch.Tensor]:
+    parameter = next(model.parameters())
+    shapes = {"src": (10, 2), "tgt": (10, 2)}  # positions, samples
+    if model.batch_first:
+        shapes = {name: (samples, length) for name, (length, samples) in shapes.items()}
+    return {
+        name: torch.zeros(*shape, model.d_model, dtype=parameter.dtype, device=parameter.device)
+        for name, shape in shapes.items()
+    }

@@ -1,0 +1,47 @@
+"""Example inputs of a job's model, as its data gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from deepopt.config import JobConfig
+from deepopt.datasets.batch_source import build_batch_source
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """What one micro-batch gives to the model.
+
+    Args:
+        args: by position.
+        kwargs: by name, in the order of the names: that of `model_inputs`.
+        tokens: of the micro-batch; samples where they are not made of tokens.
+    """
+
+    args: tuple[torch.Tensor, ...]
+    kwargs: Mapping[str, torch.Tensor]
+    tokens: int
+
+
+def example_of(job: JobConfig) -> Example:
+    """The inputs of micro-batch 0 of step 1; of text only their shape, without reading it.
+
+    Args:
+        job: names the data.
+
+    Raises:
+        InputError: the dataset's factory fails.
+    """
+    size, length = job.training.microbatch_size, job.data.sequence_length
+    if job.data.dataset is None:
+        ids = torch.ones(size, length, dtype=torch.int64)  # any token that every tokenizer has
+        return Example(args=(ids,), kwargs={}, tokens=size * length)
+    source = build_batch_source(job, run_dir=None)
+    inputs = source.batch(1, 0)[0]
+    tokens = source.tokens_per_microbatch
+    if isinstance(inputs, Mapping):
+        return Example(args=(), kwargs=dict(sorted(inputs.items())), tokens=tokens)
+    return Example(args=(inputs,), kwargs={}, tokens=tokens)

@@ -1,0 +1,232 @@
+"""Models that pipelines refuse, each a model factory's target over `[2, 6]` features or bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+WIDTH = 8
+
+
+class Block(nn.Module):
+    """Part of most models below."""
+
+    def __init__(self, width: int = WIDTH) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, 2 * width)
+        self.down = nn.Linear(2 * width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.tanh(self.up(x)))
+
+
+class _Blocks(nn.Module):
+    def __init__(self, count: int = 4) -> None:
+        super().__init__()
+        self.embed = nn.Linear(6, WIDTH)
+        self.blocks = nn.ModuleList(Block() for _ in range(count))
+        self.head = nn.Linear(WIDTH, 3)
+
+
+class Skips(_Blocks):
+    """A U-shape: each block of the second half gets what its mirror image made; residuals are in the
+    model's own forward."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.embed(x)
+        kept = []
+        for block in self.blocks[:2]:
+            x = x + block(x)
+            kept.append(x)
+        for block in self.blocks[2:]:
+            x = block(x) * 0.5 + kept.pop()
+        return self.head(x)
+
+
+class TwoInputs(_Blocks):
+    """A mask of booleans that the last block uses first, and an argument that is no tensor."""
+
+    def forward(
+        self, x: torch.Tensor, *, mask: torch.Tensor, scale: float = 2.0
+    ) -> dict[str, Any]:
+        x = self.embed(x)
+        hidden = []
+        for block in self.blocks:
+            x = x + block(x)
+            hidden.append(x)
+        x = x.masked_fill(mask.unsqueeze(-1), 0.0) * scale
+        return {"logits": self.head(x), "hidden": hidden, "note": "as it was"}
+
+
+@dataclass
+class Result:
+    logits: torch.Tensor
+    pooled: torch.Tensor
+    steps: int
+
+
+class Recurrent(_Blocks):
+    """One block three times, a parameter of the model itself, a dataclass as its output."""
+
+    def __init__(self) -> None:
+        super().__init__(count=1)
+        self.gain = nn.Parameter(torch.full((WIDTH,), 0.5))
+
+    def forward(self, x: torch.Tensor) -> Result:
+        x = self.embed(x) * self.gain
+        for _ in range(3):
+            x = x + self.blocks[0](x) * self.gain
+        return Result(logits=self.head(x), pooled=x.mean(0), steps=3)
+
+
+class Counting(_Blocks):
+    """Writes to a buffer of its own and to one in a layer, and to tensors in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.norm = nn.BatchNorm1d(WIDTH)
+        self.register_buffer("table", torch.linspace(0.0, 1.0, WIDTH), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls.add_(1)
+        x = self.embed(x)
+        for block in self.blocks:
+            x = x + block(self.norm(x) if block is self.blocks[1] else x)
+            x[:, 0] = 0.0
+        x += self.table
+        return self.head(x)
+
+
+class _Double(torch.autograd.Function):
+    """Its backward is not that of its forward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x * 2.0
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return grad * 3.0
+
+
+class Custom(_Blocks):
+    """A custom backward between layers, recomputation around one, a hook on another, a frozen one,
+    and a part of the forward without gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks[1].register_forward_hook(lambda module, args, output: output + args[0])
+        self.blocks[2].requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = _Double.apply(self.embed(x))
+        x = torch.utils.checkpoint.checkpoint(self.blocks[0], x, use_reentrant=False)
+        for block in self.blocks[1:]:
+            x = block(x)
+        with torch.no_grad():
+            scale = 1.0 / (1.0 + x.abs().amax())
+        return self.head(x * scale), scale
+
+
+class Branching(_Blocks):
+    """Goes another way when the inputs are negative on average."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        negative = x.mean() < 0
+        x = self.embed(x)
+        for block in self.blocks:
+            x = x - block(x) if negative else x + block(x)
+        return self.head(x)
+
+
+class BranchingOnLayers(_Blocks):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.embed(x)
+        for block in self.blocks:
+            if x.sum() > 0:
+                x = block(x)
+        return self.head(x)
+
+
+class Collecting(_Blocks):
+    """Takes what a hook has collected inside a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[torch.Tensor] = []
+        self.blocks[1].up.register_forward_hook(lambda m, a, output: self.seen.append(output))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen.clear()
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x) + self.seen[0].mean()
+
+
+class Replacing(_Blocks):
+    """Puts a new tensor in a buffer's place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls = self.calls + 1
+        return self.head(self.blocks[0](self.embed(x)))
+
+
+class SharedMemory(_Blocks):
+    """Writes to a view behind a layer while the whole is used later."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.embed(x)
+        part = x[:, :2]
+        y = self.blocks[0](x)
+        part.mul_(2.0)
+        return self.head(self.blocks[1](y) + x)
+
+
+class Cache:
+    def __init__(self) -> None:
+        self.states: list[torch.Tensor] = []
+
+
+class _Caching(Block):
+    def forward(self, x: torch.Tensor, cache: Cache) -> torch.Tensor:  # type: ignore[override]
+        cache.states.append(x)
+        return super().forward(x + cache.states[0])
+
+
+class Carrying(_Blocks):
+    """Layers speak to each other through an object."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(_Caching() for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        cache = Cache()
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x, cache)
+        return self.head(x)
+
+
+class Batches:
+    """Micro-batches `[4, 6]` for the models above."""
+
+    tokens_per_microbatch = 4
+
+    def __init__(self, mask: bool = False) -> None:
+        self.mask = mask
+
+    def batch(self, step: int, microbatch: int) -> tuple[Any, torch.Tensor]:
+        generator = torch.Generator().manual_seed(step * 1000 + microbatch)
+        x = torch.rand(4, 6, generator=generator)
+        targets = torch.randint(0, 3, (4,), generator=generator)
+        return ({"x": x, "mask": x[:, 0] > 0.5} if self.mask else x), targets
