@@ -39,7 +39,7 @@ RANK_MS = {
 }
 AIM_EQUAL_COPIES = 1.05
 AIM_MIRROR = 1.08
-AIM_1F1B = 1.40
+AIM_1F1B = 1.40  # claimed for eight ranks and few micro-batches
 AIM_SHARE = 0.98
 # What a second copy costs, as shares of F+I+W of a micro-batch on a rank: for 0.37 G parameters
 # (F = 20 ms at 150 TFLOP/s and 4096 tokens) 10 GB of AdamW traffic at 2 TB/s, and 0.74 GB of
@@ -96,7 +96,7 @@ def main() -> None:
                 rounds=rounds,
                 steps=steps,
             )
-            ratios = _ratios(results)
+            ratios = _ratios(results, aim_1f1b=AIM_1F1B if options.ranks >= 8 else None)
             for name, (ratio, aim) in ratios.items():
                 say(f"{name}: {ratio_line(ratio, aim=aim)}")
             if microbatches == min(options.microbatches):
@@ -231,7 +231,9 @@ def _table(results: Mapping[str, Result], *, ideal_s: float) -> str:
     return table(header, rows)
 
 
-def _ratios(results: Mapping[str, Result]) -> dict[str, tuple[float, float | None]]:
+def _ratios(
+    results: Mapping[str, Result], *, aim_1f1b: float | None
+) -> dict[str, tuple[float, float | None]]:
     """What the claims are about, with their aims."""
     best_peer = min(one.step_s for one in results.values() if one.side == "torch")
     own = {name: one for name, one in results.items() if one.side == "deepopt"}
@@ -242,7 +244,7 @@ def _ratios(results: Mapping[str, Result]) -> dict[str, tuple[float, float | Non
     return {
         "equal weight copies against the best peer": (best_peer / one_copy, AIM_EQUAL_COPIES),
         "mirror against the best peer": (best_peer / mirror, AIM_MIRROR),
-        "best of ours against the faster 1F1B": (line / min(one_copy, mirror), AIM_1F1B),
+        "best of ours against the faster 1F1B": (line / min(one_copy, mirror), aim_1f1b),
         "least share of the simulated makespan": (min(shares), AIM_SHARE),
     }
 
