@@ -144,6 +144,32 @@ class PipelineOptions:
             memory_cap=self.memory_cap,
         )
 
+    def refuse_without_costs(self, *, of: str) -> None:
+        """Times beside costs that have no unit mean nothing.
+
+        Args:
+            of: what has such costs: a job file or run directory.
+
+        Raises:
+            InputError: times or factors are given without `--costs`.
+        """
+        from deepopt.errors import InputError
+
+        given = {
+            "--latency-ms": self.latency_ms,
+            "--transfer-ms": self.transfer_ms,
+            "--update-ms": self.update_ms,
+            "--exchange-ms": self.exchange_ms,
+            "--rank-factor": self.rank_factor,
+        }
+        asked = [option for option, value in given.items() if value]
+        if asked and self.costs is None:
+            raise InputError(
+                f"{of} is known by its operation counts, which have no unit: "
+                f"{', '.join(asked)} cannot be set against them",
+                remedy="add --costs F/I/W in milliseconds",
+            )
+
     def _layers(self, *, num_ranks: int, stages_per_rank: int) -> LayerCosts:
         from deepopt.planner.sketch import layers_of_ops
 

@@ -15,12 +15,12 @@ from deepopt.planner.comparison import (
     evaluate,
     judge,
 )
-from deepopt.planner.sketch import Pipeline
+from deepopt.planner.sketch import Pipeline, stage_cap
 from deepopt.schedule.builders import BUILDERS
 from deepopt.schedule.ir import PlacementKind
-from deepopt.schedule.verify import find_fault
+from deepopt.schedule.verify import verify
 from deepopt_cli.schedule_options import MOST_STAGES_PER_RANK, PipelineOptions
-from deepopt_cli.schedule_orders import read_order
+from deepopt_cli.schedule_orders import find_order_fault, read_order
 from deepopt_cli.schedule_subject import Progress, plan_of, relative_layers, yardstick
 
 AUTO = "auto"
@@ -89,10 +89,41 @@ def shown(
     if from_csv is None and source is not None and source.suffix == ".csv":
         from_csv = source
     if from_csv is not None:
+        _refuse_choice(choice, of=from_csv)
         return _of_csv(from_csv, options)
     if source is not None:
+        _refuse_choice(choice, of=source)
         return _of_plan(source, options)
     return _of_options(options, choice, progress)
+
+
+def _refuse_choice(choice: Choice, *, of: Path) -> None:
+    """A file or job has an order; options that would choose another one are no part of it."""
+    asked = [
+        name
+        for name, value, default in (
+            ("--placement", choice.placement, AUTO),
+            ("--schedule", choice.schedule, AUTO),
+            ("--stages-per-rank", choice.stages_per_rank, None),
+        )
+        if value != default
+    ]
+    if asked:
+        raise InputError(
+            f"{of} has an order of its own: {', '.join(asked)} would choose another one",
+            remedy=f"leave out {of}, or {', '.join(asked)}",
+        )
+
+
+def _refuse_sizes(options: PipelineOptions, *, of: Path, ranks: int, microbatches: int) -> None:
+    for option, asked, has in (
+        ("--ranks", options.ranks, ranks),
+        ("--microbatches", options.microbatches, microbatches),
+    ):
+        if asked not in (None, has):
+            raise InputError(
+                f"{option} {asked} was given, {of} has {has}", remedy=f"leave out {option}"
+            )
 
 
 def _of_options(options: PipelineOptions, choice: Choice, progress: Progress) -> Shown:
@@ -181,21 +212,18 @@ def _origin(outcome: Outcome, candidate: Candidate) -> str:
 
 
 def _of_csv(path: Path, options: PipelineOptions) -> Shown:
-    order = read_order(path).schedule
-    if (fault := find_fault(order)) is not None:
+    read = read_order(path)
+    order = read.schedule
+    fault = find_order_fault(read, memory_cap=options.memory_cap, buffers=1)
+    if fault is not None:
         raise ScheduleError(
             f"{path}: {fault.message}",
             remedy=f"deepopt schedule verify {path} draws the fault",
         )
     placement = order.placement
-    for option, asked, has in (
-        ("--ranks", options.ranks, placement.num_ranks),
-        ("--microbatches", options.microbatches, order.num_microbatches),
-    ):
-        if asked not in (None, has):
-            raise InputError(
-                f"{option} {asked} was given, {path} has {has}", remedy=f"leave out {option}"
-            )
+    _refuse_sizes(
+        options, of=path, ranks=placement.num_ranks, microbatches=order.num_microbatches
+    )
     per_rank = placement.num_stages // placement.num_ranks
     pipeline = options.pipeline_of(
         num_ranks=placement.num_ranks,
@@ -213,6 +241,8 @@ def _of_csv(path: Path, options: PipelineOptions) -> Shown:
 def _of_plan(source: Path, options: PipelineOptions) -> Shown:
     plan, skeleton, order = plan_of(source)
     placement, directions = plan.make_placement(), plan.directions(0)
+    _refuse_sizes(options, of=source, ranks=plan.pipeline_size, microbatches=len(directions))
+    options.refuse_without_costs(of=str(source))
     layers, has_unit = relative_layers(skeleton), False
     if options.costs is not None:
         given = options.pipeline_of(
@@ -223,6 +253,8 @@ def _of_plan(source: Path, options: PipelineOptions) -> Shown:
         costs, has_unit, layers = given.table(placement), True, given.layers
     else:
         costs = layers.table(plan.boundaries, placement=placement)
+    if options.memory_cap is not None:
+        verify(order, memory_cap=stage_cap(options.memory_cap, placement=placement))
     pipeline = Pipeline(
         num_ranks=plan.pipeline_size, num_microbatches=len(directions), layers=layers
     )

@@ -57,6 +57,7 @@ def subject(source: Path | None, *, options: PipelineOptions, stages_per_rank: i
     if source is None:
         pipeline = options.pipeline(stages_per_rank=stages_per_rank)
         return Subject(pipeline=pipeline, has_unit=True, words="given costs")
+    options.refuse_without_costs(of=str(source))
     plan, skeleton, _ = plan_of(source)
     pipeline = Pipeline(
         num_ranks=options.ranks or plan.pipeline_size,

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from deepopt.planner.comparison import YARDSTICK, Outcome
+from deepopt.planner.comparison import SEARCHED, YARDSTICK, Candidate, Outcome
 from deepopt_cli.output import table
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ def _rows(comparison: Comparison) -> Iterator[list[str]]:
         ratio = _ratio(comparison, outcome)
         yield [
             candidate.placement_words,
-            candidate.schedule,
+            _order_words(candidate, outcome),
             *([f"{1e3 * outcome.timeline.makespan_s:.1f}"] if comparison.has_unit else []),
             "-" if ratio is None else f"{ratio:.2f} x",
             percent(outcome.timeline.bubble),
@@ -169,6 +169,12 @@ def _rows(comparison: Comparison) -> Iterator[list[str]]:
             str(outcome.weight_copies),
             str(outcome.num_transfers),
         ]
+
+
+def _order_words(candidate: Candidate, outcome: Outcome) -> str:
+    """A search that found nothing faster names the builder whose order it kept."""
+    made_by = outcome.schedule.name
+    return candidate.schedule if made_by == candidate.schedule else f"{SEARCHED} ({made_by})"
 
 
 def _ratio(comparison: Comparison, outcome: Outcome) -> float | None:

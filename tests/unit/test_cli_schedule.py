@@ -12,8 +12,12 @@ from xml.etree import ElementTree
 import pytest
 from typer.testing import CliRunner
 
+from deepopt.job_file import load_job
+from deepopt.run_directory import RunDirectory
 from deepopt.schedule.builders import BUILDERS
 from deepopt_cli.app import app
+from deepopt_cli.cmd_launch import write_plan
+from deepopt_cli.preparation import prepare
 
 ONE_F_ONE_B = "0F0,0F1,0B0,0B1\n1F0,1B0,1F1,1B1\n"
 
@@ -24,6 +28,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
     (tmp_path / "order.csv").write_text(ONE_F_ONE_B)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "job.yaml").write_text("worker: {count: 2}\ntraining: {microbatches: 4}\n")
     return tmp_path
 
 
@@ -135,11 +141,16 @@ def test_a_csv_of_any_name_is_read() -> None:
         (("show", "--schedule", "2f2b"), "--schedule '2f2b' is not a schedule"),
         (("show", "--schedule", "zb_v", "--placement", "line"), "does not fit placement line"),
         (("show", "--placement", "v", "--stages-per-rank", "2"), "is of placement line"),
+        (("show", "order.csv", "--schedule", "1f1b"), "--schedule would choose another one"),
+        (("show", "order.csv", "--memory-cap", "1"), "rank 0: 0F1 would hold activations of 2"),
+        (("show", "job.yaml", "--latency-ms", "2"), "known by its operation counts"),
+        (("compare", "job.yaml", "--rank-factor", "1,2"), "known by its operation counts"),
+        (("show", "job.yaml", "--ranks", "4"), "--ranks 4 was given, job.yaml has 2"),
         (("show", "order.csv", "--ranks", "3"), "--ranks 3 was given, order.csv has 2"),
         (("show", "nothing.csv"), "cannot read nothing.csv: No such file"),
         (("show", "nothing.yaml"), "nothing.yaml"),
-        (("show", "."), ". is not a run directory"),
-        (("compare", "."), ". is not a run directory"),
+        (("show", "empty"), "empty is not a run directory"),
+        (("compare", "empty"), "empty is not a run directory"),
     ],
 )
 def test_what_cannot_be_shown_is_one_error(arguments: tuple[str, ...], message: str) -> None:
@@ -148,6 +159,25 @@ def test_what_cannot_be_shown_is_one_error(arguments: tuple[str, ...], message: 
     assert message in result.stderr
     assert result.stderr.count("error:") == 1
     assert "Traceback" not in result.stderr
+
+
+def test_the_order_of_a_job_and_of_its_run_is_the_planned_one(here: Path) -> None:
+    job = load_job(here / "job.yaml", ())
+    prepared = prepare(job, plan_id=1)
+    (here / "run").mkdir()
+    write_plan(RunDirectory(here / "run"), prepared)
+    planned = [[str(a) for a in row] for row in prepared.timeline.schedule.actions]
+    for source in ("job.yaml", "run"):
+        found = shown(source)
+        assert found["actions"] == planned
+        assert found["bubble"] == pytest.approx(prepared.timeline.bubble)
+        assert "makespan_s" not in found
+        assert shown(source, "--costs", "1/1/1")["makespan_s"] > 0
+        drawn = deepopt("show", source).stdout
+        assert "costs by operation counts" in drawn
+        assert " ms" not in drawn
+    table = deepopt("compare", "run", "--no-search", "--json")
+    assert {o["num_ranks"] for o in json.loads(table.stdout)["orders"]} == {2}
 
 
 def test_a_comparison_is_sorted_and_measured_against_1f1b() -> None:
@@ -282,3 +312,30 @@ def test_a_wrong_order_is_not_shown_in_time() -> None:
     assert result.exit_code == 1
     assert "wrong.csv: deadlock" in result.stderr
     assert "deepopt schedule verify wrong.csv draws the fault" in result.stderr
+
+
+DOCS = Path(__file__).parents[2] / "docs"
+PICTURES = re.findall(
+    r"deepopt schedule (show .* --svg docs/images/(\S+))", (DOCS / "schedules.md").read_text()
+)
+
+
+@pytest.mark.parametrize(("command", "picture"), PICTURES)
+def test_a_picture_of_the_documents_is_what_its_command_draws(
+    command: str, picture: str, here: Path
+) -> None:
+    (here / "docs" / "images").mkdir(parents=True)
+    assert deepopt(*command.split()).exit_code == 0
+    made = (here / "docs" / "images" / picture).read_text()
+    assert made == (DOCS / "images" / picture).read_text()
+
+
+def test_the_fault_in_the_documents_is_drawn_as_it_says() -> None:
+    Path("order.csv").write_text("0F0,0F1,0B0,0B1\n1F0,1B1,1F1,1B0\n")
+    shown_there = (DOCS / "schedules.md").read_text().replace("\n    ", "\n")
+    assert deepopt("verify", "order.csv").stderr.strip() in shown_there
+
+
+def test_the_documents_name_every_builder() -> None:
+    text = (DOCS / "schedules.md").read_text()
+    assert [name for name in BUILDERS if f"| `{name}` |" not in text] == []

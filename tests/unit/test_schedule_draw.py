@@ -155,11 +155,6 @@ def test_the_svg_is_well_formed_and_holds_every_action() -> None:
     assert "full: down, pale: up" in texts
 
 
-def test_an_svg_is_as_wide_as_asked() -> None:
-    root = ElementTree.fromstring(draw_svg(MIRROR, width=900))
-    assert float(root.attrib["width"]) == pytest.approx(64 + 900 + 16)
-
-
 def test_the_perfetto_trace_has_a_track_per_rank_in_microseconds() -> None:
     events = json.loads(perfetto(MIRROR))["traceEvents"]
     slices = [event for event in events if event["ph"] == "X"]

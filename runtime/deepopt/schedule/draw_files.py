@@ -23,13 +23,12 @@ _LEAST_WIDTH = 420.0  # room for the heading of a short step
 _TICK_PIXELS = 70.0
 
 
-def draw_svg(timeline: Timeline, *, title: str = "", width: float | None = None) -> str:
+def draw_svg(timeline: Timeline, *, title: str = "") -> str:
     """A drawing for documents: one lane per rank, an axis of time, a legend.
 
     Args:
         timeline: what to draw.
         title: above the drawing; the schedule's name, sizes and bubble when empty.
-        width: pixels of the step; None for as many as every label needs, up to 4,000.
     """
     schedule = timeline.schedule
     shortest_s = min(
@@ -38,8 +37,6 @@ def draw_svg(timeline: Timeline, *, title: str = "", width: float | None = None)
     )
     makespan_s = max(timeline.makespan_s, shortest_s)
     scale = min(_LABEL_PIXELS / shortest_s, _MOST_PIXELS / makespan_s)
-    if width is not None:
-        scale = width / makespan_s
     bottom = _TOP + len(timeline.spans) * (_LANE + _GAP)
     inner = max(timeline.makespan_s * scale + 16, _LEAST_WIDTH)
     legend, legend_height = _legend(timeline, y=bottom + 24, width=inner)
