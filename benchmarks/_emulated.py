@@ -14,6 +14,7 @@ from deepopt.planner.layer_costs import LayerCosts
 from deepopt.planner.plan import Plan
 from deepopt.schedule.builders import build
 from deepopt.schedule.ir import RECEIVE_OPS, Op, PlacementKind, Schedule, place
+from deepopt.schedule.memory import Memory
 from deepopt.schedule.search import search
 from deepopt.schedule.simulate import CostTable, simulate
 from deepopt.schedule.verify import peak_activations
@@ -138,10 +139,12 @@ def plan_rehearsal(
     stages_per_rank: int = 1,
     schedule: str | None = None,
     most_in_flight: float | None = None,
+    memory: Memory | None = None,
     boundaries: Sequence[int] | None = None,
     hop_s: float = 0.0,
     emulation: Mapping[str, object] | None = None,
     recompute: bool = False,
+    prepare_apart: bool = True,
 ) -> Rehearsal:
     """A stand-in job, its plan and its order: a builder's, or the best that a search finds.
 
@@ -153,10 +156,12 @@ def plan_rehearsal(
         stages_per_rank: with placement line.
         schedule: name of a builder; None: search.
         most_in_flight: memory of a rank in micro-batches through all of its layers; None: any.
+        memory: instead of that: sizes by stage, capacities by rank.
         boundaries: first layer of each stage; None: equally many layers each.
         hop_s: latency that the search reckons with.
         emulation: further keys of the job's `emulation` section.
         recompute: whether activations are recomputed.
+        prepare_apart: whether the search may place R by itself; else each I begins with it.
     """
     layers = len(costs.forward_ms)
     placement = place(kind, num_ranks=ranks, stages_per_rank=stages_per_rank)
@@ -185,6 +190,9 @@ def plan_rehearsal(
     )
     layer_costs: LayerCosts = emulated_costs(job, num_layers=layers)
     table = layer_costs.table(edges, placement=placement)
+    if recompute and not prepare_apart:
+        later_s = zip(table.input_s, table.prepare_s, strict=True)
+        table = dataclasses.replace(table, input_s=tuple(map(sum, later_s)), prepare_s=())
     directions = plan.directions(0)
     if schedule is not None:
         order = build(schedule, placement=placement, directions=directions)
@@ -195,6 +203,7 @@ def plan_rehearsal(
             directions=directions,
             costs=with_hop(table, hop_s),
             memory_cap=cap,
+            memory=memory,
             seed=_SEED,
         ).schedule
     return Rehearsal(job=job, plan=plan, schedule=order, costs=table)
@@ -208,7 +217,7 @@ def load(group: RehearsalGroup, name: str, rehearsal: Rehearsal) -> None:
         name: by which the group finds it.
         rehearsal: what to load.
     """
-    group.load(name, job=rehearsal.job, plan=rehearsal.plan, schedule=rehearsal.schedule)
+    group.load(name, job=rehearsal.job, plan=rehearsal.plan, schedules=(rehearsal.schedule,))
 
 
 def hop_of(rehearsed: Rehearsed, rehearsal: Rehearsal) -> float:

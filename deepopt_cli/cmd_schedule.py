@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from deepopt_cli.cmd_schedule_compare import compare
+from deepopt_cli.cmd_schedule_try import try_
 from deepopt_cli.cmd_schedule_verify import verify
 from deepopt_cli.output import ProgressLine, reports_errors, say, say_json, tell
 from deepopt_cli.schedule_options import (
@@ -30,7 +31,7 @@ SHOW_EFFORT = 1_000_000
 
 schedule = typer.Typer(
     name="schedule",
-    help="Show, compare and verify orders of work; nothing is started.",
+    help="Show, compare, verify and try orders of work.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -171,3 +172,4 @@ def _write(path: Path, text: str) -> None:
 
 for command in (show, compare, verify):
     schedule.command()(command)
+schedule.command("try")(try_)

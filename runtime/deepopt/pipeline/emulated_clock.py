@@ -30,6 +30,14 @@ class Overruns:
     num_overran: int = 0
     late_s: float = 0.0
 
+    def since(self, before: Overruns) -> Overruns:
+        """What came after an earlier count of the same device."""
+        return Overruns(
+            num_operations=self.num_operations - before.num_operations,
+            num_overran=self.num_overran - before.num_overran,
+            late_s=self.late_s - before.late_s,
+        )
+
 
 def sharpen_timer() -> None:
     """Let sleeps of the calling thread end on time: Linux may add 50 us to each to save power."""

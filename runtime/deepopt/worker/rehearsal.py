@@ -11,6 +11,7 @@ conditions. Plans of one group exchange tensors of one shape.
 
 from __future__ import annotations
 
+import copy
 import multiprocessing
 import time
 import traceback
@@ -72,7 +73,7 @@ class RankSteps:
         losses: of each step.
         num_ran_ahead: steps that were begun before the one before was agreed on.
         num_rolled_back: those of them that were taken back.
-        overruns: since the plan was loaded; None where the device is real.
+        overruns: of this run; None where the device is real.
     """
 
     began_s: float
@@ -308,7 +309,7 @@ class RankPlan:
         transport: to the other ranks.
         job: the resolved job.
         plan: for as many ranks as there are.
-        schedule: the order of a replica; None: the plan names a builder's.
+        schedules: the order of each replica; None: the plan names a builder's.
     """
 
     def __init__(
@@ -318,7 +319,7 @@ class RankPlan:
         *,
         job: JobConfig,
         plan: Plan,
-        schedule: Schedule | None = None,
+        schedules: Sequence[Schedule] | None = None,
     ) -> None:
         device = torch.device("cpu")
         stages = plan.held_stages(rank)
@@ -337,7 +338,7 @@ class RankPlan:
             transport=transport,
             batches=build_batch_source(job, run_dir=None) if at_an_end else None,
             device=device,
-            schedule=schedule,
+            schedule=schedules[rank // plan.pipeline_size] if schedules else None,
         )
 
     def run(self, num_steps: int) -> RankSteps:
@@ -346,6 +347,7 @@ class RankPlan:
         losses: list[float] = []
         ran_ahead = rolled_back = 0
         spans: Sequence[Span] = ()
+        before = copy.copy(self._pipeline.overruns)
         began_s = time.monotonic()
         for index in range(num_steps):
             self._step += 1
@@ -364,5 +366,9 @@ class RankPlan:
             losses=tuple(losses),
             num_ran_ahead=ran_ahead,
             num_rolled_back=rolled_back,
-            overruns=self._pipeline.overruns,
+            overruns=_since(self._pipeline.overruns, before),
         )
+
+
+def _since(now: Overruns | None, before: Overruns | None) -> Overruns | None:
+    return None if now is None or before is None else now.since(before)
