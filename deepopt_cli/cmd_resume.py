@@ -82,7 +82,7 @@ def resume(
     import_from([*_launch_roots(run), Path.cwd()], job=job)
     saved_plan = Plan.from_json(read_json(run.plan))
     saved_model = ModelSkeleton.from_json(read_json(run.model))
-    prepared = prepare(job, plan_id=saved_plan.plan_id + 1)
+    prepared = prepare(job, plan_id=saved_plan.plan_id + 1, run=run)
     _refuse_other_model(saved_model, prepared.skeleton, shown_as=run_dir)
     if not json:
         show_start(prepared, shown_as=run_dir)

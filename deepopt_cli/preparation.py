@@ -24,6 +24,8 @@ from deepopt_cli.output import human_count, human_percent, ranges, table
 
 if TYPE_CHECKING:
     from deepopt.planner.decide import Planned
+    from deepopt.planner.layer_costs import LayerCosts
+    from deepopt.run_directory import RunDirectory
     from deepopt.schedule.simulate import Timeline
 
 CPU_WORKERS = 4  # enough to see a pipeline; a laptop has as many cores
@@ -89,12 +91,13 @@ def with_absolute_paths(job: JobConfig) -> JobConfig:
     return _updated(job, update)
 
 
-def prepare(job: JobConfig, *, plan_id: int) -> Prepared:
+def prepare(job: JobConfig, *, plan_id: int, run: RunDirectory | None = None) -> Prepared:
     """Check everything that a start needs and decide the plan.
 
     Args:
         job: with absolute paths; its import paths can be imported.
         plan_id: number of the plan in the job.
+        run: of a job that has run before, for what it measured.
 
     Raises:
         DeepoptError: what does not fit, with the values.
@@ -115,7 +118,14 @@ def prepare(job: JobConfig, *, plan_id: int) -> Prepared:
     )
     skeleton = describe(job)
     cores = _shared_cores(job, num_workers)
-    planned = make_plan(job, skeleton, num_workers=num_workers, plan_id=plan_id, cores=cores)
+    planned = make_plan(
+        job,
+        skeleton,
+        num_workers=num_workers,
+        plan_id=plan_id,
+        costs=_known_costs(job, skeleton, num_workers=num_workers, run=run),
+        cores=cores,
+    )
     for schedule in dict.fromkeys(planned.schedules):
         verify(schedule)
     plan = planned.plan
@@ -197,6 +207,51 @@ def _matches(pattern: str) -> list[str]:
     # Path.glob refuses absolute patterns.
     names = glob.glob(pattern, recursive=True)  # noqa: PTH207
     return [*names, pattern] if Path(pattern).exists() else names
+
+
+def _known_costs(
+    job: JobConfig, skeleton: ModelSkeleton, *, num_workers: int, run: RunDirectory | None
+) -> LayerCosts | None:
+    """What the layers cost, from the run's own times or a trial; None to estimate it."""
+    searched = job.pipeline.schedule == "auto" and num_workers > job.parallel.data
+    if not searched or job.worker.device == "emulated":
+        return None
+    from deepopt.planner.estimate import estimated_costs
+
+    if run is not None and run.report.is_file():
+        from deepopt.planner.measured import measured_costs
+        from deepopt.telemetry.files import read_json
+
+        report = read_json(run.report)
+        found = measured_costs(
+            report.get("op_times_s", {}).values(),
+            plan=Plan.from_json(read_json(run.plan)),
+            prior=estimated_costs(job, skeleton),
+            update_s=report.get("update_s") or 0.0,
+        )
+        if found is not None:
+            return found
+    elsewhere = job.cluster.address is not None or job.cluster.hostfile is not None
+    if elsewhere or not job.pipeline.calibrate or not _has_small_text(job):
+        return None
+    from deepopt.datasets.batch_source import build_batch_source
+    from deepopt.worker.calibrate import calibrate
+    from deepopt.worker.device import choose_device
+
+    return calibrate(
+        job,
+        skeleton,
+        batches=build_batch_source(job, run_dir=None),
+        device=choose_device(job),
+    )
+
+
+def _has_small_text(job: JobConfig) -> bool:
+    """Whether batches can be had in a fraction of a second, and from no code of the user's."""
+    if job.data.dataset is not None or job.data.tokenizer != "bytes":
+        return False
+    found = {name for pattern in job.data.files for name in _matches(pattern)}
+    return sum(Path(name).stat().st_size for name in found) <= SMALL_DATA_BYTES
 
 
 def _shared_cores(job: JobConfig, num_workers: int) -> int | None:

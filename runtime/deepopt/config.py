@@ -178,6 +178,11 @@ class PipelineConfig(Section):
         description="Name of the order of work (`gpipe`, `1f1b`, `bi_stream`, ...); `auto`: searched, "
         "over all placements that `placement` leaves open.",
     )
+    calibrate: Annotated[bool, Strict()] = Field(
+        default=True,
+        description="Measure one layer of each kind for a second before a schedule is searched, where "
+        "the workers run on this machine; `false`: estimate from operation counts.",
+    )
     boundaries: tuple[Index, ...] | None = Field(
         default=None,
         description="Index of the first layer of each stage, starting with 0; null: planned.",

@@ -72,7 +72,9 @@ def measured_costs(
         parts["weight_s"] += _shared(seconds[1], weights)
         repeated = [prior.prepare_s[i] for i in layers] if prior.recomputes else []
         if repeated:
-            prepare += _shared(times.get((stage, Op.R), sum(repeated)), repeated)
+            # Where no R ran, it is the forward again.
+            again = times.get((stage, Op.R), times[stage, Op.F]) if any(repeated) else 0.0
+            prepare += _shared(again, repeated)
     held = sum(len(plan.stage_layers(s)) for s in plan.held_stages(0))
     return replace(
         prior,

@@ -1,0 +1,69 @@
+"""Layers are tried on the device at hand; what cannot be tried is left to estimates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from deepopt.config import JobConfig
+from deepopt.convert import describe
+from deepopt.datasets.batch_source import build_batch_source
+from deepopt.planner.layer_costs import LayerCosts
+from deepopt.planner.skeleton import ModelSkeleton
+from deepopt.worker import calibrate as calibration
+from deepopt.worker.calibrate import calibrate
+from support.worker_processes import tiny_job
+
+CPU = torch.device("cpu")
+
+
+def tried(job: JobConfig, skeleton: ModelSkeleton | None = None) -> LayerCosts | None:
+    batches = build_batch_source(job, run_dir=None)
+    return calibrate(job, skeleton or describe(job), batches=batches, device=CPU)
+
+
+def test_every_layer_gets_times_and_sizes_and_threads_are_as_before() -> None:
+    threads = torch.get_num_threads()
+    job = tiny_job()
+    found = tried(job)
+    assert found is not None
+    assert torch.get_num_threads() == threads
+    assert found.source == "measured"
+    assert found.num_layers == len(describe(job).layers)
+    assert all(time > 0 for time in (*found.forward_s, *found.input_s, *found.update_s))
+    batch, length = job.training.microbatch_size, job.data.sequence_length
+    assert found.output_bytes == (4.0 * batch * length * 32,) * (found.num_layers - 1) + (0.0,)
+    assert all(size > 0 for size in found.activation_bytes[1:])
+    assert found.prepare_s == ()
+
+
+def test_layers_of_one_kind_are_tried_once() -> None:
+    found = tried(tiny_job())
+    assert found is not None
+    assert len(set(found.forward_s)) < found.num_layers
+    assert found.forward_s[2:-1] == (found.forward_s[2],) * (found.num_layers - 3)
+
+
+def test_recomputation_costs_a_forward() -> None:
+    found = tried(tiny_job(pipeline={"recompute": "full"}))
+    assert found is not None
+    assert found.prepare_s == found.forward_s
+    assert len(found.input_bytes) == found.num_layers
+
+
+def test_a_model_too_large_to_try_is_left_to_estimates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "MOST_PARAMETERS", 10)
+    assert tried(tiny_job()) is None
+
+
+def test_a_model_that_fails_is_left_to_the_worker_that_reports_it() -> None:
+    job = tiny_job()
+
+    class Broken:
+        def batch(self, step: int, microbatch: int) -> Any:
+            return torch.zeros(1, 2, 3), torch.zeros(1)
+
+    broken: Any = Broken()
+    assert calibrate(job, describe(job), batches=broken, device=CPU) is None
