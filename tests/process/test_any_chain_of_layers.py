@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from support.worker_processes import losses_of, make_plan, tiny_job
+from support.worker_processes import losses_of, make_plan, tiny_job, train
 
 STEPS = 3
 
@@ -30,6 +30,8 @@ FOLDED = {
         pytest.param("turned", CUT | {"boundaries": (0, 4)}, "none", id="not-contiguous-cut"),
         pytest.param("turned", {}, "full", id="not-contiguous-recomputed"),
         pytest.param("shared_norm", CUT, "none", id="shared-module-cut"),
+        pytest.param("mixed", FOLDED, "none", id="weights-that-wait-in-different-ways"),
+        pytest.param("mixed", FOLDED, "full", id="weights-that-wait-recomputed"),
     ],
 )
 def test_losses_equal_those_of_one_process(
@@ -44,3 +46,15 @@ def test_losses_equal_those_of_one_process(
     expected = losses_of(alone, make_plan(alone), run_dir=tmp_path / "alone", last_step=STEPS)
     losses = losses_of(job, make_plan(job, **where), run_dir=tmp_path / "cut", last_step=STEPS)
     assert losses == expected
+
+
+def test_a_worker_says_which_weight_gradients_do_not_wait_and_why(tmp_path: Path) -> None:
+    job = tiny_job(model={"factory": "support.chains:mixed", "kwargs": {}})
+    outcome = train(job, make_plan(job, **FOLDED), run_dir=tmp_path, last_step=2)
+    assert not outcome.failures, "\n".join(f.traceback for f in outcome.failures.values())
+    notes = [note for work in outcome.weight_work.values() for note in work.notes]
+    (custom,) = [note for note in notes if note.startswith("layer 3 ")]
+    assert custom == (
+        "layer 3 (3, _Custom): fused: weight: custom autograd Function _Doubled would run twice"
+    )
+    assert not [note for note in notes if note.startswith("layer 4 ")]  # a plain nn.Linear

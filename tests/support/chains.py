@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -93,4 +95,43 @@ def shared_norm() -> nn.Sequential:
     norm = nn.LayerNorm(32)
     return nn.Sequential(
         nn.Embedding(_BYTES, 32), _Residual(norm), _Residual(norm), nn.Linear(32, _BYTES)
+    )
+
+
+class _Convolved(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv1d(32, 32, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.convolution(x.transpose(1, 2)).relu().transpose(1, 2)
+
+
+class _Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        return x @ weight
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x, weight = ctx.saved_tensors
+        return grad @ weight.t(), x.flatten(0, -2).t() @ grad.flatten(0, -2)
+
+
+class _Custom(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(32, 32) / 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = _Doubled.apply(x, self.weight)
+        return out
+
+
+def mixed() -> nn.Sequential:
+    """Layers whose weight gradients wait in different ways, or cannot."""
+    encoder = nn.TransformerEncoderLayer(32, nhead=2, dim_feedforward=64, batch_first=True)
+    return nn.Sequential(
+        nn.Embedding(_BYTES, 32), _Convolved(), encoder, _Custom(), nn.Linear(32, _BYTES)
     )

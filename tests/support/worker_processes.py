@@ -28,6 +28,7 @@ from deepopt.worker.messages import (
     Sender,
     ShardsWritten,
     StepReport,
+    WeightWork,
     WorkerReady,
 )
 from deepopt.worker.rendezvous import serve_store
@@ -48,6 +49,7 @@ class Outcome:
 
     ready: dict[int, WorkerReady] = field(default_factory=dict)
     reports: list[StepReport] = field(default_factory=list)
+    weight_work: dict[int, WeightWork] = field(default_factory=dict)
     shards: list[ShardsWritten] = field(default_factory=list)
     ended: dict[int, RunEnded] = field(default_factory=dict)
     failures: dict[int, Failure] = field(default_factory=dict)
@@ -170,6 +172,8 @@ def _take(outcome: Outcome, message: object) -> None:
         outcome.ready[message.sender.rank] = message
     elif isinstance(message, StepReport):
         outcome.reports.append(message)
+    elif isinstance(message, WeightWork):
+        outcome.weight_work[message.sender.rank] = message
     elif isinstance(message, ShardsWritten):
         outcome.shards.append(message)
     elif isinstance(message, RunEnded):

@@ -8,7 +8,7 @@ import pytest
 from deepopt.config import JobConfig
 from deepopt.errors import CheckpointError, InputError
 from deepopt.head.state import JobState
-from deepopt.worker.messages import Sender, StepReport
+from deepopt.worker.messages import Sender, StepReport, WeightWork
 from support.head_fakes import HeadUnderTest, make_plan
 
 Open = Callable[..., HeadUnderTest]
@@ -149,6 +149,16 @@ def test_a_checkpoint_that_cannot_be_written_is_named_and_training_goes_on(
     assert not list(head.run.checkpoints.glob("*.tmp"))
     head.steps(3, 4).checkpoint(4)
     assert [e["step"] for e in head.events("checkpoint")] == [4]
+
+
+def test_what_a_worker_found_out_about_weight_gradients_is_an_event(open_head: Open) -> None:
+    head = open_head().start().ready()
+    notes = ("layer 3 (conv, ConvBlock): split for first.weight",)
+    head.controller.handle(WeightWork(sender=head.sender(1), notes=notes))
+    (event,) = head.events("weight_work")
+    assert (event["rank"], event["generation"]) == (1, 1)
+    assert event["notes"] == list(notes)
+    assert head.controller.state is JobState.RUNNING
 
 
 def test_a_job_whose_last_checkpoint_failed_does_not_call_itself_finished(

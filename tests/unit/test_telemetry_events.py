@@ -37,6 +37,14 @@ EXAMPLES: list[events.Event] = [
     events.CheckpointCommitted(step=20, path="/run/checkpoints/20", size_bytes=1_500_000),
     events.CheckpointWasNotWritten(step=20, reason="disk full", rank=2),
     events.MessageRefused(rank=0, generation=1, current_generation=2, message="StepReport"),
+    events.WeightWorkChosen(
+        rank=1,
+        generation=1,
+        notes=(
+            "layer 3 (conv, ConvBlock): split for first.weight",
+            "layer 4 (x, X): fused: why",
+        ),
+    ),
     events.StopRequested(request="stop", checkpoint=True),
     events.Warned(message="metrics sink tensorboard is switched off"),
     events.Failed(message="the loss is not finite", exit_code=5),

@@ -128,3 +128,18 @@ def test_an_error_of_the_layer_is_its_own() -> None:
 
     with pytest.raises(KeyError, match="hidden_size"):
         look_at(Broken(WIDTH, WIDTH))
+
+
+def test_a_layer_that_returns_no_tensor_keeps_its_backward_whole() -> None:
+    class Answer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = torch.nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> tuple[dict[str, torch.Tensor]]:
+            return ({"logits": self.inner(x)},)
+
+    verdict = probe(
+        Answer(), inputs=(torch.randn(2, 4, requires_grad=True),), seed=lambda: None
+    )
+    assert (verdict.way, verdict.reason) == (Way.FUSED, "it returns a dict, not tensors")

@@ -18,6 +18,7 @@ from deepopt.worker.messages import (
     RunEnded,
     ShardsWritten,
     StepReport,
+    WeightWork,
     WorkerReady,
 )
 
@@ -87,7 +88,14 @@ class GroupRefused:
 
 
 WorkerMessage = (
-    WorkerReady | StepReport | ShardsWritten | CheckpointFailed | Heartbeat | RunEnded | Failure
+    WorkerReady
+    | StepReport
+    | WeightWork
+    | ShardsWritten
+    | CheckpointFailed
+    | Heartbeat
+    | RunEnded
+    | Failure
 )
 GroupEvent = WorkerUp | WorkerGone | ExportEnded | GroupRefused
 HeadEvent = WorkerMessage | GroupEvent

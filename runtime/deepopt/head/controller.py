@@ -48,6 +48,7 @@ from deepopt.worker.messages import (
     RunEnded,
     ShardsWritten,
     StepReport,
+    WeightWork,
     WorkerReady,
 )
 
@@ -417,6 +418,12 @@ class Controller:
             generation.committer.failed(message)
         elif isinstance(message, WorkerReady):
             self._on_ready(generation, message)
+        elif isinstance(message, WeightWork):
+            self._board.tell(
+                events.WeightWorkChosen(
+                    rank=rank, generation=generation.number, notes=message.notes
+                )
+            )
         elif isinstance(message, RunEnded):
             generation.members[rank].ended = message
             generation.liveness.release(rank)

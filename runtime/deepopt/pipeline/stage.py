@@ -6,10 +6,10 @@ know ranks, schedules or transports.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
@@ -21,8 +21,6 @@ from deepopt.pipeline.randomness import mix, seed_generators
 from deepopt.pipeline.weight_probe import Verdict, probe
 from deepopt.pipeline.weight_trial import Way
 from deepopt_kernels.weight_grad import WeightGradHolder, WeightGradQueue, defer_linears
-
-logger = logging.getLogger(__name__)
 
 Tensors = tuple[torch.Tensor, ...]
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -229,6 +227,18 @@ class Stage:
             backward.run_weights()
         self.gradients.collect()
 
+    def weight_notes(self) -> list[str]:
+        """A line for each layer whose large weight gradients do not all simply wait for W."""
+        notes = []
+        for layer in self.layers:
+            verdict = self.verdicts.get(layer.name)
+            if verdict is not None and (verdict.reason or verdict.way is Way.SPLIT):
+                where = f"layer {layer.index} ({layer.name}, {type(layer.module).__name__})"
+                split = f" for {', '.join(sorted(verdict.split))}" if verdict.split else ""
+                why = f": {verdict.reason}" if verdict.reason else ""
+                notes.append(f"{where}: {verdict.way}{split}{why}")
+        return notes
+
     def abandon(self) -> None:
         """Drop everything in flight: the step will not be finished."""
         self._flights.clear()
@@ -267,7 +277,6 @@ class Stage:
         with torch.enable_grad():
             outputs = self._apply_to_leaves(segment, microbatch)
             if self._loss is not None and last:
-                assert segment.targets is not None, "the last stage was given no targets"
                 self._run_loss(segment, outputs[0], microbatch)
             else:
                 segment.roots = [out for out in outputs if out.requires_grad]
@@ -293,14 +302,17 @@ class Stage:
         self._writes_inputs[key] = [leaf._version for leaf in leaves] != versions
         return outputs
 
-    def _run_loss(self, segment: _Segment, output: torch.Tensor, microbatch: int) -> None:
+    def _run_loss(self, segment: _Segment, output: Any, microbatch: int) -> None:
+        """The loss of the last layer's output: a tensor, or whatever the model returns."""
         assert self._loss is not None, "only the last stage has a loss"
-        version = output._version
-        loss = self._loss(output, segment.targets)  # type: ignore[arg-type]
+        assert segment.targets is not None, "the last stage was given no targets"
+        version = output._version if isinstance(output, torch.Tensor) else None
+        loss = self._loss(output, segment.targets)
         self.losses[microbatch] = loss.detach()
         scaled = loss / self._num_microbatches
         if (
-            output.grad_fn is None
+            version is None
+            or output.grad_fn is None
             or scaled.grad_fn is None
             or output._version != version
             or leaves_of([scaled.grad_fn], stop=output.grad_fn)
@@ -341,10 +353,6 @@ class Stage:
         if verdict.way is Way.SPLIT:
             parameters = dict(layer.module.named_parameters())
             self._split[layer.index] = [parameters[name] for name in sorted(verdict.split)]
-        if verdict.reason:
-            kind = type(layer.module).__name__
-            where = f"layer {layer.index} ({layer.name}, {kind})"
-            logger.info("weight gradients of %s: %s: %s", where, verdict.way, verdict.reason)
 
     def _clock(self) -> float:
         if self._device.type == "cuda":

@@ -143,10 +143,10 @@ class PipelineStep:
             emulation = Emulation(job, plan=plan, rank=rank, program=program)
             self.overruns = emulation.device.overruns
         self._spans = SpanRecorder(device) if emulation is None else emulation.device
+        # An emulated device is told what W takes: there is nothing to find out.
+        defer = emulation is None and any(action.op is Op.W for action in program)
         self._stages = {
-            index: self._make_stage(
-                index, layers, loss, defer=any(a.op is Op.W for a in program)
-            )
+            index: self._make_stage(index, layers, loss, defer=defer)
             for index in plan.held_stages(rank)
         }
         buckets = {index: self._stage_bucket(index) for index in self._stages}
@@ -182,6 +182,11 @@ class PipelineStep:
         for bucket in (*buckets.values(), *self._tied_buckets):
             roads |= dict.fromkeys(channels(bucket.holders, rank))
         transport.open(roads)
+
+    def weight_notes(self) -> list[str]:
+        """Why weight gradients of some layers do not wait for W, or only by a split graph; known
+        after the first step."""
+        return [note for stage in self._stages.values() for note in stage.weight_notes()]
 
     def run(
         self,

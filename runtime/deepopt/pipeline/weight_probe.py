@@ -15,7 +15,15 @@ from dataclasses import dataclass
 
 import torch
 
-from deepopt.pipeline.weight_trial import Subject, Tensors, Trial, Way, copy_of, try_way
+from deepopt.pipeline.weight_trial import (
+    StructuredOutputError,
+    Subject,
+    Tensors,
+    Trial,
+    Way,
+    copy_of,
+    try_way,
+)
 
 _LARGE = 0.05  # share of a layer's elements from which a matrix may wait by itself
 # A weight gradient that waits can fill a bubble. A step has about one bubble for two
@@ -77,7 +85,10 @@ def _choose(subject: Subject) -> Verdict:
     obstacle = _obstacle(subject)
     if obstacle:
         return Verdict(way=Way.FUSED, reason=obstacle)
-    plain = try_way(subject, Way.FUSED)
+    try:
+        plain = try_way(subject, Way.FUSED)
+    except StructuredOutputError as error:
+        return Verdict(way=Way.FUSED, reason=f"it returns a {error}, not tensors")
     queued = _attempt(subject, Way.DEFERRED, plain)
     if isinstance(queued, str):
         return Verdict(way=Way.FUSED, reason=queued)

@@ -26,6 +26,10 @@ Tensors = tuple[torch.Tensor, ...]
 _TIMED_RUNS = 3  # the fastest counts: noise only adds
 
 
+class StructuredOutputError(Exception):
+    """A layer returns what only its loss can read: no gradient can be put into it from outside."""
+
+
 class Way(enum.StrEnum):
     """When a layer's large weight gradients are computed.
 
@@ -180,6 +184,9 @@ class _Run:
             entered = tuple(leaf * 1 if leaf.requires_grad else leaf for leaf in self.leaves)
             result = self._module(*entered)
         values = (result,) if isinstance(result, torch.Tensor) else tuple(result)
+        for value in values:
+            if not isinstance(value, torch.Tensor):
+                raise StructuredOutputError(type(value).__name__)
         roots = [value for value in values if value.requires_grad]
         grads = [_noise(root, -1 - number) for number, root in enumerate(roots)]
         del result, values, entered

@@ -113,6 +113,26 @@ class WorkerBecameReady(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WeightWorkChosen(Event):
+    """A worker found out when the weight gradients of its layers are computed.
+
+    Args:
+        rank: the worker.
+        generation: its worker group.
+        notes: a line for each layer where they do not all simply wait: which way, why.
+    """
+
+    kind: ClassVar[str] = "weight_work"
+    rank: int
+    generation: int
+    notes: tuple[str, ...]
+
+    def headline(self) -> str:
+        """The event in words."""
+        return f"rank {self.rank}: weight gradients of {'; of '.join(self.notes)}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerLost(Event):
     """A worker died, hung or failed.
 
@@ -273,6 +293,7 @@ KINDS: dict[str, type[Event]] = {
         StateChanged,
         GenerationFormed,
         WorkerBecameReady,
+        WeightWorkChosen,
         WorkerLost,
         CheckpointCommitted,
         CheckpointWasNotWritten,

@@ -139,6 +139,19 @@ class StepReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WeightWork:
+    """How a worker's weight gradients are computed where they do not all simply wait for W;
+    once, after its first step.
+
+    Args:
+        notes: a line a layer: which way, for which weights, why.
+    """
+
+    sender: Sender
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ShardsWritten:
     """A worker's part of a checkpoint is on disk and fsynced.
 

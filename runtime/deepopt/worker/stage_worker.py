@@ -47,13 +47,14 @@ from deepopt.worker.messages import (
     RunEnded,
     ShardsWritten,
     StepReport,
+    WeightWork,
     WorkerReady,
     WorkerTimes,
 )
 
 logger = logging.getLogger(__name__)
 
-Report = Callable[[StepReport | ShardsWritten | CheckpointFailed], None]
+Report = Callable[[StepReport | WeightWork | ShardsWritten | CheckpointFailed], None]
 
 _TIMES_KEPT = 1000  # of each operation, the newest: the median of a run without end
 _WARM_UP_STEPS = 2  # left out of the measured times of operations: caches and allocators fill
@@ -284,8 +285,18 @@ class StageWorker:
                     self._busy_s[name].append(span.busy_ns * 1e-9)
         if self._step in self._job.logging.trace_steps:
             self._write_trace(result.spans)
+        if done == 1:
+            self._report_weight_work()
         if self._sender.rank == 0:
             self._report(self._step_report(result, step_time_s=step_time_s))
+
+    def _report_weight_work(self) -> None:
+        assert self._pipeline is not None, "a step before setup()"
+        notes = self._pipeline.weight_notes()
+        for note in notes:
+            logger.info("weight gradients of %s", note)
+        if notes:
+            self._report(WeightWork(sender=self._sender, notes=tuple(notes)))
 
     def _step_report(self, result: StepResult, *, step_time_s: float) -> StepReport:
         assert self._batches is not None, "rank 0 holds the first stage"
