@@ -33,11 +33,19 @@ class PeerSchedule:
         name: its class in `torch.distributed.pipelining.schedules`.
         stages_per_rank: stages of a rank.
         folded: whether rank r holds stages r and 2p-1-r, else r, r + p, ...
+        needs_microbatch_per_stage: whether torch refuses fewer micro-batches than stages.
     """
 
     name: str
     stages_per_rank: int = 1
     folded: bool = False
+    needs_microbatch_per_stage: bool = False
+
+    def takes(self, *, microbatches: int, ranks: int) -> bool:
+        """Whether torch runs the schedule at these sizes."""
+        return not self.needs_microbatch_per_stage or (
+            microbatches >= ranks * self.stages_per_rank
+        )
 
 
 PEERS = {
@@ -47,7 +55,12 @@ PEERS = {
         name="ScheduleInterleavedZeroBubble", stages_per_rank=2
     ),
     "ZBVZeroBubble": PeerSchedule(name="ScheduleZBVZeroBubble", stages_per_rank=2, folded=True),
-    "DualPipeV": PeerSchedule(name="ScheduleDualPipeV", stages_per_rank=2, folded=True),
+    "DualPipeV": PeerSchedule(
+        name="ScheduleDualPipeV",
+        stages_per_rank=2,
+        folded=True,
+        needs_microbatch_per_stage=True,
+    ),
 }
 
 

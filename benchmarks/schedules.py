@@ -116,7 +116,14 @@ def _measure(
     costs = Costs.of_rank(rank_ms, ranks=ranks, layers=layers, skew=costs_name == "skewed")
     update_ms = sum(rank_ms) * UPDATE_SHARE / LAYERS_PER_RANK
     with RehearsalGroup(ranks) as ours, RehearsalGroup(ranks, make=PeerRank) as theirs:
-        for name, peer in PEERS.items():
+        peers = {
+            name: peer
+            for name, peer in PEERS.items()
+            if peer.takes(microbatches=microbatches, ranks=ranks)
+        }
+        for name in PEERS.keys() - peers.keys():
+            say(f"\ntorch {name} refuses {microbatches} micro-batches on {ranks} ranks")
+        for name, peer in peers.items():
             stages = ranks * peer.stages_per_rank
             theirs.load(
                 f"torch {name}",
@@ -160,7 +167,7 @@ def _measure(
         }
         for name in list(rehearsals)[1:]:
             load(ours, name, rehearsals[name])
-        groups = {f"torch {name}": theirs for name in PEERS} | dict.fromkeys(rehearsals, ours)
+        groups = {f"torch {name}": theirs for name in peers} | dict.fromkeys(rehearsals, ours)
         progress(f"measuring {rounds} turns of {steps} steps each")
         run_in_turns(groups, rounds=1, steps=1)  # warm up: specs, allocators, connections
         measured = run_in_turns(groups, rounds=rounds, steps=steps)
