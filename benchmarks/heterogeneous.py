@@ -128,9 +128,9 @@ def _rehearsals(
     found["V, equal"] = plan_rehearsal(costs, kind=PlacementKind.V, **common)
     layer_costs = emulated_costs(found["V, equal"].job, num_layers=LAYERS)
     for words, shape in (
-        ("V, fitted", Shape(PlacementKind.V, 2)),
-        ("line v=4, fitted", Shape(PlacementKind.LINE, 4)),
-        ("mirror, fitted", Shape(PlacementKind.MIRROR, 1)),
+        ("V, fitted", Shape(kind=PlacementKind.V, stages_per_rank=2)),
+        ("line v=4, fitted", Shape(kind=PlacementKind.LINE, stages_per_rank=4)),
+        ("mirror, fitted", Shape(kind=PlacementKind.MIRROR)),
     ):
         found[words] = plan_rehearsal(
             costs,
