@@ -15,6 +15,7 @@ import typer
 from deepopt_cli.output import reports_errors, say, say_json, tell
 
 if TYPE_CHECKING:
+    from deepopt.config import JobConfig
     from deepopt.run_directory import RunDirectory
     from deepopt_cli.preparation import Prepared
 
@@ -142,7 +143,24 @@ def write_plan(run: RunDirectory, prepared: Prepared) -> None:
     write_json_atomic(run.model, prepared.skeleton.to_json(), durable=True)
     write_json_atomic(run.plan, prepared.plan.to_json(), durable=True)
     # Last: a folder with a job in it is a run directory.
-    write_text_atomic(run.job, dump_job(prepared.job), durable=True)
+    write_text_atomic(run.job, dump_job(_with_own_order(run, prepared)), durable=True)
+
+
+def _with_own_order(run: RunDirectory, prepared: Prepared) -> JobConfig:
+    """The job; an order that it brings along is kept in the run directory, to resume from there."""
+    from deepopt.planner.decide import FILE
+    from deepopt.schedule.csv_order import to_csv
+    from deepopt.telemetry.files import write_text_atomic
+    from deepopt_cli.preparation import given_order_path
+
+    job, planned = prepared.job, prepared.planned
+    if given_order_path(job) is None:
+        return job
+    kept = run.schedules / planned.plan.orders[0] / f"{planned.plan.schedule}.csv"
+    kept.parent.mkdir(exist_ok=True)
+    write_text_atomic(kept, to_csv(planned.schedules[0], transfers=False), durable=True)
+    pipeline = job.pipeline.model_copy(update={"schedule": f"{FILE}{kept}"})
+    return job.model_copy(update={"pipeline": pipeline})
 
 
 def _write_launch(run: RunDirectory) -> None:

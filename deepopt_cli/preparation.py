@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deepopt.config import JobConfig
-from deepopt.errors import ClusterError, InputError
+from deepopt.errors import ClusterError, InputError, ScheduleError
+from deepopt.planner.decide import FILE
 from deepopt.planner.plan import Plan
 from deepopt.planner.skeleton import ModelSkeleton
 from deepopt_cli.output import human_count, human_percent, ranges, table
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from deepopt.planner.decide import Planned
     from deepopt.planner.layer_costs import LayerCosts
     from deepopt.run_directory import RunDirectory
+    from deepopt.schedule.ir import Schedule
     from deepopt.schedule.simulate import Timeline
 
 CPU_WORKERS = 4  # enough to see a pipeline; a laptop has as many cores
@@ -88,7 +90,31 @@ def with_absolute_paths(job: JobConfig) -> JobConfig:
         },
         "cluster": {"hostfile": job.cluster.hostfile and absolute(job.cluster.hostfile)},
     }
+    if (order := given_order_path(job)) is not None:
+        update["pipeline"] = {"schedule": FILE + absolute(str(order))}
     return _updated(job, update)
+
+
+def given_order_path(job: JobConfig) -> Path | None:
+    """The file of the order that a job brings along; None where it names a schedule."""
+    name = job.pipeline.schedule
+    return Path(name.removeprefix(FILE)) if name.startswith(FILE) else None
+
+
+def _given_order(job: JobConfig) -> Schedule | None:
+    """The order that a job brings along, verified."""
+    path = given_order_path(job)
+    if path is None:
+        return None
+    from deepopt_cli.schedule_orders import find_order_fault, read_order
+
+    order = read_order(path)
+    if (fault := find_order_fault(order, memory_cap=None, buffers=1)) is not None:
+        raise ScheduleError(
+            f"pipeline.schedule: {path}: {fault.message}",
+            remedy=f"deepopt schedule verify {path} draws the fault",
+        )
+    return order.schedule
 
 
 def prepare(job: JobConfig, *, plan_id: int, run: RunDirectory | None = None) -> Prepared:
@@ -125,6 +151,7 @@ def prepare(job: JobConfig, *, plan_id: int, run: RunDirectory | None = None) ->
         plan_id=plan_id,
         costs=_known_costs(job, skeleton, num_workers=num_workers, run=run),
         cores=cores,
+        given=_given_order(job),
     )
     for schedule in dict.fromkeys(planned.schedules):
         verify(schedule)

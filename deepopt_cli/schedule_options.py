@@ -145,10 +145,10 @@ class PipelineOptions:
         )
 
     def refuse_without_costs(self, *, of: str) -> None:
-        """Times beside costs that have no unit mean nothing.
+        """A job has links and devices of its own; figures of others go with costs of others.
 
         Args:
-            of: what has such costs: a job file or run directory.
+            of: a job file or run directory.
 
         Raises:
             InputError: times or factors are given without `--costs`.
@@ -165,8 +165,7 @@ class PipelineOptions:
         asked = [option for option, value in given.items() if value]
         if asked and self.costs is None:
             raise InputError(
-                f"{of} is known by its operation counts, which have no unit: "
-                f"{', '.join(asked)} cannot be set against them",
+                f"the costs of {of} are its own: {', '.join(asked)} would change what it has",
                 remedy="add --costs F/I/W in milliseconds",
             )
 

@@ -21,7 +21,7 @@ from deepopt.schedule.ir import PlacementKind
 from deepopt.schedule.verify import verify
 from deepopt_cli.schedule_options import MOST_STAGES_PER_RANK, PipelineOptions
 from deepopt_cli.schedule_orders import find_order_fault, read_order
-from deepopt_cli.schedule_subject import Progress, plan_of, relative_layers, yardstick
+from deepopt_cli.schedule_subject import Progress, plan_of, yardstick
 
 AUTO = "auto"
 
@@ -239,29 +239,30 @@ def _of_csv(path: Path, options: PipelineOptions) -> Shown:
 
 
 def _of_plan(source: Path, options: PipelineOptions) -> Shown:
-    plan, skeleton, order = plan_of(source)
-    placement, directions = plan.make_placement(), plan.directions(0)
-    _refuse_sizes(options, of=source, ranks=plan.pipeline_size, microbatches=len(directions))
-    options.refuse_without_costs(of=str(source))
-    layers, has_unit = relative_layers(skeleton), False
+    planned = plan_of(source)
+    plan, order, has_unit = planned.plan, planned.order, planned.has_unit
+    placement = order.placement
+    sizes = {"num_ranks": placement.num_ranks, "num_microbatches": order.num_microbatches}
+    _refuse_sizes(
+        options, of=source, ranks=placement.num_ranks, microbatches=order.num_microbatches
+    )
     if options.costs is not None:
-        given = options.pipeline_of(
-            num_ranks=plan.pipeline_size,
-            num_microbatches=len(directions),
-            stages_per_rank=placement.num_stages // placement.num_ranks,
+        pipeline = options.pipeline_of(
+            **sizes, stages_per_rank=placement.num_stages // placement.num_ranks
         )
-        costs, has_unit, layers = given.table(placement), True, given.layers
+        costs, has_unit = pipeline.table(placement), True
     else:
-        costs = layers.table(plan.boundaries, placement=placement)
+        options.refuse_without_costs(of=str(source))
+        pipeline = Pipeline(**sizes, layers=planned.layers, num_replicas=plan.data_size)
+        costs = planned.layers.table(
+            plan.boundaries, placement=placement, num_replicas=plan.data_size
+        )
     if options.memory_cap is not None:
         verify(order, memory_cap=stage_cap(options.memory_cap, placement=placement))
-    pipeline = Pipeline(
-        num_ranks=plan.pipeline_size, num_microbatches=len(directions), layers=layers
-    )
+    words = "" if options.costs is not None else f", {planned.cost_words}"
     return Shown(
         outcome=judge(order, costs=costs),
         yardstick=yardstick(pipeline),
         has_unit=has_unit,
-        origin=f"{order.name}, plan {plan.plan_id} of {source}"
-        + ("" if has_unit else ", costs by operation counts"),
+        origin=f"{order.name}, plan {plan.plan_id} of {source}{words}",
     )

@@ -22,10 +22,10 @@ from deepopt_cli.schedule_options import PipelineOptions
 
 if TYPE_CHECKING:
     from deepopt.planner.plan import Plan
-    from deepopt.planner.skeleton import ModelSkeleton
     from deepopt.schedule.ir import Schedule
 
 Progress = Callable[[str], None]
+ESTIMATED = "estimated"  # source of costs by operation counts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,25 +57,31 @@ def subject(source: Path | None, *, options: PipelineOptions, stages_per_rank: i
     if source is None:
         pipeline = options.pipeline(stages_per_rank=stages_per_rank)
         return Subject(pipeline=pipeline, has_unit=True, words="given costs")
-    options.refuse_without_costs(of=str(source))
-    plan, skeleton, _ = plan_of(source)
-    pipeline = Pipeline(
-        num_ranks=options.ranks or plan.pipeline_size,
-        num_microbatches=options.microbatches or len(plan.directions(0)),
-        layers=relative_layers(skeleton),
-        memory_cap=options.memory_cap,
-    )
+    planned = plan_of(source)
+    plan = planned.plan
+    num_ranks = options.ranks or plan.pipeline_size
+    num_microbatches = options.microbatches or len(plan.directions(0))
     if options.costs is not None:
         pipeline = options.pipeline_of(
-            num_ranks=pipeline.num_ranks,
-            num_microbatches=pipeline.num_microbatches,
+            num_ranks=num_ranks,
+            num_microbatches=num_microbatches,
             stages_per_rank=stages_per_rank,
         )
         return Subject(
             pipeline=pipeline, has_unit=True, words=f"sizes of {source}, given costs"
         )
+    options.refuse_without_costs(of=str(source))
+    pipeline = Pipeline(
+        num_ranks=num_ranks,
+        num_microbatches=num_microbatches,
+        layers=planned.layers,
+        memory_cap=options.memory_cap,
+        num_replicas=plan.data_size,
+    )
     return Subject(
-        pipeline=pipeline, has_unit=False, words=f"{source}, costs by operation counts"
+        pipeline=pipeline,
+        has_unit=planned.has_unit,
+        words=f"{source}, {planned.cost_words}",
     )
 
 
@@ -149,8 +155,33 @@ def yardstick(pipeline: Pipeline) -> Outcome | None:
     return None if isinstance(found, Misfit) else found
 
 
-def plan_of(source: Path) -> tuple[Plan, ModelSkeleton, Schedule]:
-    """The plan of a run directory, or the one that a job file would get; with its first order.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedOrder:
+    """What a job or a run has decided.
+
+    Args:
+        plan: who does what.
+        order: of the first replica.
+        layers: the costs that it was planned with.
+    """
+
+    plan: Plan
+    order: Schedule
+    layers: LayerCosts
+
+    @property
+    def has_unit(self) -> bool:
+        """Whether the costs are seconds; those that are estimated are right only as ratios."""
+        return self.layers.source != ESTIMATED
+
+    @property
+    def cost_words(self) -> str:
+        """Where the costs are from."""
+        return f"{self.layers.source} costs"
+
+
+def plan_of(source: Path) -> PlannedOrder:
+    """The plan of a run directory, or the one that a job file would get.
 
     Args:
         source: either of them.
@@ -161,33 +192,20 @@ def plan_of(source: Path) -> tuple[Plan, ModelSkeleton, Schedule]:
     if source.is_dir():
         from deepopt.planner.orders import load_schedule
         from deepopt.planner.plan import Plan
-        from deepopt.planner.skeleton import ModelSkeleton
         from deepopt.telemetry.files import read_json
         from deepopt_cli.run_view import open_run
 
         run = open_run(source)
         plan = Plan.from_json(read_json(run.plan))
-        return (
-            plan,
-            ModelSkeleton.from_json(read_json(run.model)),
-            load_schedule(plan, data_index=0, folder=run.schedules),
+        return PlannedOrder(
+            plan=plan,
+            order=load_schedule(plan, data_index=0, folder=run.schedules),
+            layers=LayerCosts.from_json(read_json(run.costs)),
         )
     from deepopt.job_file import load_job
     from deepopt_cli.preparation import import_from, prepare, with_absolute_paths
 
     job = with_absolute_paths(load_job(source, ()))
     import_from([Path.cwd()], job=job)
-    prepared = prepare(job, plan_id=1)
-    return prepared.plan, prepared.skeleton, prepared.planned.schedules[0]
-
-
-def relative_layers(skeleton: ModelSkeleton) -> LayerCosts:
-    """Relative costs: each of F, I and W as many operations as a forward.
-
-    Args:
-        skeleton: the model.
-    """
-    from deepopt.planner.estimate import relative_costs
-
-    costs = relative_costs(skeleton)
-    return LayerCosts(forward_s=costs, input_s=costs, weight_s=costs, source="operation counts")
+    planned = prepare(job, plan_id=1).planned
+    return PlannedOrder(plan=planned.plan, order=planned.schedules[0], layers=planned.costs)

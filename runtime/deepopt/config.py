@@ -176,7 +176,8 @@ class PipelineConfig(Section):
     schedule: Text = Field(
         default="auto",
         description="Name of the order of work (`gpipe`, `1f1b`, `bi_stream`, ...); `auto`: searched, "
-        "over all placements that `placement` leaves open.",
+        "over all placements that `placement` leaves open; `file:ORDER.csv`: an order of your own "
+        "(docs/schedules.md).",
     )
     calibrate: Annotated[bool, Strict()] = Field(
         default=True,

@@ -29,7 +29,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("COLUMNS", "80")
     (tmp_path / "order.csv").write_text(ONE_F_ONE_B)
     (tmp_path / "empty").mkdir()
-    (tmp_path / "job.yaml").write_text("worker: {count: 2}\ntraining: {microbatches: 4}\n")
+    (tmp_path / "job.yaml").write_text(
+        "worker: {count: 2}\ntraining: {microbatches: 4}\npipeline: {calibrate: false}\n"
+    )
     return tmp_path
 
 
@@ -88,8 +90,9 @@ def test_options_change_the_costs() -> None:
     base = ("--schedule", "1f1b", "--ranks", 4, "--microbatches", 8, "--costs", "20/20/20")
     assert shown(*base)["makespan_s"] == pytest.approx(0.660)
     assert shown(*base, "--latency-ms", 10)["makespan_s"] > 0.660
+    # Layers are cut for the speeds of the ranks: 4 shares on 1 + 1 + 1/2 + 1 ranks.
     slow = shown(*base, "--rank-factor", "1,1,2,1")
-    assert slow["makespan_s"] > 8 * 0.120
+    assert 0.660 < slow["makespan_s"] < 0.660 * 4 / 3.5 * 1.1
     assert shown(*base, "--update-ms", 5)["makespan_s"] == pytest.approx(0.665)
 
 
@@ -143,8 +146,8 @@ def test_a_csv_of_any_name_is_read() -> None:
         (("show", "--placement", "v", "--stages-per-rank", "2"), "is of placement line"),
         (("show", "order.csv", "--schedule", "1f1b"), "--schedule would choose another one"),
         (("show", "order.csv", "--memory-cap", "1"), "rank 0: 0F1 would hold activations of 2"),
-        (("show", "job.yaml", "--latency-ms", "2"), "known by its operation counts"),
-        (("compare", "job.yaml", "--rank-factor", "1,2"), "known by its operation counts"),
+        (("show", "job.yaml", "--latency-ms", "2"), "the costs of job.yaml are its own"),
+        (("compare", "job.yaml", "--rank-factor", "1,2"), "the costs of job.yaml are its own"),
         (("show", "job.yaml", "--ranks", "4"), "--ranks 4 was given, job.yaml has 2"),
         (("show", "order.csv", "--ranks", "3"), "--ranks 3 was given, order.csv has 2"),
         (("show", "nothing.csv"), "cannot read nothing.csv: No such file"),
@@ -170,11 +173,10 @@ def test_the_order_of_a_job_and_of_its_run_is_the_planned_one(here: Path) -> Non
     for source in ("job.yaml", "run"):
         found = shown(source)
         assert found["actions"] == planned
-        assert found["bubble"] == pytest.approx(prepared.timeline.bubble)
         assert "makespan_s" not in found
         assert shown(source, "--costs", "1/1/1")["makespan_s"] > 0
         drawn = deepopt("show", source).stdout
-        assert "costs by operation counts" in drawn
+        assert "estimated costs" in drawn
         assert " ms" not in drawn
     table = deepopt("compare", "run", "--no-search", "--json")
     assert {o["num_ranks"] for o in json.loads(table.stdout)["orders"]} == {2}

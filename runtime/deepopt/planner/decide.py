@@ -26,10 +26,12 @@ from deepopt.planner.orders import input_key
 from deepopt.planner.plan import Plan
 from deepopt.planner.skeleton import ModelSkeleton
 from deepopt.schedule.builders import BUILDERS, build, misfit
-from deepopt.schedule.ir import PlacementKind, Schedule
+from deepopt.schedule.ir import Direction, PlacementKind, Schedule
 from deepopt.schedule.search import NAME as SEARCHED
 
 _AUTO = "auto"
+FILE = "file:"
+"""`pipeline.schedule` starts with it where the job brings its order along."""
 _PREFERENCE = (PlacementKind.MIRROR, PlacementKind.LINE, PlacementKind.V)
 _SEARCH_VERSION = 1  # +1 when the same inputs may give another order
 
@@ -61,6 +63,7 @@ def make_plan(
     costs: LayerCosts | None = None,
     cores: int | None = None,
     effort: int = LAUNCH_EFFORT,
+    given: Schedule | None = None,
 ) -> Planned:
     """Decide who holds which layers and in which order they work.
 
@@ -75,6 +78,8 @@ def make_plan(
         costs: of the layers; None to estimate them from the skeleton.
         cores: host cores that the workers share; None where each has a device or core of its own.
         effort: of the search, see `choose.compare`.
+        given: the order that the job brings along (`file:ORDER.csv`), verified; None where
+            `pipeline.schedule` names a builder or is auto.
 
     Raises:
         PlanError: workers, layers, groups, placement or schedule do not fit together.
@@ -82,6 +87,8 @@ def make_plan(
     pipeline_size = _pipeline_size(job, num_workers)
     num_groups = resolve_groups(job)
     costs = costs or estimated_costs(job, skeleton)
+    if given is not None:
+        return _given(job, skeleton, given, costs=costs, ranks=pipeline_size, plan_id=plan_id)
     name = _named_schedule(job)
     problems: list[tuple[Shape, PlanError]] = []
     plans: list[tuple[Shape, Plan]] = []
@@ -125,6 +132,79 @@ def _built(plan: Plan, costs: LayerCosts) -> Planned:
         for index in range(plan.data_size)
     )
     return Planned(plan=plan, schedules=schedules, costs=costs, comparison=None)
+
+
+def _given(
+    job: JobConfig,
+    skeleton: ModelSkeleton,
+    order: Schedule,
+    *,
+    costs: LayerCosts,
+    ranks: int,
+    plan_id: int,
+) -> Planned:
+    """The plan of an order that somebody made, which has to fit the job as it is."""
+    source = job.pipeline.schedule.removeprefix(FILE)
+    placement = order.placement
+    if placement.num_ranks != ranks:
+        raise PlanError(
+            f"the order {source} is for {placement.num_ranks} ranks, a pipeline of this job has "
+            f"{ranks}",
+            remedy=f"use --workers {placement.num_ranks * job.parallel.data}, another order, or "
+            "--set pipeline.schedule=auto",
+        )
+    if job.pipeline.placement not in (_AUTO, placement.kind):
+        raise PlanError(
+            f"the order {source} is for placement {placement.kind}, the job asks for "
+            f"pipeline.placement {job.pipeline.placement}",
+            remedy="leave out pipeline.placement",
+        )
+    explicit = job.pipeline.boundaries
+    if explicit is not None and len(explicit) != placement.num_stages:
+        raise PlanError(
+            f"the order {source} is for {placement.num_stages} stages, pipeline.boundaries cuts "
+            f"{len(explicit)}",
+            remedy="leave out pipeline.boundaries",
+        )
+    num_groups = resolve_groups(job)
+    _check_groups(placement.kind, num_groups, job.parallel.data)
+    lanes = placement.num_stages // ranks
+    plan = Plan(
+        plan_id=plan_id,
+        layer_names=tuple(layer.name for layer in skeleton.layers),
+        boundaries=_boundaries(
+            job, costs, Shape(kind=placement.kind, stages_per_rank=lanes), ranks
+        ),
+        placement=placement.kind,
+        schedule=order.name,
+        pipeline_size=ranks,
+        data_size=job.parallel.data,
+        num_microbatches=job.training.microbatches,
+        num_groups=num_groups,
+    )
+    for index in range(plan.data_size):
+        if (wanted := plan.directions(index)) != order.directions:
+            raise PlanError(
+                f"the order {source} is for {_ways(order.directions)}, replica {index} of this "
+                f"job has {_ways(wanted)}",
+                remedy="change training.microbatches, training.groups or the order; micro-batches "
+                "of the first half of a replica's groups go down",
+            )
+    key = input_key({"rows": [[str(action) for action in row] for row in order.actions]})
+    return Planned(
+        plan=replace(plan, orders=(key,) * plan.data_size),
+        schedules=(order,) * plan.data_size,
+        costs=costs,
+        comparison=None,
+    )
+
+
+def _ways(directions: Sequence[Direction]) -> str:
+    """Micro-batches by direction: `8 micro-batches`, `micro-batches dddduuuu`."""
+    if Direction.UP not in directions:
+        return f"{len(directions)} micro-batches that go down"
+    letters = "".join(direction[0] for direction in directions)
+    return f"{len(directions)} micro-batches that go {letters} (d down, u up)"
 
 
 def _searched(
@@ -231,7 +311,7 @@ def _named_schedule(job: JobConfig) -> str | None:
         raise PlanError(
             f"pipeline.schedule {name!r} is not a schedule",
             remedy=(f"did you mean {close[0]!r}? " if close else "")
-            + f"known: {_AUTO}, {', '.join(BUILDERS)}",
+            + f"known: {_AUTO}, {', '.join(BUILDERS)}, {FILE}ORDER.csv",
         )
     return name
 

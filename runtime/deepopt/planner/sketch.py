@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from deepopt.errors import PlanError
+from deepopt.planner.choose import Shape, fit_boundaries
 from deepopt.planner.layer_costs import LayerCosts
-from deepopt.planner.partition import partition, partition_folded
 from deepopt.schedule.ir import (
     Direction,
     Placement,
@@ -35,12 +35,14 @@ class Pipeline:
         num_microbatches: of one step and replica.
         layers: costs of the layers, cut into stages for each placement.
         memory_cap: most micro-batches in flight on a rank, in shares of a rank; None for any.
+        num_replicas: of the pipeline; they exchange gradients.
     """
 
     num_ranks: int
     num_microbatches: int
     layers: LayerCosts
     memory_cap: float | None = None
+    num_replicas: int = 1
 
     def __post_init__(self) -> None:
         if self.num_ranks < 1 or self.num_microbatches < 1:
@@ -75,21 +77,22 @@ class Pipeline:
         return placement
 
     def table(self, placement: Placement) -> CostTable:
-        """The costs of the stages, cut evenly by work.
+        """The costs of the stages, cut so that the busiest rank has as little to do as can be.
 
         Args:
             placement: stages on ranks.
         """
         work = self.layers.work_s
         num_stages = placement.num_stages
-        if len(set(work)) == 1 and len(work) % num_stages == 0:
+        if len(set(work)) == 1 and len(work) % num_stages == 0 and not self.layers.rank_factor:
             # No search, so no rounding, where the answer is plain.
             boundaries = tuple(range(0, len(work), len(work) // num_stages))
-        elif placement.kind is PlacementKind.LINE:
-            boundaries = partition(work, num_stages)
         else:
-            boundaries = partition_folded(work, num_stages)
-        return self.layers.table(boundaries, placement=placement)
+            shape = Shape(kind=placement.kind, stages_per_rank=num_stages // self.num_ranks)
+            boundaries = fit_boundaries(self.layers, shape, num_ranks=self.num_ranks)
+        return self.layers.table(
+            boundaries, placement=placement, num_replicas=self.num_replicas
+        )
 
     def directions(self, placement: Placement) -> tuple[Direction, ...]:
         """Micro-batches in the directions of a placement, as a job of two groups has them."""
