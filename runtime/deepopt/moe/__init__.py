@@ -1,1 +1,23 @@
 """Mixture of experts: routing, dispatch, balance."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from deepopt.moe.elb_config import ElbMapping, map_elb_config
+
+__all__ = ["ElbMapping", "map_elb_config"]
+
+_LAZY = {
+    "ElbMapping": "deepopt.moe.elb_config",
+    "map_elb_config": "deepopt.moe.elb_config",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Public names, loaded when they are first asked for: the decisions here need no torch."""
+    if name not in _LAZY:
+        raise AttributeError(f"module 'deepopt.moe' has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)
