@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import socket
 import sys
 import time
 from collections.abc import Mapping
@@ -12,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deepopt.clock import SystemClock
-from deepopt.cluster.process_table import find_process
 from deepopt.errors import ClusterError
+from deepopt.launch.follow import POLL_S, Follower, Interrupts, Outcome, View
+from deepopt.launch.run_view import Supervisor, read_supervisor
+from deepopt.launch.start import start
 from deepopt.run_directory import RunDirectory
 from deepopt.telemetry.files import read_json
-from deepopt_cli.follow import POLL_S, Follower, Interrupts, Outcome, View
 from deepopt_cli.output import EXIT_INTERRUPTED, say, say_json, show_error, tell
-from deepopt_cli.run_view import Supervisor, read_supervisor
 from deepopt_cli.views import JsonView, PlainView
 from deepopt_cli.words import closing_lines, failure_details
 
@@ -27,31 +25,6 @@ if TYPE_CHECKING:
 
 SIGN_TIMEOUT_S = 10.0  # for a new supervisor to write its pid into the run directory
 LOG_LINES = 20  # of a supervisor that died without a word
-
-
-def start(run: RunDirectory, *, fresh: bool) -> Supervisor:
-    """Start the supervisor of a run.
-
-    Args:
-        run: the run directory, with job, model and plan in it.
-        fresh: nothing else is in it: it goes again when no supervisor can be started.
-
-    Raises:
-        DeepoptError: it cannot be started.
-    """
-    from deepopt.head.supervisor import spawn_supervisor
-
-    for path in run.requests.glob(
-        "*.json"
-    ):  # to an earlier launch, which ended before it read them
-        path.unlink(missing_ok=True)
-    try:
-        pid = spawn_supervisor(run.root)
-    except BaseException:
-        if fresh:
-            shutil.rmtree(run.root, ignore_errors=True)
-        raise
-    return Supervisor(process=find_process(pid), pid=pid, host=socket.gethostname())
 
 
 def detach(run: RunDirectory, *, shown_as: Path, json: bool, fresh: bool) -> int:

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json as json_text
-import secrets
-import shutil
-import sys
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,9 +11,7 @@ import typer
 from deepopt_cli.output import reports_errors, say, say_json, tell
 
 if TYPE_CHECKING:
-    from deepopt.config import JobConfig
-    from deepopt.run_directory import RunDirectory
-    from deepopt_cli.preparation import Prepared
+    from deepopt.launch.preparation import Prepared
 
 WorkersOption = Annotated[
     int | None,
@@ -71,7 +65,8 @@ def launch(
       deepopt launch job.yaml --hostfile hosts --json > metrics.jsonl
     """
     from deepopt.job_file import load_job
-    from deepopt_cli.preparation import import_from, prepare, with_absolute_paths
+    from deepopt.launch.preparation import import_from, prepare, with_absolute_paths
+    from deepopt.launch.run_files import make_run_directory, new_run_path, refuse_used
 
     warn_of_namesake()
     wanted = [*(overrides or ())]
@@ -84,8 +79,8 @@ def launch(
         if value is not None:
             wanted.append(f"{key}={json_text.dumps(value)}")
     job = with_absolute_paths(load_job(job_file, wanted))
-    shown_as = run_dir or Path("runs") / _new_name(job.name)
-    _refuse_used(shown_as)
+    shown_as = run_dir or new_run_path(job.name)
+    refuse_used(shown_as)
     import_from([Path.cwd()], job=job)
     prepared = prepare(job, plan_id=1)
     if dry_run:
@@ -93,7 +88,7 @@ def launch(
         return
     if not json:
         show_start(prepared, shown_as=shown_as)
-    run = _make_run_directory(shown_as, prepared)
+    run = make_run_directory(shown_as, prepared, import_roots=[Path.cwd()])
 
     from deepopt_cli import attend
 
@@ -119,106 +114,11 @@ def show_start(prepared: Prepared, *, shown_as: Path) -> None:
         prepared: the job.
         shown_as: the run directory as the user would type it.
     """
-    from deepopt_cli.preparation import plan_lines
+    from deepopt_cli.plan_words import plan_lines
 
     say(f"run         {shown_as}")
     say("\n".join(plan_lines(prepared)))
     say()
-
-
-def write_plan(run: RunDirectory, prepared: Prepared) -> None:
-    """Write model, plan and job into a run directory, durably.
-
-    Args:
-        run: the run directory; exists.
-        prepared: the job.
-    """
-    from deepopt.job_file import dump_job
-    from deepopt.planner.orders import write_orders
-    from deepopt.telemetry.files import write_json_atomic, write_text_atomic
-
-    planned = prepared.planned
-    write_orders(run.schedules, plan=planned.plan, schedules=planned.schedules)
-    write_json_atomic(run.costs, planned.costs.to_json(), durable=True)
-    write_json_atomic(run.model, prepared.skeleton.to_json(), durable=True)
-    write_json_atomic(run.plan, prepared.plan.to_json(), durable=True)
-    # Last: a folder with a job in it is a run directory.
-    write_text_atomic(run.job, dump_job(_with_own_order(run, prepared)), durable=True)
-
-
-def _with_own_order(run: RunDirectory, prepared: Prepared) -> JobConfig:
-    """The job; an order that it brings along is kept in the run directory, to resume from there."""
-    from deepopt.planner.decide import FILE
-    from deepopt.schedule.csv_order import to_csv
-    from deepopt.telemetry.files import write_text_atomic
-    from deepopt_cli.preparation import given_order_path
-
-    job, planned = prepared.job, prepared.planned
-    if given_order_path(job) is None:
-        return job
-    kept = run.schedules / planned.plan.orders[0] / f"{planned.plan.schedule}.csv"
-    kept.parent.mkdir(exist_ok=True)
-    write_text_atomic(kept, to_csv(planned.schedules[0], transfers=False), durable=True)
-    pipeline = job.pipeline.model_copy(update={"schedule": f"{FILE}{kept}"})
-    return job.model_copy(update={"pipeline": pipeline})
-
-
-def _write_launch(run: RunDirectory) -> None:
-    from deepopt.clock import utc_now
-    from deepopt.telemetry.files import write_json_atomic
-    from deepopt_cli.distributions import own_version
-
-    content = {
-        "import_root": str(Path.cwd()),
-        "command": sys.argv,
-        "version": own_version(),
-        "time": utc_now(),
-    }
-    write_json_atomic(run.launch, content, durable=True)
-
-
-def _new_name(job_name: str) -> str:
-    stamp = datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
-    return f"{job_name}-{stamp}-{secrets.token_hex(2)}"
-
-
-def _refuse_used(path: Path) -> None:
-    from deepopt.errors import RunDirectoryError
-    from deepopt.run_directory import RunDirectory
-
-    if not path.exists():
-        return
-    if not path.is_dir():
-        raise RunDirectoryError(f"--run-dir {path} is a file", remedy="name a new folder")
-    if RunDirectory(path).job.exists():
-        raise RunDirectoryError(
-            f"--run-dir {path} holds a job already",
-            remedy=f"deepopt resume {path} goes on with it; a new job needs a new folder",
-        )
-    if any(path.iterdir()):
-        raise RunDirectoryError(
-            f"--run-dir {path} is not empty", remedy="name a new or an empty folder"
-        )
-
-
-def _make_run_directory(path: Path, prepared: Prepared) -> RunDirectory:
-    from deepopt.errors import RunDirectoryError
-    from deepopt.run_directory import RunDirectory
-
-    run = RunDirectory(path.absolute())
-    try:
-        run.root.mkdir(parents=True, exist_ok=True)
-        _write_launch(run)
-        write_plan(run, prepared)
-    except BaseException as error:
-        shutil.rmtree(run.root, ignore_errors=True)
-        if not isinstance(error, OSError):
-            raise
-        raise RunDirectoryError(
-            f"cannot write run directory {path}: {error.strerror}",
-            remedy="name another folder with --run-dir",
-        ) from error
-    return run
 
 
 def _show_plan(prepared: Prepared, *, shown_as: Path, json: bool) -> None:
@@ -236,7 +136,7 @@ def _show_plan(prepared: Prepared, *, shown_as: Path, json: bool) -> None:
         )
         return
     from deepopt.schedule.draw import draw_text
-    from deepopt_cli.preparation import comparison_table
+    from deepopt_cli.plan_words import comparison_table
 
     show_start(prepared, shown_as=shown_as)
     if compared := comparison_table(prepared):

@@ -39,7 +39,7 @@ def logs(
       deepopt logs runs/NAME -f --rank 2
       deepopt logs runs/NAME --stage 0
     """
-    from deepopt_cli.run_view import open_run
+    from deepopt.launch.run_view import open_run
 
     run = open_run(run_dir)
     wanted = _wanted_ranks(run, rank=rank, stage=stage)
@@ -123,7 +123,7 @@ def _refuse_missing(run: RunDirectory, wanted: set[int] | None) -> None:
 
 
 def _follow(run: RunDirectory, wanted: set[int] | None) -> None:
-    from deepopt_cli.run_view import ENDED, read_status, read_supervisor
+    from deepopt.launch.run_view import ENDED, read_status, read_supervisor
 
     sources: dict[Path, _Source] = {}
     while True:

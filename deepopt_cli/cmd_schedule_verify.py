@@ -44,7 +44,7 @@ def verify(
       deepopt schedule show --schedule 1f1b --csv order.csv && deepopt schedule verify order.csv
     """
     from deepopt.errors import DeepoptError
-    from deepopt_cli.schedule_orders import Order, find_order_fault, read_order
+    from deepopt.planner.order_files import Order, find_order_fault, read_order
     from deepopt_cli.schedule_views import fault_drawing, order_words, wants_color
 
     failed = False

@@ -28,7 +28,13 @@ def status(
       deepopt status runs/deepopt-20260101-120000-1a2b
       deepopt status runs/NAME --json | jq .state
     """
-    from deepopt_cli.run_view import ENDED, open_run, read_status, read_supervisor, status_age_s
+    from deepopt.launch.run_view import (
+        ENDED,
+        open_run,
+        read_status,
+        read_supervisor,
+        status_age_s,
+    )
     from deepopt_cli.words import failure_details, status_lines, worker_table
 
     run = open_run(run_dir)

@@ -39,8 +39,8 @@ def _stop(run_dir: Path, *, timeout_s: float, kill: bool) -> None:
 
     from deepopt.clock import SystemClock
     from deepopt.errors import ClusterError
-    from deepopt_cli.follow import POLL_S
-    from deepopt_cli.run_view import ENDED, open_run, read_status, read_supervisor, request
+    from deepopt.launch.follow import POLL_S
+    from deepopt.launch.run_view import ENDED, open_run, read_status, read_supervisor, request
 
     run = open_run(run_dir)
     supervisor = read_supervisor(run)

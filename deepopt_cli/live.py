@@ -13,8 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from deepopt.clock import Clock, SystemClock
+from deepopt.launch.run_view import ENDED, status_age_s
 from deepopt_cli.output import human_count, human_percent, human_seconds, ranges
-from deepopt_cli.run_view import ENDED, status_age_s
 from deepopt_cli.views import QUIET_EVENTS
 from deepopt_cli.words import event_line, heartbeat_age
 

@@ -15,12 +15,12 @@ from deepopt.planner.comparison import (
     evaluate,
     judge,
 )
+from deepopt.planner.order_files import find_order_fault, read_order
 from deepopt.planner.sketch import Pipeline, stage_cap
 from deepopt.schedule.builders import BUILDERS
 from deepopt.schedule.ir import PlacementKind
 from deepopt.schedule.verify import verify
 from deepopt_cli.schedule_options import MOST_STAGES_PER_RANK, PipelineOptions
-from deepopt_cli.schedule_orders import find_order_fault, read_order
 from deepopt_cli.schedule_subject import Progress, plan_of, yardstick
 
 AUTO = "auto"

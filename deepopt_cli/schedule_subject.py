@@ -190,10 +190,10 @@ def plan_of(source: Path) -> PlannedOrder:
         DeepoptError: neither, or the job cannot be planned.
     """
     if source.is_dir():
+        from deepopt.launch.run_view import open_run
         from deepopt.planner.orders import load_schedule
         from deepopt.planner.plan import Plan
         from deepopt.telemetry.files import read_json
-        from deepopt_cli.run_view import open_run
 
         run = open_run(source)
         plan = Plan.from_json(read_json(run.plan))
@@ -203,7 +203,7 @@ def plan_of(source: Path) -> PlannedOrder:
             layers=LayerCosts.from_json(read_json(run.costs)),
         )
     from deepopt.job_file import load_job
-    from deepopt_cli.preparation import import_from, prepare, with_absolute_paths
+    from deepopt.launch.preparation import import_from, prepare, with_absolute_paths
 
     job = with_absolute_paths(load_job(source, ()))
     import_from([Path.cwd()], job=job)

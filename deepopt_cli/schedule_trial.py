@@ -51,9 +51,9 @@ def find_trial(source: Path, *, workers: int | None, overrides: Sequence[str]) -
 
     wanted = [*overrides, _EMULATED]
     if source.is_dir():
+        from deepopt.launch.run_view import open_run
         from deepopt.planner.orders import load_schedule
         from deepopt.telemetry.files import read_json
-        from deepopt_cli.run_view import open_run
 
         if workers is not None:
             raise InputError(
@@ -68,7 +68,7 @@ def find_trial(source: Path, *, workers: int | None, overrides: Sequence[str]) -
             for index in range(plan.data_size)
         )
     else:
-        from deepopt_cli.preparation import import_from, prepare, with_absolute_paths
+        from deepopt.launch.preparation import import_from, prepare, with_absolute_paths
 
         if workers is not None:
             wanted.append(f"worker.count={workers}")

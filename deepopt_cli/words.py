@@ -105,7 +105,7 @@ def status_lines(
         supervisor_alive: None when that cannot be seen from this host.
         age_s: seconds since it was written.
     """
-    from deepopt_cli.run_view import ENDED
+    from deepopt.launch.run_view import ENDED
 
     state = status.get("state")
     gone = supervisor_alive is False and state not in ENDED

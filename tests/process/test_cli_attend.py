@@ -30,7 +30,8 @@ sys.path.insert(0, sys.argv[1])
 from support.fake_supervisor import FakeSupervisors
 from deepopt.config import JobConfig
 from deepopt.run_directory import RunDirectory
-from deepopt_cli import attend, follow
+from deepopt.launch import follow
+from deepopt_cli import attend
 run_dir, scenario, options = Path(sys.argv[2]), json.loads(sys.argv[3]), json.loads(sys.argv[4])
 follow.KILL_GRACE_S = options.get("kill_grace_s", follow.KILL_GRACE_S)
 supervisors = FakeSupervisors()

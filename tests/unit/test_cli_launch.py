@@ -236,12 +236,12 @@ def test_a_used_run_dir_is_refused_with_the_way_on(
     assert launch("--detach").exit_code == 0
     again = launch()
     assert again.exit_code == 1
-    assert "--run-dir run holds a job already" in again.stderr
+    assert "run directory run holds a job already" in again.stderr
     assert "deepopt resume run" in again.stderr
     (here / "full").mkdir()
     (here / "full" / "thesis.tex").write_text("")
     refused = deepopt("launch", "job.yaml", "--run-dir", "full")
-    assert "--run-dir full is not empty" in refused.stderr
+    assert "run directory full is not empty" in refused.stderr
     assert [path.name for path in (here / "full").iterdir()] == ["thesis.tex"]
 
 

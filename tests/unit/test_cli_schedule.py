@@ -13,11 +13,11 @@ import pytest
 from typer.testing import CliRunner
 
 from deepopt.job_file import load_job
+from deepopt.launch.preparation import prepare
+from deepopt.launch.run_files import write_plan
 from deepopt.run_directory import RunDirectory
 from deepopt.schedule.builders import BUILDERS
 from deepopt_cli.app import app
-from deepopt_cli.cmd_launch import write_plan
-from deepopt_cli.preparation import prepare
 
 ONE_F_ONE_B = "0F0,0F1,0B0,0B1\n1F0,1B0,1F1,1B1\n"
 

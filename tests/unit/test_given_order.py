@@ -11,6 +11,8 @@ from typer.testing import CliRunner
 from deepopt.config import JobConfig
 from deepopt.errors import DeepoptError, PlanError
 from deepopt.job_file import load_job, make_job
+from deepopt.launch.preparation import prepare, with_absolute_paths
+from deepopt.launch.run_files import write_plan
 from deepopt.planner.decide import make_plan
 from deepopt.planner.orders import load_schedule
 from deepopt.run_directory import RunDirectory
@@ -18,8 +20,6 @@ from deepopt.schedule.builders import build
 from deepopt.schedule.csv_order import to_csv
 from deepopt.schedule.ir import PlacementKind, Schedule, directions_of, place
 from deepopt_cli.app import app
-from deepopt_cli.cmd_launch import write_plan
-from deepopt_cli.preparation import prepare, with_absolute_paths
 from support.head_fakes import make_skeleton
 
 

@@ -7,7 +7,6 @@ torch, because a model can only be described by building it (without memory).
 from __future__ import annotations
 
 import glob
-import itertools
 import os
 import sys
 from collections.abc import Sequence
@@ -21,7 +20,6 @@ from deepopt.errors import ClusterError, InputError, ScheduleError
 from deepopt.planner.decide import FILE
 from deepopt.planner.plan import Plan
 from deepopt.planner.skeleton import ModelSkeleton
-from deepopt_cli.output import human_count, human_percent, ranges, table
 
 if TYPE_CHECKING:
     from deepopt.planner.decide import Planned
@@ -106,7 +104,7 @@ def _given_order(job: JobConfig) -> Schedule | None:
     path = given_order_path(job)
     if path is None:
         return None
-    from deepopt_cli.schedule_orders import find_order_fault, read_order
+    from deepopt.planner.order_files import find_order_fault, read_order
 
     order = read_order(path)
     if (fault := find_order_fault(order, memory_cap=None, buffers=1)) is not None:
@@ -295,93 +293,3 @@ def _shared_cores(job: JobConfig, num_workers: int) -> int | None:
             return None
     cores = len(os.sched_getaffinity(0)) // job.worker.threads
     return max(1, cores) if num_workers > cores else None
-
-
-def plan_lines(prepared: Prepared) -> list[str]:
-    """What will be done, in words.
-
-    Args:
-        prepared: the job.
-    """
-    job, skeleton, plan = prepared.job, prepared.skeleton, prepared.plan
-    training = job.training
-    kwargs = ", ".join(f"{key}={value}" for key, value in job.model.kwargs.items())
-    replicas = f" x {plan.data_size} replicas" if plan.data_size > 1 else ""
-    return [
-        f"model       {job.model.factory}({kwargs}), {len(skeleton.layers)} layers, "
-        f"{human_count(skeleton.num_parameters)} parameters, {job.precision.dtype}",
-        f"data        {prepared.source}",
-        f"training    {training.steps} steps of {training.microbatches} micro-batches x "
-        f"{training.microbatch_size} x {job.data.sequence_length} tokens, "
-        f"{plan.num_groups} groups, seed {training.seed}",
-        f"plan        {plan.pipeline_size} ranks{replicas}, placement {plan.placement}, schedule "
-        f"{prepared.planned.schedules[0].name}, predicted bubble "
-        f"{human_percent(prepared.timeline.bubble)} ({prepared.planned.costs.source} costs)",
-        f"cluster     {_cluster_words(job)}",
-        "",
-        stage_table(plan, skeleton),
-    ]
-
-
-def comparison_table(prepared: Prepared) -> str:
-    """What the schedule was chosen from, the best first; empty where the job names it.
-
-    Args:
-        prepared: the job.
-    """
-    comparison = prepared.planned.comparison
-    if comparison is None:
-        return ""
-    best_s = comparison.best.makespan_s
-    rows: list[Sequence[object]] = [
-        (
-            candidate.shape,
-            candidate.schedules[0].name,
-            f"{candidate.makespan_s / best_s:.3f}",
-            human_percent(candidate.bubble),
-            "" if candidate.gap is None else human_percent(candidate.gap),
-            candidate.peak_activations,
-            candidate.weight_copies,
-            "",
-        )
-        for candidate in comparison.candidates
-    ]
-    if comparison.one_f_one_b_s is not None:
-        ratio = f"{comparison.one_f_one_b_s / best_s:.3f}"
-        rows.append(("line", "1f1b", ratio, "", "", "", 1, "the yardstick"))
-    rows += [(shape, "", "", "", "", "", "", reason) for shape, reason in comparison.left_out]
-    header = ("placement", "schedule", "time", "bubble", "gap", "in flight", "copies", "note")
-    return table(header, rows)
-
-
-def stage_table(plan: Plan, skeleton: ModelSkeleton) -> str:
-    """Stages, their layers and the ranks that hold them.
-
-    Args:
-        plan: who holds which layers.
-        skeleton: their parameters.
-    """
-    edges = [*plan.boundaries, len(plan.layer_names)]
-    rows: list[Sequence[object]] = []
-    for stage, (start, end) in enumerate(itertools.pairwise(edges)):
-        names = plan.layer_names[start:end]
-        count = sum(layer.num_parameters for layer in skeleton.layers[start:end])
-        rows.append(
-            (
-                stage,
-                end - start,
-                names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]}",
-                human_count(count),
-                ranges(plan.holders(stage)),
-            )
-        )
-    return table(("stage", "layers", "from .. to", "parameters", "ranks"), rows)
-
-
-def _cluster_words(job: JobConfig) -> str:
-    workers = f"{job.worker.count} workers, device {job.worker.device}"
-    if job.cluster.address is not None:
-        return f"{workers}, in the Ray cluster at {job.cluster.address}"
-    if job.cluster.hostfile is not None:
-        return f"{workers}, on the hosts of {job.cluster.hostfile}"
-    return f"{workers}, in a private Ray on this machine"

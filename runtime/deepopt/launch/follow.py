@@ -16,9 +16,9 @@ from typing import Any, Protocol, Self
 from deepopt.clock import Clock, SystemClock
 from deepopt.cluster.ray_node import remove_temp_dir
 from deepopt.head.supervision import leftover_temp_dir
+from deepopt.launch.run_view import ENDED, Supervisor, read_status, request
 from deepopt.run_directory import RunDirectory
 from deepopt.telemetry.files import JsonLinesTail
-from deepopt_cli.run_view import ENDED, Supervisor, read_status, request
 
 POLL_S = 0.1  # a step line appears within this time
 KILL_GRACE_S = 50.0  # more than the supervisor gives its head; it cleans up better than we can

@@ -1,0 +1,102 @@
+"""What a launch will do, in words: the plan, its stages, what it was chosen from."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+from deepopt.config import JobConfig
+from deepopt.launch.preparation import Prepared
+from deepopt.planner.plan import Plan
+from deepopt.planner.skeleton import ModelSkeleton
+from deepopt_cli.output import human_count, human_percent, ranges, table
+
+
+def plan_lines(prepared: Prepared) -> list[str]:
+    """What will be done, in words.
+
+    Args:
+        prepared: the job.
+    """
+    job, skeleton, plan = prepared.job, prepared.skeleton, prepared.plan
+    training = job.training
+    kwargs = ", ".join(f"{key}={value}" for key, value in job.model.kwargs.items())
+    replicas = f" x {plan.data_size} replicas" if plan.data_size > 1 else ""
+    return [
+        f"model       {job.model.factory}({kwargs}), {len(skeleton.layers)} layers, "
+        f"{human_count(skeleton.num_parameters)} parameters, {job.precision.dtype}",
+        f"data        {prepared.source}",
+        f"training    {training.steps} steps of {training.microbatches} micro-batches x "
+        f"{training.microbatch_size} x {job.data.sequence_length} tokens, "
+        f"{plan.num_groups} groups, seed {training.seed}",
+        f"plan        {plan.pipeline_size} ranks{replicas}, placement {plan.placement}, schedule "
+        f"{prepared.planned.schedules[0].name}, predicted bubble "
+        f"{human_percent(prepared.timeline.bubble)} ({prepared.planned.costs.source} costs)",
+        f"cluster     {_cluster_words(job)}",
+        "",
+        stage_table(plan, skeleton),
+    ]
+
+
+def comparison_table(prepared: Prepared) -> str:
+    """What the schedule was chosen from, the best first; empty where the job names it.
+
+    Args:
+        prepared: the job.
+    """
+    comparison = prepared.planned.comparison
+    if comparison is None:
+        return ""
+    best_s = comparison.best.makespan_s
+    rows: list[Sequence[object]] = [
+        (
+            candidate.shape,
+            candidate.schedules[0].name,
+            f"{candidate.makespan_s / best_s:.3f}",
+            human_percent(candidate.bubble),
+            "" if candidate.gap is None else human_percent(candidate.gap),
+            candidate.peak_activations,
+            candidate.weight_copies,
+            "",
+        )
+        for candidate in comparison.candidates
+    ]
+    if comparison.one_f_one_b_s is not None:
+        ratio = f"{comparison.one_f_one_b_s / best_s:.3f}"
+        rows.append(("line", "1f1b", ratio, "", "", "", 1, "the yardstick"))
+    rows += [(shape, "", "", "", "", "", "", reason) for shape, reason in comparison.left_out]
+    header = ("placement", "schedule", "time", "bubble", "gap", "in flight", "copies", "note")
+    return table(header, rows)
+
+
+def stage_table(plan: Plan, skeleton: ModelSkeleton) -> str:
+    """Stages, their layers and the ranks that hold them.
+
+    Args:
+        plan: who holds which layers.
+        skeleton: their parameters.
+    """
+    edges = [*plan.boundaries, len(plan.layer_names)]
+    rows: list[Sequence[object]] = []
+    for stage, (start, end) in enumerate(itertools.pairwise(edges)):
+        names = plan.layer_names[start:end]
+        count = sum(layer.num_parameters for layer in skeleton.layers[start:end])
+        rows.append(
+            (
+                stage,
+                end - start,
+                names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]}",
+                human_count(count),
+                ranges(plan.holders(stage)),
+            )
+        )
+    return table(("stage", "layers", "from .. to", "parameters", "ranks"), rows)
+
+
+def _cluster_words(job: JobConfig) -> str:
+    workers = f"{job.worker.count} workers, device {job.worker.device}"
+    if job.cluster.address is not None:
+        return f"{workers}, in the Ray cluster at {job.cluster.address}"
+    if job.cluster.hostfile is not None:
+        return f"{workers}, on the hosts of {job.cluster.hostfile}"
+    return f"{workers}, in a private Ray on this machine"

@@ -1,0 +1,139 @@
+"""Makes a run directory and writes into it what a launch decided: job, model, plan, orders."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+import deepopt
+from deepopt.clock import utc_now
+from deepopt.config import JobConfig
+from deepopt.errors import RunDirectoryError
+from deepopt.job_file import dump_job
+from deepopt.launch.preparation import Prepared, given_order_path
+from deepopt.planner.decide import FILE
+from deepopt.planner.orders import write_orders
+from deepopt.run_directory import RunDirectory
+from deepopt.schedule.csv_order import to_csv
+from deepopt.telemetry.files import read_json, write_json_atomic, write_text_atomic
+
+
+def new_run_path(job_name: str) -> Path:
+    """A new name under `runs/`.
+
+    Args:
+        job_name: its first part.
+    """
+    stamp = datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
+    return Path("runs") / f"{job_name}-{stamp}-{secrets.token_hex(2)}"
+
+
+def refuse_used(path: Path) -> None:
+    """Check that a new run directory can be made at a path.
+
+    Raises:
+        RunDirectoryError: something is there.
+    """
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise RunDirectoryError(f"run directory {path} is a file", remedy="name a new folder")
+    if RunDirectory(path).job.exists():
+        raise RunDirectoryError(
+            f"run directory {path} holds a job already",
+            remedy=f"deepopt resume {path} goes on with it; a new job needs a new folder",
+        )
+    if any(path.iterdir()):
+        raise RunDirectoryError(
+            f"run directory {path} is not empty", remedy="name a new or an empty folder"
+        )
+
+
+def make_run_directory(
+    path: Path, prepared: Prepared, *, import_roots: Sequence[Path]
+) -> RunDirectory:
+    """Make a run directory that a supervisor can be started on; it appears whole or not at all.
+
+    Args:
+        path: new or empty.
+        prepared: the job.
+        import_roots: folders where the job's import paths start.
+
+    Raises:
+        RunDirectoryError: it cannot be written.
+    """
+    run = RunDirectory(path.absolute())
+    try:
+        run.root.mkdir(parents=True, exist_ok=True)
+        write_launch(run, import_roots=import_roots)
+        write_plan(run, prepared)
+    except BaseException as error:
+        shutil.rmtree(run.root, ignore_errors=True)
+        if not isinstance(error, OSError):
+            raise
+        raise RunDirectoryError(
+            f"cannot write run directory {path}: {error.strerror}",
+            remedy="name another folder",
+        ) from error
+    return run
+
+
+def write_launch(run: RunDirectory, *, import_roots: Sequence[Path]) -> None:
+    """Say where and with which version a job is launched.
+
+    Args:
+        run: the run directory; exists.
+        import_roots: folders where the job's import paths start.
+    """
+    content = {
+        "import_roots": [str(root) for root in import_roots],
+        "command": sys.argv,
+        "version": deepopt.__version__,
+        "time": utc_now(),
+    }
+    write_json_atomic(run.launch, content, durable=True)
+
+
+def launch_roots(run: RunDirectory) -> list[Path]:
+    """Folders where the job's import paths started; nothing for a run that does not say.
+
+    Args:
+        run: the run directory.
+    """
+    if not run.launch.is_file():
+        return []
+    content = read_json(run.launch)
+    roots = content.get("import_roots", [content.get("import_root")])  # older runs: one
+    return [Path(root) for root in roots if isinstance(root, str)]
+
+
+def write_plan(run: RunDirectory, prepared: Prepared) -> None:
+    """Write model, plan and job into a run directory, durably.
+
+    Args:
+        run: the run directory; exists.
+        prepared: the job.
+    """
+    planned = prepared.planned
+    write_orders(run.schedules, plan=planned.plan, schedules=planned.schedules)
+    write_json_atomic(run.costs, planned.costs.to_json(), durable=True)
+    write_json_atomic(run.model, prepared.skeleton.to_json(), durable=True)
+    write_json_atomic(run.plan, prepared.plan.to_json(), durable=True)
+    # Last: a folder with a job in it is a run directory.
+    write_text_atomic(run.job, dump_job(_with_own_order(run, prepared)), durable=True)
+
+
+def _with_own_order(run: RunDirectory, prepared: Prepared) -> JobConfig:
+    """The job; an order that it brings along is kept in the run directory, to resume from there."""
+    job, planned = prepared.job, prepared.planned
+    if given_order_path(job) is None:
+        return job
+    kept = run.schedules / planned.plan.orders[0] / f"{planned.plan.schedule}.csv"
+    kept.parent.mkdir(exist_ok=True)
+    write_text_atomic(kept, to_csv(planned.schedules[0], transfers=False), durable=True)
+    pipeline = job.pipeline.model_copy(update={"schedule": f"{FILE}{kept}"})
+    return job.model_copy(update={"pipeline": pipeline})

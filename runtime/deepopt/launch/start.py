@@ -1,0 +1,35 @@
+"""Starts the supervisor of a run."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+
+from deepopt.cluster.process_table import find_process
+from deepopt.launch.run_view import Supervisor
+from deepopt.run_directory import RunDirectory
+
+
+def start(run: RunDirectory, *, fresh: bool) -> Supervisor:
+    """Start the supervisor of a run.
+
+    Args:
+        run: the run directory, with job, model and plan in it.
+        fresh: nothing else is in it: it goes again when no supervisor can be started.
+
+    Raises:
+        DeepoptError: it cannot be started.
+    """
+    from deepopt.head.supervisor import spawn_supervisor
+
+    for path in run.requests.glob(
+        "*.json"
+    ):  # to an earlier launch, which ended before it read them
+        path.unlink(missing_ok=True)
+    try:
+        pid = spawn_supervisor(run.root)
+    except BaseException:
+        if fresh:
+            shutil.rmtree(run.root, ignore_errors=True)
+        raise
+    return Supervisor(process=find_process(pid), pid=pid, host=socket.gethostname())
