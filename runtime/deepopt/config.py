@@ -524,7 +524,7 @@ class FaultsConfig(Section):
         default=3, description="Generations that may be formed after lost workers."
     )
     heartbeat_s: Seconds = Field(
-        default=0.5, description="Time between heartbeats, in seconds."
+        default=1.0, description="Time between heartbeats, in seconds."
     )
     heartbeat_timeout_s: Seconds = Field(
         default=15.0, description="Silence after which a worker is lost, in seconds."

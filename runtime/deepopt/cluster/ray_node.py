@@ -27,6 +27,22 @@ TEMP_PREFIX = "deepopt-"
 LOOPBACK = "127.0.0.1"
 MIB = 1 << 20
 
+# What a private Ray watches ten times a second by itself, and nobody here asks for: statistics of
+# its event loops and tasks, load of hosts for an autoscaler, disks and garbage of an object store
+# that holds next to nothing. The workers have the cores for themselves; what a user has set stands.
+_QUIET = {
+    "RAY_event_stats": "0",
+    "RAY_enable_metrics_collection": "0",
+    "RAY_enable_timeline": "0",
+    "RAY_task_events_report_interval_ms": "0",  # off
+    "RAY_io_context_monitor_probe_interval_ms": "60000",
+    "RAY_local_fs_monitor_interval_ms": "10000",
+    "RAY_memory_monitor_refresh_ms": "1000",
+    "RAY_object_manager_timer_freq_ms": "10000",
+    "RAY_raylet_check_gc_period_milliseconds": "10000",
+    "RAY_raylet_report_resources_period_milliseconds": "1000",
+}
+
 # Settings of another Ray that a private one must not take over.
 _FOREIGN = (
     "RAY_ADDRESS",
@@ -86,6 +102,8 @@ def prepare_environment(*, threads: int, token: str, loopback: bool) -> None:
     """
     for name in _FOREIGN:
         os.environ.pop(name, None)
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
     os.environ.update(
         OMP_NUM_THREADS=str(threads),
         RAY_AUTH_MODE="token",

@@ -11,7 +11,12 @@ from typing import Any
 
 from deepopt.run_directory import RunDirectory
 from deepopt.telemetry.events import Event
-from deepopt.telemetry.files import JsonLinesWriter, write_json_atomic
+from deepopt.telemetry.files import (
+    JsonLinesWriter,
+    encode,
+    write_json_atomic,
+    write_text_atomic,
+)
 from deepopt.telemetry.metrics import open_metrics_sinks
 
 logger = logging.getLogger(__name__)
@@ -59,7 +64,10 @@ class Board:
         due = self._written_s is None or now_s - self._written_s >= STATUS_INTERVAL_S
         if force or due:
             self._written_s = now_s
-            self._try("status", lambda: write_json_atomic(self._run.status, status()))
+            # On one line: Python's JSON encoder is ten times as fast without indentation.
+            self._try(
+                "status", lambda: write_text_atomic(self._run.status, encode(status()) + "\n")
+            )
 
     def report(self, content: Mapping[str, Any]) -> None:
         """Write the closing report."""

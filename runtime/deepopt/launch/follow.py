@@ -114,6 +114,8 @@ class Follower:
         self._metrics = JsonLinesTail(run.metrics, at_end=True)
         self._events = JsonLinesTail(run.events, at_end=True)
         self._handled = 0
+        self._status: dict[str, Any] | None = None
+        self._status_stamp: tuple[int, int] | None = None  # of the file that was read
         self._killed_s: float | None = None
 
     def follow(self, supervisor: Supervisor, *, view: View) -> Outcome:
@@ -139,7 +141,7 @@ class Follower:
 
     def _look(self, view: View) -> dict[str, Any] | None:
         """Show what is new; return the status."""
-        status = read_status(self._run)  # first: the figures it speaks of are on disk by then
+        status = self._read_status()  # first: the figures it speaks of are on disk by then
         if status is not None:
             view.status(status)
         for record in self._metrics.read_new():
@@ -147,6 +149,17 @@ class Follower:
         for record in self._events.read_new():
             view.event(record)
         return status
+
+    def _read_status(self) -> dict[str, Any] | None:
+        """The status; read anew only when the file was replaced."""
+        try:
+            found = self._run.status.stat()
+        except FileNotFoundError:
+            return None
+        stamp = (found.st_ino, found.st_mtime_ns)
+        if self._status is None or stamp != self._status_stamp:
+            self._status, self._status_stamp = read_status(self._run), stamp
+        return self._status
 
     def _pass_interrupts_on(self, supervisor: Supervisor, view: View) -> None:
         now_s = self._clock.monotonic_s()

@@ -98,6 +98,8 @@ class JsonLinesTail:
             RunDirectoryError: a whole line is not a JSON object.
         """
         try:
+            if self._path.stat().st_size == self._offset:  # as a rule: nothing is new
+                return []
             with self._path.open("rb") as file:
                 file.seek(self._offset)
                 content = file.read()
