@@ -20,7 +20,7 @@ from deepopt.launch.run_view import ENDED, Supervisor, read_status, request
 from deepopt.run_directory import RunDirectory
 from deepopt.telemetry.files import JsonLinesTail
 
-POLL_S = 0.1  # a step line appears within this time
+POLL_S = 0.2  # a step line appears within this time
 KILL_GRACE_S = 50.0  # more than the supervisor gives its head; it cleans up better than we can
 TEARDOWN_TIMEOUT_S = 30.0  # the supervisor's time to remove its Ray after the job has ended
 
