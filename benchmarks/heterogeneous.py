@@ -16,8 +16,8 @@ from _peer_emulated import PEERS, PeerRank
 from _processes import end_cleanly_on_signals
 from _report import progress, ratio_line, say, table
 
-from deepopt.planner.choose import Shape, fit_boundaries
 from deepopt.planner.emulated_costs import emulated_costs
+from deepopt.planner.shapes import Shape, fit_boundaries
 from deepopt.schedule.ir import PlacementKind, place
 from deepopt.worker.rehearsal import RehearsalGroup
 

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from _machine import describe
 from _report import progress, ratio_line, say, table
 
-from deepopt.planner.choose import LAUNCH_EFFORT, Comparison, compare
+from deepopt.planner.choose import LAUNCH_EFFORT, Comparison, compare, searches
 from deepopt.planner.layer_costs import LayerCosts
+from deepopt.planner.sketch import Pipeline, two_groups
 
 AIM_GAP = 0.01
 AIM_GAIN = 1.40
@@ -76,7 +77,7 @@ def main() -> None:
         best = found.best
         assert best.gap is not None, "no cores are shared here"
         assert found.one_f_one_b_s is not None, "there are more layers than ranks"
-        gain = found.one_f_one_b_s / best.makespan_s
+        gain = found.one_f_one_b_s / best.step_s
         verdicts = []
         if case.aim_s is not None:
             verdicts.append(("time", case.aim_s / took_s))
@@ -90,12 +91,12 @@ def main() -> None:
                 f"{case.ranks}",
                 f"{case.microbatches}",
                 f"{case.latency_ms:g}",
-                f"{best.shape}, {best.schedules[0].name}",
+                f"{best.shape}, {best.schedule.name}",
                 f"{took_s:.1f}",
                 f"{best.gap:.2%}",
-                f"{best.bubble:.1%}",
+                f"{best.timeline.bubble:.1%}",
                 f"{gain:.2f}",
-                f"{best.peak_activations}",
+                f"{max(best.peak_activations):.3g}",
                 f"{best.weight_copies}",
                 " ".join(f"{name} {min(ratio, 99):.2f}" for name, ratio in verdicts),
             )
@@ -133,13 +134,13 @@ def search(case: Case) -> Comparison:
         latency_s=1e-3 * case.latency_ms,
         source="transformer layer",
     )
-    half = case.microbatches // 2
-    return compare(
-        costs,
+    pipeline = Pipeline(
         num_ranks=case.ranks,
-        replicas=[(half, case.microbatches - half)],
-        effort=case.effort,
+        replicas=two_groups(case.microbatches),
+        layers=costs,
+        capped_as_1f1b=True,
     )
+    return compare(pipeline, tried=searches(), effort=case.effort)
 
 
 if __name__ == "__main__":

@@ -155,16 +155,16 @@ def _compared(prepared: Prepared) -> list[dict[str, Any]]:
         return []
     fitting: list[dict[str, Any]] = [
         {
-            "placement": str(candidate.shape),
-            "schedule": candidate.schedules[0].name,
-            "step_s": candidate.makespan_s,
-            "bubble": candidate.bubble,
-            "gap": candidate.gap,
-            "peak_activations": candidate.peak_activations,
-            "weight_copies": candidate.weight_copies,
+            "placement": str(found.shape),
+            "schedule": found.schedule.name,
+            "step_s": found.step_s,
+            "bubble": found.timeline.bubble,
+            "gap": found.gap,
+            "peak_activations": max(found.peak_activations),
+            "weight_copies": found.weight_copies,
         }
-        for candidate in comparison.candidates
+        for _, found in comparison.found
     ]
     return fitting + [
-        {"placement": str(shape), "left_out": reason} for shape, reason in comparison.left_out
+        {"placement": str(c.shape), "left_out": reason} for c, reason in comparison.left_out
     ]

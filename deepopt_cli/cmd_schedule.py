@@ -7,6 +7,15 @@ from typing import Annotated
 
 import typer
 
+from deepopt_cli.cluster_options import (
+    DEFAULT_EFFICIENCY,
+    Efficiency,
+    Hardware,
+    MicrobatchSize,
+    Model,
+    TensorParallel,
+    cluster_options,
+)
 from deepopt_cli.cmd_schedule_compare import compare
 from deepopt_cli.cmd_schedule_try import try_
 from deepopt_cli.cmd_schedule_verify import verify
@@ -59,6 +68,11 @@ def show(
         int | None, typer.Option(min=1, help="With placement line.", show_default="1")
     ] = None,
     costs: Costs = None,
+    model: Model = None,
+    hardware: Hardware = None,
+    efficiency: Efficiency = DEFAULT_EFFICIENCY,
+    tensor_parallel: TensorParallel = 1,
+    microbatch_size: MicrobatchSize = 1,
     rank_factor: RankFactor = None,
     latency_ms: Latency = 0.0,
     transfer_ms: Transfer = 0.0,
@@ -101,6 +115,7 @@ def show(
       deepopt schedule show runs/first --svg order.svg
       deepopt schedule show --ranks 8 --microbatches 16 --placement mirror --latency-ms 2
       deepopt schedule show --schedule 1f1b --csv order.csv
+      deepopt schedule show --model gpt3-175b --hardware 128xA100 --tensor-parallel 8
       deepopt schedule show order.csv --costs 20/22/16 --rank-factor 1,1,1.6,1
     """
     from deepopt.schedule.csv_order import to_csv
@@ -115,6 +130,13 @@ def show(
         ranks=ranks,
         microbatches=microbatches,
         costs=costs,
+        cluster=cluster_options(
+            model=model,
+            hardware=hardware,
+            efficiency=efficiency,
+            tensor_parallel=tensor_parallel,
+            microbatch_size=microbatch_size,
+        ),
         rank_factor=rank_factor,
         latency_ms=latency_ms,
         transfer_ms=transfer_ms,

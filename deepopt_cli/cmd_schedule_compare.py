@@ -7,6 +7,15 @@ from typing import Annotated
 
 import typer
 
+from deepopt_cli.cluster_options import (
+    DEFAULT_EFFICIENCY,
+    Efficiency,
+    Hardware,
+    MicrobatchSize,
+    Model,
+    TensorParallel,
+    cluster_options,
+)
 from deepopt_cli.output import ProgressLine, reports_errors, say, say_json, table, tell
 from deepopt_cli.schedule_options import (
     MOST_STAGES_PER_RANK,
@@ -42,6 +51,11 @@ def compare(
         int, typer.Option(min=1, help="The most of placement line that is tried.")
     ] = MOST_STAGES_PER_RANK,
     costs: Costs = None,
+    model: Model = None,
+    hardware: Hardware = None,
+    efficiency: Efficiency = DEFAULT_EFFICIENCY,
+    tensor_parallel: TensorParallel = 1,
+    microbatch_size: MicrobatchSize = 1,
     rank_factor: RankFactor = None,
     latency_ms: Latency = 0.0,
     transfer_ms: Transfer = 0.0,
@@ -69,6 +83,7 @@ def compare(
       deepopt schedule compare
       deepopt schedule compare job.yaml
       deepopt schedule compare --ranks 8 --microbatches 16 --costs 20/22/16 --latency-ms 2
+      deepopt schedule compare --model gpt-14.6b --hardware 8xA100 --microbatches 24
       deepopt schedule compare --rank-factor 1,1,1.6,1 --memory-cap 4 --json
     """
     from deepopt_cli.schedule_subject import compared, subject
@@ -78,6 +93,13 @@ def compare(
         ranks=ranks,
         microbatches=microbatches,
         costs=costs,
+        cluster=cluster_options(
+            model=model,
+            hardware=hardware,
+            efficiency=efficiency,
+            tensor_parallel=tensor_parallel,
+            microbatch_size=microbatch_size,
+        ),
         rank_factor=rank_factor,
         latency_ms=latency_ms,
         transfer_ms=transfer_ms,
@@ -96,13 +118,13 @@ def compare(
             progress=progress.tell,
         )
     if json:
-        say_json(comparison_json(found))
+        say_json(comparison_json(found, has_unit=about.has_unit))
     else:
         say(f"{about.words}\n")
-        say(comparison_table(found))
-        if found.misfits:
-            rows = [(c.placement_words, c.schedule, m.reason) for c, m in found.misfits]
+        say(comparison_table(found, has_unit=about.has_unit))
+        if found.left_out:
+            rows = [(c.shape, c.schedule, reason) for c, reason in found.left_out]
             say("\ndoes not fit:\n" + table(("placement", "schedule", "reason"), rows))
     if csv is not None:
-        csv.write_text(comparison_csv(found), encoding="utf-8")
+        csv.write_text(comparison_csv(found, has_unit=about.has_unit), encoding="utf-8")
         tell(f"wrote {csv}")

@@ -47,24 +47,24 @@ def comparison_table(prepared: Prepared) -> str:
     comparison = prepared.planned.comparison
     if comparison is None:
         return ""
-    best_s = comparison.best.makespan_s
+    best_s = comparison.best.step_s
     rows: list[Sequence[object]] = [
         (
-            candidate.shape,
-            candidate.schedules[0].name,
-            f"{candidate.makespan_s / best_s:.3f}",
-            human_percent(candidate.bubble),
-            "" if candidate.gap is None else human_percent(candidate.gap),
-            candidate.peak_activations,
-            candidate.weight_copies,
+            found.shape,
+            found.schedule.name,
+            f"{found.step_s / best_s:.3f}",
+            human_percent(found.timeline.bubble),
+            "" if found.gap is None else human_percent(found.gap),
+            f"{max(found.peak_activations):.3g}",
+            found.weight_copies,
             "",
         )
-        for candidate in comparison.candidates
+        for _, found in comparison.found
     ]
     if comparison.one_f_one_b_s is not None:
         ratio = f"{comparison.one_f_one_b_s / best_s:.3f}"
         rows.append(("line", "1f1b", ratio, "", "", "", 1, "the yardstick"))
-    rows += [(shape, "", "", "", "", "", "", reason) for shape, reason in comparison.left_out]
+    rows += [(c.shape, "", "", "", "", "", "", reason) for c, reason in comparison.left_out]
     header = ("placement", "schedule", "time", "bubble", "gap", "in flight", "copies", "note")
     return table(header, rows)
 

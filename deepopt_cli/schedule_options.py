@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from deepopt_cli.cluster_options import ClusterOptions
+
 if TYPE_CHECKING:
     from deepopt.planner.layer_costs import LayerCosts
     from deepopt.planner.sketch import Pipeline
@@ -89,6 +91,7 @@ class PipelineOptions:
         ranks: None where not said.
         microbatches: None where not said.
         costs: as typed; None where not said.
+        cluster: a model on a cluster, instead of costs; None where not said.
         rank_factor: as typed; None for equal ranks.
         latency_ms: one way.
         transfer_ms: of one tensor.
@@ -100,6 +103,7 @@ class PipelineOptions:
     ranks: int | None
     microbatches: int | None
     costs: str | None
+    cluster: ClusterOptions | None
     rank_factor: str | None
     latency_ms: float
     transfer_ms: float
@@ -116,6 +120,8 @@ class PipelineOptions:
         Raises:
             DeepoptError: the options do not fit together.
         """
+        if self.cluster is not None:
+            return self._on_cluster(self.cluster)
         return self.pipeline_of(
             num_ranks=self.ranks or DEFAULT_RANKS,
             num_microbatches=self.microbatches or DEFAULT_MICROBATCHES,
@@ -135,14 +141,49 @@ class PipelineOptions:
         Raises:
             DeepoptError: the options do not fit together.
         """
-        from deepopt.planner.sketch import Pipeline
+        from deepopt.planner.sketch import Pipeline, two_groups
 
         return Pipeline(
             num_ranks=num_ranks,
-            num_microbatches=num_microbatches,
+            replicas=two_groups(num_microbatches),
             layers=self._layers(num_ranks=num_ranks, stages_per_rank=stages_per_rank),
             memory_cap=self.memory_cap,
         )
+
+    def _on_cluster(self, cluster: ClusterOptions) -> Pipeline:
+        """A known model on hardware that has a table; activations have to fit its memory."""
+        from deepopt.errors import InputError
+        from deepopt.planner.sketch import Pipeline, two_groups
+
+        asked = [option for option, value in self._given().items() if value]
+        if asked or self.costs is not None or self.memory_cap is not None:
+            other = [*asked, "--costs", "--memory-cap"][0 if asked else self.costs is None]
+            raise InputError(
+                f"{other} was given with --model and --hardware, which say what layers, links and "
+                "memory are",
+                remedy=f"leave out {other}, or --model and --hardware",
+            )
+        if self.ranks not in (None, cluster.num_ranks):
+            raise InputError(
+                f"--ranks {self.ranks} was given, --hardware {cluster.hardware} with "
+                f"--tensor-parallel {cluster.tensor_parallel} has {cluster.num_ranks}",
+                remedy="leave out --ranks",
+            )
+        return Pipeline(
+            num_ranks=cluster.num_ranks,
+            replicas=two_groups(self.microbatches or DEFAULT_MICROBATCHES),
+            layers=cluster.layers(),
+        )
+
+    def _given(self) -> dict[str, object]:
+        """Options that say what layers and links cost, beside `--costs`."""
+        return {
+            "--latency-ms": self.latency_ms,
+            "--transfer-ms": self.transfer_ms,
+            "--update-ms": self.update_ms,
+            "--exchange-ms": self.exchange_ms,
+            "--rank-factor": self.rank_factor,
+        }
 
     def refuse_without_costs(self, *, of: str) -> None:
         """A job has links and devices of its own; figures of others go with costs of others.
@@ -155,14 +196,12 @@ class PipelineOptions:
         """
         from deepopt.errors import InputError
 
-        given = {
-            "--latency-ms": self.latency_ms,
-            "--transfer-ms": self.transfer_ms,
-            "--update-ms": self.update_ms,
-            "--exchange-ms": self.exchange_ms,
-            "--rank-factor": self.rank_factor,
-        }
-        asked = [option for option, value in given.items() if value]
+        if self.cluster is not None:
+            raise InputError(
+                f"the costs of {of} are its own; --model and --hardware have others",
+                remedy=f"leave out {of}, or --model and --hardware",
+            )
+        asked = [option for option, value in self._given().items() if value]
         if asked and self.costs is None:
             raise InputError(
                 f"the costs of {of} are its own: {', '.join(asked)} would change what it has",

@@ -6,22 +6,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deepopt.errors import InputError, ScheduleError
-from deepopt.planner.comparison import (
+from deepopt.planner.choose import (
     SEARCHED,
     Candidate,
     Misfit,
     Outcome,
-    candidates,
+    compare,
     evaluate,
     judge,
+    searches,
+    yardstick,
 )
 from deepopt.planner.order_files import find_order_fault, read_order
-from deepopt.planner.sketch import Pipeline, stage_cap
+from deepopt.planner.shapes import SHAPES, Shape
+from deepopt.planner.sketch import Pipeline, stage_cap, two_groups
 from deepopt.schedule.builders import BUILDERS
-from deepopt.schedule.ir import PlacementKind
+from deepopt.schedule.ir import PlacementKind, Schedule
+from deepopt.schedule.simulate import CostTable
 from deepopt.schedule.verify import verify
 from deepopt_cli.schedule_options import MOST_STAGES_PER_RANK, PipelineOptions
-from deepopt_cli.schedule_subject import Progress, plan_of, yardstick
+from deepopt_cli.schedule_subject import Progress, plan_of
 
 AUTO = "auto"
 
@@ -89,6 +93,8 @@ def shown(
     if from_csv is None and source is not None and source.suffix == ".csv":
         from_csv = source
     if from_csv is not None:
+        if options.cluster is not None:
+            options.refuse_without_costs(of=str(from_csv))
         _refuse_choice(choice, of=from_csv)
         return _of_csv(from_csv, options)
     if source is not None:
@@ -132,12 +138,11 @@ def _of_options(options: PipelineOptions, choice: Choice, progress: Progress) ->
     one_f_one_b = yardstick(pipeline)
     candidate = _named(pipeline, choice)
     if candidate is not None:
-        progress(f"{candidate.schedule} on placement {candidate.placement_words}")
+        progress(f"{candidate.schedule} on placement {candidate.shape}")
         found = evaluate(pipeline, candidate=candidate, effort=choice.effort, seed=choice.seed)
         if isinstance(found, Misfit):
             raise ScheduleError(
-                f"schedule {candidate.schedule} on placement {candidate.placement_words}: "
-                f"{found.reason}",
+                f"schedule {candidate.schedule} on placement {candidate.shape}: {found.reason}",
                 remedy="deepopt schedule compare, with the same options, lists what fits",
             )
         return Shown(
@@ -146,29 +151,16 @@ def _of_options(options: PipelineOptions, choice: Choice, progress: Progress) ->
             has_unit=True,
             origin=_origin(found, candidate),
         )
-    tried = [
-        each
-        for each in candidates(
-            pipeline.num_ranks, most_stages_per_rank=MOST_STAGES_PER_RANK, with_search=True
-        )
-        if each.schedule == SEARCHED
-    ]
-    best: tuple[Candidate, Outcome] | None = None
-    reasons = []
-    for index, each in enumerate(tried, start=1):
-        progress(f"{index} of {len(tried)}: searching, {each.placement_words}")
-        found = evaluate(pipeline, candidate=each, effort=choice.effort, seed=choice.seed)
-        if isinstance(found, Misfit):
-            reasons.append(found.reason)
-        elif best is None or found.preference < best[1].preference:
-            best = (each, found)
-    if best is None:
-        raise ScheduleError(f"no placement fits: {reasons[0]}", remedy="raise --memory-cap")
+    tried = searches(SHAPES if pipeline.num_ranks > 1 else SHAPES[:1])
+    comparison = compare(
+        pipeline, tried=tried, effort=choice.effort, seed=choice.seed, progress=progress
+    )
+    chosen, best = comparison.found[0]
     return Shown(
-        outcome=best[1],
+        outcome=best,
         yardstick=one_f_one_b,
         has_unit=True,
-        origin=f"{_origin(best[1], best[0])}, the fastest of {len(tried)} placements",
+        origin=f"{_origin(best, chosen)}, the fastest of {len(tried)} placements",
     )
 
 
@@ -199,7 +191,9 @@ def _named(pipeline: Pipeline, choice: Choice) -> Candidate | None:
             f"--stages-per-rank {per_rank} is of placement line; {kind} has its own number",
             remedy="leave it out, or choose --placement line",
         )
-    return Candidate(kind=kind, stages_per_rank=per_rank, schedule=name)
+    if kind is PlacementKind.V:
+        per_rank = 2
+    return Candidate(shape=Shape(kind=kind, stages_per_rank=per_rank), schedule=name)
 
 
 def _origin(outcome: Outcome, candidate: Candidate) -> str:
@@ -231,11 +225,19 @@ def _of_csv(path: Path, options: PipelineOptions) -> Shown:
         stages_per_rank=per_rank,
     )
     return Shown(
-        outcome=judge(order, costs=pipeline.table(placement)),
+        outcome=judge(order, costs=_table(pipeline, order)),
         yardstick=yardstick(pipeline),
         has_unit=True,
         origin=str(path),
     )
+
+
+def _table(pipeline: Pipeline, order: Schedule) -> CostTable:
+    """The costs of the stages of an order, cut for its placement."""
+    placement = order.placement
+    lanes = placement.num_stages // placement.num_ranks
+    shape = Shape(kind=placement.kind, stages_per_rank=lanes)
+    return pipeline.table(pipeline.cut(shape), placement=placement)
 
 
 def _of_plan(source: Path, options: PipelineOptions) -> Shown:
@@ -250,10 +252,14 @@ def _of_plan(source: Path, options: PipelineOptions) -> Shown:
         pipeline = options.pipeline_of(
             **sizes, stages_per_rank=placement.num_stages // placement.num_ranks
         )
-        costs, has_unit = pipeline.table(placement), True
+        costs, has_unit = _table(pipeline, order), True
     else:
         options.refuse_without_costs(of=str(source))
-        pipeline = Pipeline(**sizes, layers=planned.layers, num_replicas=plan.data_size)
+        pipeline = Pipeline(
+            num_ranks=placement.num_ranks,
+            replicas=two_groups(order.num_microbatches, num_replicas=plan.data_size),
+            layers=planned.layers,
+        )
         costs = planned.layers.table(
             plan.boundaries, placement=placement, num_replicas=plan.data_size
         )

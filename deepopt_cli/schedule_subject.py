@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deepopt.planner.comparison import (
-    YARDSTICK,
-    Candidate,
-    Misfit,
-    Outcome,
-    candidates,
-    evaluate,
-)
+from deepopt.planner.choose import Comparison, candidates, compare
 from deepopt.planner.layer_costs import LayerCosts
-from deepopt.planner.sketch import Pipeline
-from deepopt.schedule.ir import PlacementKind
+from deepopt.planner.sketch import Pipeline, two_groups
 from deepopt_cli.schedule_options import PipelineOptions
 
 if TYPE_CHECKING:
@@ -56,7 +48,9 @@ def subject(source: Path | None, *, options: PipelineOptions, stages_per_rank: i
     """
     if source is None:
         pipeline = options.pipeline(stages_per_rank=stages_per_rank)
-        return Subject(pipeline=pipeline, has_unit=True, words="given costs")
+        return Subject(
+            pipeline=pipeline, has_unit=True, words=f"{pipeline.layers.source} costs"
+        )
     planned = plan_of(source)
     plan = planned.plan
     num_ranks = options.ranks or plan.pipeline_size
@@ -73,33 +67,15 @@ def subject(source: Path | None, *, options: PipelineOptions, stages_per_rank: i
     options.refuse_without_costs(of=str(source))
     pipeline = Pipeline(
         num_ranks=num_ranks,
-        num_microbatches=num_microbatches,
+        replicas=two_groups(num_microbatches, num_replicas=plan.data_size),
         layers=planned.layers,
         memory_cap=options.memory_cap,
-        num_replicas=plan.data_size,
     )
     return Subject(
         pipeline=pipeline,
         has_unit=planned.has_unit,
         words=f"{source}, {planned.cost_words}",
     )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
-    """Orders side by side.
-
-    Args:
-        found: what can be had, the preferred first.
-        misfits: what cannot.
-        yardstick_s: makespan of 1F1B, whatever the memory; None where it does not run.
-        has_unit: the costs are seconds.
-    """
-
-    found: tuple[tuple[Candidate, Outcome], ...]
-    misfits: tuple[tuple[Candidate, Misfit], ...]
-    yardstick_s: float | None
-    has_unit: bool
 
 
 def compared(
@@ -120,39 +96,16 @@ def compared(
         effort: of each search.
         seed: of each search.
         progress: told what is being tried.
+
+    Raises:
+        PlanError: nothing fits.
     """
-    pipeline = about.pipeline
     tried = candidates(
-        pipeline.num_ranks, most_stages_per_rank=stages_per_rank, with_search=with_search
+        about.pipeline.num_ranks,
+        most_stages_per_rank=stages_per_rank,
+        with_search=with_search,
     )
-    found: list[tuple[Candidate, Outcome]] = []
-    misfits: list[tuple[Candidate, Misfit]] = []
-    for index, candidate in enumerate(tried, start=1):
-        progress(f"{index} of {len(tried)}: {candidate.schedule}, {candidate.placement_words}")
-        result = evaluate(pipeline, candidate=candidate, effort=effort, seed=seed)
-        if isinstance(result, Misfit):
-            misfits.append((candidate, result))
-        else:
-            found.append((candidate, result))
-    one_f_one_b = yardstick(pipeline)
-    return Comparison(
-        found=tuple(sorted(found, key=lambda entry: entry[1].preference)),
-        misfits=tuple(misfits),
-        yardstick_s=None if one_f_one_b is None else one_f_one_b.timeline.makespan_s,
-        has_unit=about.has_unit,
-    )
-
-
-def yardstick(pipeline: Pipeline) -> Outcome | None:
-    """1F1B on the same layers, whatever the memory holds; None where it does not run.
-
-    Args:
-        pipeline: sizes and costs.
-    """
-    unlimited = replace(pipeline, memory_cap=None)
-    candidate = Candidate(kind=PlacementKind.LINE, stages_per_rank=1, schedule=YARDSTICK)
-    found = evaluate(unlimited, candidate=candidate, effort=1, seed=0)
-    return None if isinstance(found, Misfit) else found
+    return compare(about.pipeline, tried=tried, effort=effort, seed=seed, progress=progress)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

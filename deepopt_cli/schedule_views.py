@@ -10,13 +10,12 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from deepopt.planner.comparison import SEARCHED, YARDSTICK, Candidate, Outcome
+from deepopt.planner.choose import SEARCHED, YARDSTICK, Candidate, Comparison, Outcome
 from deepopt_cli.output import table
 
 if TYPE_CHECKING:
     from deepopt.schedule.faults import Fault
     from deepopt.schedule.ir import Schedule
-    from deepopt_cli.schedule_subject import Comparison
 
 PIPE_COLUMNS = 120  # where no terminal says how wide it is
 _HEADER = (
@@ -64,12 +63,12 @@ def outcome_lines(
     """
     schedule, timeline = outcome.schedule, outcome.timeline
     placement = schedule.placement
-    bound = percent(outcome.gap)
+    bound = _percent_or_dash(outcome.gap)
     step = f"bubble {percent(timeline.bubble)}, {bound} above the lower bound"
     if has_unit:
         step = (
             f"{milliseconds(timeline.makespan_s)}, bubble {percent(timeline.bubble)}, {bound} above "
-            f"the lower bound of {milliseconds(outcome.lower_bound_s)}"
+            f"the lower bound of {milliseconds(outcome.lower_bound_s or 0.0)}"
         )
     lines = [
         f"order       {origin}",
@@ -129,42 +128,44 @@ def outcome_json(outcome: Outcome, *, has_unit: bool) -> dict[str, Any]:
     return fields
 
 
-def comparison_table(comparison: Comparison) -> str:
+def comparison_table(comparison: Comparison, *, has_unit: bool) -> str:
     """Orders in a table.
 
     Args:
         comparison: what was tried.
+        has_unit: the costs are seconds; otherwise only ratios are told.
     """
-    return table(_header(comparison), _rows(comparison))
+    return table(_header(has_unit), _rows(comparison, has_unit))
 
 
-def comparison_csv(comparison: Comparison) -> str:
+def comparison_csv(comparison: Comparison, *, has_unit: bool) -> str:
     """The same table as CSV.
 
     Args:
         comparison: what was tried.
+        has_unit: the costs are seconds; otherwise only ratios are told.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(_header(comparison))
-    writer.writerows(_rows(comparison))
+    writer.writerow(_header(has_unit))
+    writer.writerows(_rows(comparison, has_unit))
     return text.getvalue()
 
 
-def _header(comparison: Comparison) -> list[str]:
-    return [name for name in _HEADER if comparison.has_unit or name != "step ms"]
+def _header(has_unit: bool) -> list[str]:
+    return [name for name in _HEADER if has_unit or name != "step ms"]
 
 
-def _rows(comparison: Comparison) -> Iterator[list[str]]:
+def _rows(comparison: Comparison, has_unit: bool) -> Iterator[list[str]]:
     for candidate, outcome in comparison.found:
         ratio = _ratio(comparison, outcome)
         yield [
-            candidate.placement_words,
+            str(candidate.shape),
             _order_words(candidate, outcome),
-            *([f"{1e3 * outcome.timeline.makespan_s:.1f}"] if comparison.has_unit else []),
+            *([f"{1e3 * outcome.timeline.makespan_s:.1f}"] if has_unit else []),
             "-" if ratio is None else f"{ratio:.2f} x",
             percent(outcome.timeline.bubble),
-            percent(outcome.gap),
+            _percent_or_dash(outcome.gap),
             f"{max(outcome.peak_activations):.3g}",
             str(outcome.weight_copies),
             str(outcome.num_transfers),
@@ -178,28 +179,29 @@ def _order_words(candidate: Candidate, outcome: Outcome) -> str:
 
 
 def _ratio(comparison: Comparison, outcome: Outcome) -> float | None:
-    if comparison.yardstick_s is None or outcome.timeline.makespan_s <= 0:
+    if comparison.one_f_one_b_s is None or outcome.step_s <= 0:
         return None
-    return comparison.yardstick_s / outcome.timeline.makespan_s
+    return comparison.one_f_one_b_s / outcome.step_s
 
 
-def comparison_json(comparison: Comparison) -> dict[str, Any]:
+def comparison_json(comparison: Comparison, *, has_unit: bool) -> dict[str, Any]:
     """The comparison for machines.
 
     Args:
         comparison: what was tried.
+        has_unit: the costs are seconds; otherwise only ratios are told.
     """
     bulky = ("actions", "spans", "directions")
     rows = []
     for candidate, outcome in comparison.found:
-        fields = outcome_json(outcome, has_unit=comparison.has_unit)
+        fields = outcome_json(outcome, has_unit=has_unit)
         row = {key: value for key, value in fields.items() if key not in bulky}
         rows.append(
             {
                 **row,
                 "schedule": candidate.schedule,
                 "order_of": outcome.schedule.name,
-                "stages_per_rank": outcome.stages_per_rank,
+                "stages_per_rank": outcome.shape.stages_per_rank,
                 "speed_up_over_1f1b": _ratio(comparison, outcome),
             }
         )
@@ -207,12 +209,12 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
         "orders": rows,
         "misfits": [
             {
-                "placement": candidate.kind,
-                "stages_per_rank": candidate.stages_per_rank,
+                "placement": candidate.shape.kind,
+                "stages_per_rank": candidate.shape.stages_per_rank,
                 "schedule": candidate.schedule,
-                "reason": misfit.reason,
+                "reason": reason,
             }
-            for candidate, misfit in comparison.misfits
+            for candidate, reason in comparison.left_out
         ],
     }
 
@@ -262,6 +264,10 @@ def counted(number: int, noun: str) -> str:
 def milliseconds(seconds: float) -> str:
     """A time with a digit after the point, as schedules are compared."""
     return f"{1e3 * seconds:.1f} ms"
+
+
+def _percent_or_dash(share: float | None) -> str:
+    return "-" if share is None else percent(share)
 
 
 def percent(share: float) -> str:

@@ -9,8 +9,8 @@ import pytest
 
 from deepopt.convert import describe
 from deepopt.planner import decide
-from deepopt.planner.choose import SHAPES, Shape
 from deepopt.planner.orders import write_orders
+from deepopt.planner.shapes import SHAPES, Shape
 from deepopt.run_directory import RunDirectory
 from support.worker_processes import losses_of, make_plan, tiny_job
 
@@ -93,7 +93,7 @@ def test_searched_orders_change_no_bit(
     assert planned.comparison is not None
     assert planned.comparison.best.shape == shape
     run = RunDirectory(tmp_path)
-    write_orders(run.schedules, plan=planned.plan, schedules=planned.schedules)
+    write_orders(run.schedules, orders=planned.orders)
     assert losses_of(job, planned.plan, run_dir=tmp_path, last_step=STEPS) == one_process
 
 

@@ -341,3 +341,35 @@ def test_the_fault_in_the_documents_is_drawn_as_it_says() -> None:
 def test_the_documents_name_every_builder() -> None:
     text = (DOCS / "schedules.md").read_text()
     assert [name for name in BUILDERS if f"| `{name}` |" not in text] == []
+
+
+def test_a_known_model_on_a_cluster_has_costs_and_memory_of_its_own() -> None:
+    cluster = ("--model", "gpt-14.6b", "--hardware", "8xA100", "--no-search")
+    result = deepopt("compare", *cluster, "--microbatches", 24)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("analytic, A100 at 0.725 of its peak costs")
+    assert re.search(r"gpipe +holds activations of 24 micro-batches", result.stdout)
+    assert "which its memory does not" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--model", "gpt3-175b"), "--model was given without --hardware"),
+        (("--hardware", "8xA100"), "--hardware was given without --model"),
+        (("--tensor-parallel", 2), "describe a model on a cluster"),
+        (("--model", "gpt-3", "--hardware", "8xA100"), "there is no model 'gpt-3'"),
+        (("--model", "gpt3-175b", "--hardware", "8xA10"), "no table for accelerator 'A10'"),
+        (
+            ("--model", "gpt-1.5b", "--hardware", "8xA100", "--costs", "1/1/1"),
+            "--costs was given with --model and --hardware",
+        ),
+        (("--model", "gpt-1.5b", "--hardware", "8xA100", "--ranks", 4), "has 8"),
+    ],
+)
+def test_half_a_cluster_or_two_costs_are_refused(
+    arguments: tuple[object, ...], message: str
+) -> None:
+    result = deepopt("compare", *arguments)
+    assert result.exit_code == 1
+    assert message in result.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import pytest
 from deepopt.config import JobConfig
 from deepopt.errors import PlanError
 from deepopt.planner.decide import Planned, make_plan
-from deepopt.planner.orders import load_schedule, write_orders
+from deepopt.planner.orders import known_orders, load_schedule, write_orders
+from deepopt.schedule.builders import build
 from support.head_fakes import make_skeleton
 
 
@@ -27,7 +29,7 @@ def planned() -> Planned:
 
 
 def written(planned: Planned, folder: Path) -> Path:
-    write_orders(folder, plan=planned.plan, schedules=planned.schedules)
+    write_orders(folder, orders=planned.orders)
     (path,) = folder.iterdir()
     return path
 
@@ -38,11 +40,57 @@ def test_an_order_is_read_as_it_was_written(planned: Planned, tmp_path: Path) ->
     assert found == planned.schedules[0]
 
 
+def searched_again(planned: Planned, folder: Path, **pipeline: Any) -> Planned:
+    job = JobConfig.model_validate(
+        {"pipeline": {"placement": "mirror", **pipeline}, "training": {"microbatches": 8}}
+    )
+    return make_plan(
+        job,
+        make_skeleton("abcd"),
+        num_workers=4,
+        plan_id=2,
+        effort=50_000,
+        known=known_orders(folder),
+    )
+
+
+def test_an_order_whose_inputs_are_the_same_is_not_searched_again(
+    planned: Planned, tmp_path: Path
+) -> None:
+    """A slower order under the key is taken as it is: so nothing was searched."""
+    (key,) = planned.plan.orders
+    kept = planned.orders[key]
+    slow = build(
+        "gpipe" if kept.schedule.placement.up is None else "bi_stream",
+        placement=kept.schedule.placement,
+        directions=kept.schedule.directions,
+    )
+    write_orders(tmp_path, orders={key: replace(kept, schedule=slow)})
+    again = searched_again(planned, tmp_path)
+    assert again.schedules == (slow,)
+    other = searched_again(planned, tmp_path, overlap_steps=True)
+    assert other.plan.orders != (key,)
+
+
+def test_what_was_kept_comes_back_whole(planned: Planned, tmp_path: Path) -> None:
+    write_orders(tmp_path, orders=planned.orders)
+    known = known_orders(tmp_path)
+    assert {key: known(key) for key in planned.orders} == planned.orders
+    assert known("elsewhere") is None
+    assert searched_again(planned, tmp_path).schedules == planned.schedules
+
+
+def test_a_damaged_order_is_searched_again(planned: Planned, tmp_path: Path) -> None:
+    path = written(planned, tmp_path)
+    path.write_text(path.read_text().replace("0F0", "0F1"))
+    assert searched_again(planned, tmp_path).schedules == planned.schedules
+
+
 def test_a_builders_order_needs_no_file(tmp_path: Path) -> None:
     job = JobConfig.model_validate({"pipeline": {"schedule": "1f1b"}})
     named = make_plan(job, make_skeleton("abcd"), num_workers=2, plan_id=1)
     folder = tmp_path / "schedules"
-    write_orders(folder, plan=named.plan, schedules=named.schedules)
+    write_orders(folder, orders=named.orders)
     assert not folder.exists()
     assert load_schedule(named.plan, data_index=0, folder=folder) == named.schedules[0]
 

@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 
 from deepopt.config import JobConfig
 from deepopt.errors import PlanError
-from deepopt.planner.choose import Shape
+from deepopt.planner.choose import Candidate
 from deepopt.planner.decide import make_plan, resolve_groups
 from deepopt.planner.estimate import relative_costs
 from deepopt.planner.layer_costs import LayerCosts
 from deepopt.planner.plan import Plan
+from deepopt.planner.shapes import Shape
 from deepopt.planner.skeleton import LayerSkeleton, ModelSkeleton, ParameterSkeleton
 from deepopt.schedule.ir import Direction, PlacementKind
 from deepopt.schedule.verify import verify
@@ -62,10 +63,10 @@ def test_auto_compares_every_placement_and_takes_the_fastest() -> None:
     planned = make_plan(job(), model(8), num_workers=4, plan_id=1, effort=LITTLE)
     comparison = planned.comparison
     assert comparison is not None
-    times = [candidate.makespan_s for candidate in comparison.candidates]
+    times = [found.step_s for _, found in comparison.found]
     assert times == sorted(times)
     assert comparison.best.shape == Shape(kind=planned.plan.placement)
-    assert {c.shape.kind for c in comparison.candidates} == {LINE, V, MIRROR}
+    assert {c.shape.kind for c, _ in comparison.found} == {LINE, V, MIRROR}
     assert [reason for _, reason in comparison.left_out] == [
         "12 stages (3 a rank) need at least 12 layers, the model has 8",
         "16 stages (4 a rank) need at least 16 layers, the model has 8",
@@ -121,7 +122,10 @@ def test_auto_has_one_direction_where_the_groups_cannot_be_shared(
     planned = make_plan(job(**sections), model(8), num_workers=4, plan_id=1, effort=LITTLE)
     assert planned.plan.placement in (LINE, V)
     assert planned.comparison is not None
-    assert "cannot be shared" in dict(planned.comparison.left_out)[Shape(kind=MIRROR)]
+    assert (
+        "cannot be shared"
+        in dict(planned.comparison.left_out)[Candidate(shape=Shape(kind=MIRROR))]
+    )
 
 
 def test_replicas_share_the_workers() -> None:

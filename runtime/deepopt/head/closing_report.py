@@ -13,13 +13,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deepopt.planner.choose import one_f_one_b_s
+from deepopt.planner.choose import yardstick
 from deepopt.planner.emulated_costs import emulated_costs
 from deepopt.planner.estimate import estimated_costs
 from deepopt.planner.layer_costs import LayerCosts
 from deepopt.planner.measured import measured_costs, stage_times
 from deepopt.planner.orders import load_schedule
 from deepopt.planner.plan import Plan
+from deepopt.planner.sketch import Pipeline
 from deepopt.schedule.ir import Op
 from deepopt.schedule.simulate import CostTable, Timeline, simulate
 
@@ -192,15 +193,18 @@ def _against_1f1b(
         )
     if costs is None or timeline.makespan_s <= 0:
         return {}
-    replicas = [[b - a for a, b in plan.replica_groups(d)] for d in range(plan.data_size)]
-    seconds = one_f_one_b_s(
-        costs,
+    pipeline = Pipeline(
         num_ranks=plan.pipeline_size,
-        replicas=replicas,
-        cores=None if cores is None else max(1, cores // plan.data_size),
+        replicas=tuple(
+            tuple(b - a for a, b in plan.replica_groups(d)) for d in range(plan.data_size)
+        ),
+        layers=costs,
+        cores=cores,
     )
-    if seconds is None:
+    plain = yardstick(pipeline)
+    if plain is None:
         return {}
+    seconds = plain.step_s
     return {
         "simulated_1f1b_step_s": seconds,
         "gain_over_1f1b": seconds / timeline.makespan_s,

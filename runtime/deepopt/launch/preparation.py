@@ -121,7 +121,7 @@ def prepare(job: JobConfig, *, plan_id: int, run: RunDirectory | None = None) ->
     Args:
         job: with absolute paths; its import paths can be imported.
         plan_id: number of the plan in the job.
-        run: of a job that has run before, for what it measured.
+        run: of a job that has run before, for what it measured and searched.
 
     Raises:
         DeepoptError: what does not fit, with the values.
@@ -132,6 +132,7 @@ def prepare(job: JobConfig, *, plan_id: int, run: RunDirectory | None = None) ->
 
     from deepopt.convert import describe
     from deepopt.planner.decide import make_plan, resolve_groups
+    from deepopt.planner.orders import known_orders
     from deepopt.schedule.simulate import simulate
     from deepopt.schedule.verify import verify
 
@@ -150,6 +151,7 @@ def prepare(job: JobConfig, *, plan_id: int, run: RunDirectory | None = None) ->
         costs=_known_costs(job, skeleton, num_workers=num_workers, run=run),
         cores=cores,
         given=_given_order(job),
+        known=None if run is None else known_orders(run.schedules),
     )
     for schedule in dict.fromkeys(planned.schedules):
         verify(schedule)

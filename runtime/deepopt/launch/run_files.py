@@ -119,7 +119,7 @@ def write_plan(run: RunDirectory, prepared: Prepared) -> None:
         prepared: the job.
     """
     planned = prepared.planned
-    write_orders(run.schedules, plan=planned.plan, schedules=planned.schedules)
+    write_orders(run.schedules, orders=planned.orders)
     write_json_atomic(run.costs, planned.costs.to_json(), durable=True)
     write_json_atomic(run.model, prepared.skeleton.to_json(), durable=True)
     write_json_atomic(run.plan, prepared.plan.to_json(), durable=True)

@@ -1,93 +1,123 @@
-"""Which placement, cut and order make the shortest step: all that fit are searched and compared.
+"""Orders for one pipeline side by side: built or searched, judged alike, the best one first.
 
-Pure and deterministic. Costs come from outside (`LayerCosts`), effort is counted in actions. What does
-not fit groups, layers or memory is left out with its reason. It decides by simulated time alone:
+Pure and deterministic. Costs come from outside (`Pipeline`), effort is counted in actions. What does
+not fit groups, layers or memory is left out with its reason. It decides by simulated time:
 a second copy of the weights pays its exchange and its update there, and its memory is shown.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 
 from deepopt.errors import PlanError, ScheduleError
-from deepopt.planner.layer_costs import LayerCosts
-from deepopt.planner.partition import partition, partition_folded
-from deepopt.schedule.builders import build
-from deepopt.schedule.ir import Placement, PlacementKind, Schedule, directions_of, place
-from deepopt.schedule.memory import Memory, peaks
-from deepopt.schedule.search import SearchResult, search
-from deepopt.schedule.simulate import simulate
+from deepopt.planner.orders import KeptOrder, Known, input_key
+from deepopt.planner.shapes import SHAPES, Shape, shapes
+from deepopt.planner.sketch import Pipeline
+from deepopt.schedule.bound import lower_bound_s
+from deepopt.schedule.builders import BUILDERS, build, misfit
+from deepopt.schedule.ir import Direction, PlacementKind, Schedule
+from deepopt.schedule.memory import Memory
+from deepopt.schedule.search import NAME, fits, search
+from deepopt.schedule.simulate import CostTable, Timeline, simulate
+from deepopt.schedule.verify import verify
+
+YARDSTICK = "1f1b"
+SEARCHED = NAME
+"""Stands for a search where a candidate names no builder."""
 
 LAUNCH_EFFORT = 200_000
 """Actions a placement: about two seconds for all of p=4, m=8 on one core."""
 
-MOST_STAGES_PER_RANK = 4  # more stages make smaller bubbles than their messages are worth
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shape:
-    """A placement to look at.
-
-    Args:
-        kind: line, v or mirror.
-        stages_per_rank: stages of which a rank runs each micro-batch: 1 to 4 with line, 2 with v.
-    """
-
-    kind: PlacementKind
-    stages_per_rank: int = 1
-
-    def __str__(self) -> str:
-        many = self.kind is PlacementKind.LINE and self.stages_per_rank > 1
-        return f"{self.kind} x{self.stages_per_rank}" if many else str(self.kind)
-
-    def place(self, num_ranks: int) -> Placement:
-        """Its stages on ranks.
-
-        Args:
-            num_ranks: of one pipeline.
-        """
-        return place(self.kind, num_ranks=num_ranks, stages_per_rank=self.stages_per_rank)
-
-
-SHAPES = (
-    *(
-        Shape(kind=PlacementKind.LINE, stages_per_rank=count)
-        for count in range(1, MOST_STAGES_PER_RANK + 1)
-    ),
-    Shape(kind=PlacementKind.V, stages_per_rank=2),
-    Shape(kind=PlacementKind.MIRROR),
-)
+_SEARCH_VERSION = 2  # +1 when the same inputs may give another order
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """One placement with the best order found for it.
+    """An order to try.
 
     Args:
-        shape: the placement.
-        boundaries: index of the first layer of each stage.
-        schedules: the order of each replica; the slowest one sets the figures.
-        makespan_s: simulated step time.
-        bubble: idle share of it.
-        gap: how much slower than the bound, as a share of it; None where ranks share cores, which
-            the bound does not know.
-        peak_activations: stage micro-batches in flight on the worst rank.
-        weight_copies: copies of the weights.
-        builder: the fastest classical order that fits; None when none does.
-        builder_makespan_s: its simulated step time.
+        shape: placement.
+        schedule: a builder, or `searched`.
     """
 
     shape: Shape
+    schedule: str = SEARCHED
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """One order on one placement.
+
+    Args:
+        boundaries: index of the first layer of each stage; empty where stages are all that is known.
+        schedules: the order of each replica.
+        timeline: the order of the slowest replica in time; it sets the figures.
+        step_s: simulated step time; among others where steps overlap.
+        lower_bound_s: no order of this placement and memory is faster; None where ranks share
+            cores, which the bound does not know.
+        peak_activations: per rank, the most micro-batches in flight, in shares of a rank.
+        num_transfers: tensors sent between ranks in a step.
+        best_builder: for a searched order, the fastest builder that fits; None otherwise.
+        keys: of the searched orders, by replica (see `planner.orders`); empty for a builder's.
+    """
+
     boundaries: tuple[int, ...]
     schedules: tuple[Schedule, ...]
-    makespan_s: float
-    bubble: float
-    gap: float | None
-    peak_activations: int
-    weight_copies: int
-    builder: str | None
-    builder_makespan_s: float
+    timeline: Timeline
+    step_s: float
+    lower_bound_s: float | None
+    peak_activations: tuple[float, ...]
+    num_transfers: int
+    best_builder: str | None = None
+    keys: tuple[str, ...] = ()
+
+    @property
+    def schedule(self) -> Schedule:
+        """The order of the slowest replica."""
+        return self.timeline.schedule
+
+    @property
+    def shape(self) -> Shape:
+        """The placement."""
+        placement = self.schedule.placement
+        return Shape(
+            kind=placement.kind, stages_per_rank=placement.num_stages // placement.num_ranks
+        )
+
+    @property
+    def weight_copies(self) -> int:
+        """Ranks that hold each stage's weights; with an odd mirror, all but the middle one's."""
+        placement = self.schedule.placement
+        return max(len(placement.copies_of(stage)) for stage in range(placement.num_stages))
+
+    @property
+    def gap(self) -> float | None:
+        """How much slower than the bound, as a share of it."""
+        if self.lower_bound_s is None:
+            return None
+        return self.step_s / self.lower_bound_s - 1 if self.lower_bound_s > 0 else 0.0
+
+    @property
+    def preference(self) -> tuple[float, int, float, int]:
+        """Orders sort by it: the faster first, then fewer copies, less memory, fewer messages."""
+        return (
+            float(f"{self.step_s:.9g}"),  # sums of floats differ below
+            self.weight_copies,
+            max(self.peak_activations),
+            self.num_transfers,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Misfit:
+    """An order that cannot be had.
+
+    Args:
+        reason: in one sentence.
+    """
+
+    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,264 +125,330 @@ class Comparison:
     """What was compared, the best first.
 
     Args:
-        candidates: in ascending order of step time; at least one.
-        left_out: placements that do not fit, with the reason.
-        one_f_one_b_s: simulated step time of plain 1F1B at the same costs; None where the model
-            has fewer layers than ranks.
+        found: what can be had, the preferred first; at least one.
+        left_out: what cannot, with the reason.
+        one_f_one_b_s: simulated step time of plain 1F1B at the same costs, whatever the memory; None
+            where the model has fewer layers than ranks.
         source: where the costs are from.
     """
 
-    candidates: tuple[Candidate, ...]
-    left_out: tuple[tuple[Shape, str], ...]
+    found: tuple[tuple[Candidate, Outcome], ...]
+    left_out: tuple[tuple[Candidate, str], ...]
     one_f_one_b_s: float | None
     source: str
 
     @property
-    def best(self) -> Candidate:
+    def best(self) -> Outcome:
         """The chosen one."""
-        return self.candidates[0]
+        return self.found[0][1]
+
+    @property
+    def orders(self) -> dict[str, KeptOrder]:
+        """All searched orders by their keys: what a later comparison need not search again."""
+        return {
+            key: KeptOrder(
+                schedule=schedule,
+                boundaries=outcome.boundaries,
+                builder=outcome.best_builder,
+            )
+            for _, outcome in self.found
+            for key, schedule in zip(outcome.keys, outcome.schedules, strict=False)
+        }
+
+
+def searches(of: Sequence[Shape] = SHAPES) -> tuple[Candidate, ...]:
+    """A search on each placement.
+
+    Args:
+        of: the placements.
+    """
+    return tuple(Candidate(shape=shape) for shape in of)
+
+
+def candidates(
+    num_ranks: int, *, most_stages_per_rank: int, with_search: bool
+) -> tuple[Candidate, ...]:
+    """Every builder on every placement that it is made for, and a search on each placement.
+
+    Args:
+        num_ranks: with one rank there is one direction, and a mirror is a line.
+        most_stages_per_rank: of placement line.
+        with_search: also searched orders.
+    """
+    found = []
+    for shape in shapes(most_stages_per_rank):
+        if shape.kind is PlacementKind.MIRROR and num_ranks == 1:
+            continue
+        placement = shape.place(num_ranks)
+        names = [name for name in BUILDERS if misfit(name, placement=placement) is None]
+        if shape == SHAPES[0]:
+            names.remove("interleaved_1f1b")  # the same order as 1f1b
+        found += [
+            Candidate(shape=shape, schedule=name)
+            for name in (*names, *((SEARCHED,) if with_search else ()))
+        ]
+    return tuple(found)
 
 
 def compare(
-    costs: LayerCosts,
+    pipeline: Pipeline,
     *,
-    num_ranks: int,
-    replicas: Sequence[Sequence[int]],
-    shapes: Sequence[Shape] = SHAPES,
-    boundaries: tuple[int, ...] | None = None,
-    cores: int | None = None,
-    overlap: bool = False,
+    tried: Sequence[Candidate],
     effort: int = LAUNCH_EFFORT,
     seed: int = 0,
+    progress: Callable[[str], None] | None = None,
+    known: Known | None = None,
 ) -> Comparison:
-    """Search every placement that fits and put the fastest first.
+    """Try every candidate and put the fastest first.
 
     Args:
-        costs: of the layers, links and ranks.
-        num_ranks: of one pipeline.
-        replicas: micro-batches of each gradient group, for each replica of the pipeline.
-        shapes: placements to look at.
-        boundaries: a cut to keep to; None to fit one to the costs.
-        cores: host cores that all workers share; None where each has a device of its own.
-        overlap: whether steps overlap, as for `search`.
-        effort: actions to schedule or evaluate for each placement and replica.
+        pipeline: sizes and costs.
+        tried: what to try.
+        effort: actions to schedule or evaluate for each search.
         seed: of the random choices.
+        progress: told what is being tried.
+        known: orders that were searched before, by their keys.
 
     Raises:
-        PlanError: nothing fits; names the reason of each placement.
+        PlanError: nothing fits; names the reason of each candidate.
     """
-    per_replica = None if cores is None else max(1, cores // len(replicas))
-    candidates: list[Candidate] = []
-    left_out: list[tuple[Shape, str]] = []
-    for shape in shapes:
-        try:
-            candidates.append(
-                _candidate(
-                    costs,
-                    shape,
-                    num_ranks=num_ranks,
-                    replicas=replicas,
-                    boundaries=boundaries,
-                    cores=per_replica,
-                    overlap=overlap,
-                    effort=effort,
-                    seed=seed,
-                )
-            )
-        except (PlanError, ScheduleError) as problem:
-            left_out.append((shape, problem.message))
-    if not candidates:
-        reasons = "; ".join(f"{shape}: {reason}" for shape, reason in left_out)
+    found: list[tuple[Candidate, Outcome]] = []
+    left_out: list[tuple[Candidate, str]] = []
+    for index, candidate in enumerate(tried, start=1):
+        if progress is not None:
+            progress(f"{index} of {len(tried)}: {candidate.schedule}, {candidate.shape}")
+        result = evaluate(pipeline, candidate=candidate, effort=effort, seed=seed, known=known)
+        if isinstance(result, Misfit):
+            left_out.append((candidate, result.reason))
+        else:
+            found.append((candidate, result))
+    if not found:
+        reasons = "; ".join(f"{candidate.shape}: {reason}" for candidate, reason in left_out)
         raise PlanError(
             f"no placement fits: {reasons}",
-            remedy="use smaller micro-batches, more ranks or pipeline.recompute full, or name "
-            "another pipeline.placement",
+            remedy="use smaller micro-batches, more memory or ranks, or pipeline.recompute full, or "
+            "name another pipeline.placement",
         )
-    candidates.sort(key=lambda c: (c.makespan_s, c.weight_copies, c.peak_activations))
+    plain = yardstick(pipeline)
     return Comparison(
-        candidates=tuple(candidates),
+        found=tuple(sorted(found, key=lambda entry: entry[1].preference)),
         left_out=tuple(left_out),
-        one_f_one_b_s=one_f_one_b_s(
-            costs, num_ranks=num_ranks, replicas=replicas, cores=per_replica, overlap=overlap
-        ),
-        source=costs.source,
+        one_f_one_b_s=None if plain is None else plain.step_s,
+        source=pipeline.layers.source,
     )
 
 
-def fit_boundaries(costs: LayerCosts, shape: Shape, *, num_ranks: int) -> tuple[int, ...]:
-    """The cut that leaves the busiest rank as little to do as possible, by its own speed.
-
-    Args:
-        costs: of the layers and ranks.
-        shape: the placement.
-        num_ranks: of one pipeline.
-
-    Raises:
-        PlanError: more stages than layers.
-    """
-    placement = shape.place(num_ranks)
-    num_stages = placement.num_stages
-    if num_stages > costs.num_layers:
-        per_rank = shape.stages_per_rank
-        stages = f"{num_stages} stages" + (f" ({per_rank} a rank)" if per_rank > 1 else "")
-        raise PlanError(
-            f"{stages} need at least {num_stages} layers, the model has {costs.num_layers}",
-            remedy=f"use at most {costs.num_layers // per_rank or 1} worker(s) per pipeline, "
-            "more replicas (parallel.data), or a deeper model",
-        )
-    factors = costs.rank_factor or (1.0,) * num_ranks
-    if len(factors) != num_ranks:
-        raise PlanError(
-            f"the costs name {len(factors)} rank factors, a pipeline has {num_ranks} ranks",
-            remedy="give one factor for each rank, or none",
-        )
-    if shape.kind is PlacementKind.LINE:
-        by_stage = [factors[rank] for rank in placement.down]
-        return partition(costs.work_s, num_stages, factors=by_stage)
-    num_pairs = -(-num_stages // 2)
-    if shape.kind is PlacementKind.V:
-        by_pair = list(factors)
-    else:
-        by_pair = [max(factors[r], factors[num_ranks - 1 - r]) for r in range(num_pairs)]
-    return partition_folded(costs.work_s, num_stages, factors=by_pair)
-
-
-def memory_for(costs: LayerCosts, *, boundaries: Sequence[int], placement: Placement) -> Memory:
-    """What micro-batches hold and ranks can hold, in bytes where both are known.
-
-    Where they are not, a rank may hold as many micro-batches as 1F1B does (p; p + 1 with mirror, whose
-    two streams meet), each counted in shares of the rank.
-
-    Args:
-        costs: of the layers and ranks.
-        boundaries: index of the first layer of each stage.
-        placement: stages on ranks.
-
-    Raises:
-        PlanError: the layers' states alone do not fit.
-    """
-    if not costs.memory_bytes or not any(costs.activation_bytes):
-        lanes = placement.num_stages // placement.num_ranks
-        both = placement.kind is PlacementKind.MIRROR
-        return Memory.counted(placement, cap=placement.num_ranks * lanes + both)
-    full = costs.per_stage(costs.activation_bytes, boundaries)
-    kept = full
-    if costs.recomputes:
-        kept = tuple(map(min, costs.per_stage(costs.input_bytes, boundaries), full))
-    states = costs.rank_state_bytes(boundaries, placement=placement)
-    caps = [size - state for size, state in zip(costs.memory_bytes, states, strict=True)]
-    for rank, cap in enumerate(caps):
-        if cap <= 0:
-            raise PlanError(
-                f"rank {rank} has {costs.memory_bytes[rank] / 1e9:.1f} GB, its layers' states "
-                f"take {states[rank] / 1e9:.1f} GB",
-                remedy="use more ranks or a placement with one copy",
-            )
-    return Memory(kept=kept, full=full, caps=tuple(caps))
-
-
-def one_f_one_b_s(
-    costs: LayerCosts,
+def evaluate(
+    pipeline: Pipeline,
     *,
-    num_ranks: int,
-    replicas: Sequence[Sequence[int]],
-    cores: int | None = None,
-    overlap: bool = False,
-) -> float | None:
-    """Simulated step time of plain 1F1B: the yardstick.
-
-    Args:
-        costs: of the layers, links and ranks.
-        num_ranks: of one pipeline.
-        replicas: micro-batches of each gradient group, for each replica.
-        cores: host cores that the ranks of one replica share.
-        overlap: whether steps overlap.
-
-    Returns:
-        None where the model has fewer layers than ranks.
-    """
-    if costs.num_layers < num_ranks:
-        return None
-    shape = Shape(kind=PlacementKind.LINE)
-    placement = shape.place(num_ranks)
-    table = costs.table(
-        fit_boundaries(costs, shape, num_ranks=num_ranks),
-        placement=placement,
-        num_replicas=len(replicas),
-    )
-    most = max(replicas, key=sum)
-    schedule = build(
-        "1f1b", placement=placement, directions=directions_of(most, num_directions=1)
-    )
-    timeline = simulate(schedule, table, cores=cores)
-    return timeline.steady_s if overlap else timeline.makespan_s
-
-
-def _candidate(
-    costs: LayerCosts,
-    shape: Shape,
-    *,
-    num_ranks: int,
-    replicas: Sequence[Sequence[int]],
-    boundaries: tuple[int, ...] | None,
-    cores: int | None,
-    overlap: bool,
+    candidate: Candidate,
     effort: int,
     seed: int,
-) -> Candidate:
-    placement = shape.place(num_ranks)
-    if boundaries is None:
-        boundaries = fit_boundaries(costs, shape, num_ranks=num_ranks)
-    elif len(boundaries) != placement.num_stages:
-        raise PlanError(
-            f"{placement.num_stages} stages, pipeline.boundaries cuts {len(boundaries)}"
+    known: Known | None = None,
+) -> Outcome | Misfit:
+    """Build or search one order and see what it takes.
+
+    Args:
+        pipeline: sizes and costs.
+        candidate: what to try.
+        effort: of a search, as for `schedule.search`.
+        seed: of a search.
+        known: orders that were searched before, by their keys.
+    """
+    try:
+        if candidate.schedule != SEARCHED:
+            return _built(pipeline, candidate)
+        return _searched(
+            pipeline, candidate.shape, effort=effort, seed=seed, known=known or _none
         )
-    memory = memory_for(costs, boundaries=boundaries, placement=placement)
-    table = costs.table(boundaries, placement=placement, num_replicas=len(replicas))
-    ways = [directions_of(sizes, num_directions=placement.num_directions) for sizes in replicas]
-    found: dict[object, SearchResult] = {}
-    for directions in ways:
-        if directions not in found:
-            found[directions] = search(
-                placement,
-                directions=directions,
-                costs=table,
-                memory=memory,
-                cores=cores,
-                overlap=overlap,
-                effort=effort,
-                seed=seed,
+    except (PlanError, ScheduleError) as problem:
+        return Misfit(reason=problem.message)
+
+
+def yardstick(pipeline: Pipeline) -> Outcome | None:
+    """1F1B on the same layers, whatever the memory holds; None where it does not run.
+
+    Args:
+        pipeline: sizes and costs.
+    """
+    free = replace(
+        pipeline,
+        layers=replace(pipeline.layers, memory_bytes=()),
+        memory_cap=None,
+        capped_as_1f1b=False,
+        boundaries=None,
+    )
+    candidate = Candidate(shape=SHAPES[0], schedule=YARDSTICK)
+    found = evaluate(free, candidate=candidate, effort=1, seed=0)
+    return None if isinstance(found, Misfit) else found
+
+
+def judge(
+    schedule: Schedule,
+    *,
+    costs: CostTable,
+    memory: Memory | None = None,
+    cores: int | None = None,
+    overlap: bool = False,
+) -> Outcome:
+    """What an order takes, whoever made it.
+
+    Args:
+        schedule: the order.
+        costs: of its stages.
+        memory: that it has to fit; None for any.
+        cores: host cores that the ranks share; None for a device each.
+        overlap: whether steps overlap.
+
+    Raises:
+        ScheduleError: the order is wrong, or the costs are made for other sizes.
+    """
+    placement = schedule.placement
+    report = verify(schedule)
+    timeline = simulate(schedule, costs, cores=cores)
+    bound_s = None
+    if cores is None:
+        bound_s = (
+            max(timeline.busy_s)
+            if overlap
+            else lower_bound_s(
+                placement, directions=schedule.directions, costs=costs, memory=memory
             )
-    slowest = max(found.values(), key=lambda result: result.makespan_s)
-    return Candidate(
-        shape=shape,
-        boundaries=boundaries,
-        schedules=tuple(found[directions].schedule for directions in ways),
-        makespan_s=slowest.makespan_s,
-        bubble=simulate(slowest.schedule, table, cores=cores).bubble,
-        gap=slowest.gap if cores is None else None,
-        peak_activations=max(slowest.peak_activations),
-        weight_copies=placement.num_directions if num_ranks > 1 else 1,
-        builder=slowest.builder,
-        builder_makespan_s=slowest.builder_makespan_s,
+        )
+    share = placement.num_ranks / placement.num_stages
+    return Outcome(
+        boundaries=(),
+        schedules=(schedule,),
+        timeline=timeline,
+        step_s=timeline.steady_s if overlap else timeline.makespan_s,
+        lower_bound_s=bound_s,
+        peak_activations=tuple(peak * share for peak in report.peak_activations),
+        num_transfers=report.num_transfers,
     )
 
 
-def peak_bytes(candidate: Candidate, costs: LayerCosts) -> float | None:
-    """What the worst rank holds, states and activations; None where the sizes are not known.
+def _none(key: str) -> None:
+    """Nothing is known."""
 
-    Args:
-        candidate: of the same costs.
-        costs: of the layers.
-    """
-    if not any(costs.activation_bytes):
-        return None
-    schedule = candidate.schedules[0]
-    placement = schedule.placement
-    full = costs.per_stage(costs.activation_bytes, candidate.boundaries)
-    kept = full
-    if costs.recomputes:
-        kept = tuple(map(min, costs.per_stage(costs.input_bytes, candidate.boundaries), full))
-    memory = Memory(kept=kept, full=full, caps=(float("inf"),) * placement.num_ranks)
-    states = costs.rank_state_bytes(candidate.boundaries, placement=placement)
-    return max(map(sum, zip(peaks(schedule, memory), states, strict=True)))
+
+def _built(pipeline: Pipeline, candidate: Candidate) -> Outcome:
+    placement = pipeline.place(candidate.shape)
+    boundaries = pipeline.cut(candidate.shape)
+    ways = pipeline.directions(placement)
+    orders = {
+        directions: build(candidate.schedule, placement=placement, directions=directions)
+        for directions in dict.fromkeys(ways)
+    }
+    return _judged(pipeline, boundaries, [orders[directions] for directions in ways])
+
+
+def _searched(
+    pipeline: Pipeline, shape: Shape, *, effort: int, seed: int, known: Known
+) -> Outcome:
+    placement = pipeline.place(shape)
+    ways = pipeline.directions(placement)
+    keys = {
+        directions: _key(pipeline, shape, directions, effort=effort, seed=seed)
+        for directions in dict.fromkeys(ways)
+    }
+    kept = {directions: known(key) for directions, key in keys.items()}
+    found = [one for one in kept.values() if one is not None]
+    if len(found) < len(kept) or any(one.boundaries != found[0].boundaries for one in found):
+        found = _search_all(pipeline, shape, tuple(keys), effort=effort, seed=seed)
+    orders = dict(zip(keys, found, strict=True))
+    outcome = _judged(
+        pipeline, found[0].boundaries, [orders[directions].schedule for directions in ways]
+    )
+    return replace(
+        outcome,
+        keys=tuple(keys[directions] for directions in ways),
+        best_builder=orders[outcome.schedule.directions].builder,
+    )
+
+
+def _search_all(
+    pipeline: Pipeline,
+    shape: Shape,
+    ways: Sequence[tuple[Direction, ...]],
+    *,
+    effort: int,
+    seed: int,
+) -> list[KeptOrder]:
+    """An order for each way that micro-batches go."""
+    placement = pipeline.place(shape)
+    boundaries = pipeline.cut(shape)
+    table = pipeline.table(boundaries, placement=placement)
+    memory = pipeline.memory(boundaries, placement=placement)
+    found = []
+    for directions in ways:
+        result = search(
+            placement,
+            directions=directions,
+            costs=table,
+            memory=memory,
+            cores=pipeline.cores_of_a_replica,
+            overlap=pipeline.overlap,
+            effort=effort,
+            seed=seed,
+        )
+        found.append(
+            KeptOrder(schedule=result.schedule, boundaries=boundaries, builder=result.builder)
+        )
+    return found
+
+
+def _key(
+    pipeline: Pipeline,
+    shape: Shape,
+    directions: tuple[Direction, ...],
+    *,
+    effort: int,
+    seed: int,
+) -> str:
+    """The name of what a search finds."""
+    inputs = {
+        **asdict(pipeline),
+        "replicas": len(pipeline.replicas),
+        "shape": asdict(shape),
+        "directions": directions,
+        "effort": effort,
+        "seed": seed,
+        "version": _SEARCH_VERSION,
+    }
+    return input_key(inputs)
+
+
+def _judged(
+    pipeline: Pipeline, boundaries: tuple[int, ...], schedules: Sequence[Schedule]
+) -> Outcome:
+    """What the orders of all replicas take; the slowest one sets the figures."""
+    placement = schedules[0].placement
+    table = pipeline.table(boundaries, placement=placement)
+    memory = pipeline.memory(boundaries, placement=placement)
+    outcomes = [
+        judge(
+            order,
+            costs=table,
+            memory=memory,
+            cores=pipeline.cores_of_a_replica,
+            overlap=pipeline.overlap,
+        )
+        for order in dict.fromkeys(schedules)
+    ]
+    slowest = max(outcomes, key=lambda outcome: outcome.step_s)
+    _refuse_too_many(slowest, pipeline, memory)
+    return replace(slowest, boundaries=boundaries, schedules=tuple(schedules))
+
+
+def _refuse_too_many(outcome: Outcome, pipeline: Pipeline, memory: Memory) -> None:
+    if fits(outcome.schedule, memory):
+        return
+    held = max(outcome.peak_activations)
+    if pipeline.layers.knows_memory:
+        raise ScheduleError(
+            f"holds activations of {held:g} micro-batches on a rank, which its memory does not"
+        )
+    cap = max(memory.caps) * len(memory.caps) / len(memory.kept)
+    raise ScheduleError(
+        f"holds activations of {held:g} micro-batches on a rank, the cap is {cap:g}"
+    )

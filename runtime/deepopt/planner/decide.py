@@ -7,33 +7,33 @@ what cannot work, with the values and the next step.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from deepopt.config import JobConfig
 from deepopt.errors import PlanError
 from deepopt.planner.choose import (
     LAUNCH_EFFORT,
-    SHAPES,
+    SEARCHED,
+    Candidate,
     Comparison,
-    Shape,
     compare,
-    fit_boundaries,
+    searches,
 )
 from deepopt.planner.estimate import estimated_costs
 from deepopt.planner.layer_costs import LayerCosts
-from deepopt.planner.orders import input_key
+from deepopt.planner.orders import KeptOrder, Known, input_key
 from deepopt.planner.plan import Plan
+from deepopt.planner.shapes import SHAPES, Shape, fit_boundaries
 from deepopt.planner.skeleton import ModelSkeleton
+from deepopt.planner.sketch import Pipeline
 from deepopt.schedule.builders import BUILDERS, build, misfit
 from deepopt.schedule.ir import Direction, PlacementKind, Schedule
-from deepopt.schedule.search import NAME as SEARCHED
 
 _AUTO = "auto"
 FILE = "file:"
 """`pipeline.schedule` starts with it where the job brings its order along."""
 _PREFERENCE = (PlacementKind.MIRROR, PlacementKind.LINE, PlacementKind.V)
-_SEARCH_VERSION = 1  # +1 when the same inputs may give another order
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,12 +46,15 @@ class Planned:
         costs: what the layers were taken to cost.
         comparison: what a searched plan was chosen from; None where the job names the schedule, or
             there is one rank.
+        orders: by key, the orders that no builder makes from their name: those of the plan, and what
+            else was searched for it.
     """
 
     plan: Plan
     schedules: tuple[Schedule, ...]
     costs: LayerCosts
     comparison: Comparison | None
+    orders: Mapping[str, KeptOrder] = field(default_factory=dict)
 
 
 def make_plan(
@@ -64,6 +67,7 @@ def make_plan(
     cores: int | None = None,
     effort: int = LAUNCH_EFFORT,
     given: Schedule | None = None,
+    known: Known | None = None,
 ) -> Planned:
     """Decide who holds which layers and in which order they work.
 
@@ -80,6 +84,7 @@ def make_plan(
         effort: of the search, see `choose.compare`.
         given: the order that the job brings along (`file:ORDER.csv`), verified; None where
             `pipeline.schedule` names a builder or is auto.
+        known: orders that were searched before, by their keys.
 
     Raises:
         PlanError: workers, layers, groups, placement or schedule do not fit together.
@@ -117,10 +122,10 @@ def make_plan(
         plans.append((shape, plan))
     if not plans:
         raise problems[-1][1]
-    planned = _searched(job, plans, costs=costs, cores=cores, effort=effort)
+    planned = _searched(job, plans, costs=costs, cores=cores, effort=effort, known=known)
     if planned.comparison is None:
         return planned
-    unfit = tuple((shape, problem.message) for shape, problem in problems)
+    unfit = tuple((Candidate(shape=shape), problem.message) for shape, problem in problems)
     left_out = unfit + planned.comparison.left_out
     return replace(planned, comparison=replace(planned.comparison, left_out=left_out))
 
@@ -196,6 +201,7 @@ def _given(
         schedules=(order,) * plan.data_size,
         costs=costs,
         comparison=None,
+        orders={key: KeptOrder(schedule=order, boundaries=plan.boundaries)},
     )
 
 
@@ -214,6 +220,7 @@ def _searched(
     costs: LayerCosts,
     cores: int | None,
     effort: int,
+    known: Known | None,
 ) -> Planned:
     """The fastest of the placements that fit."""
     first = plans[0][1]
@@ -221,19 +228,20 @@ def _searched(
         first.num_stages == 1 and first.placement is PlacementKind.LINE
     ):  # one rank does the same work in any order
         return _built(replace(first, schedule="1f1b"), costs)
-    replicas = [
-        [end - start for start, end in first.replica_groups(index)]
-        for index in range(first.data_size)
-    ]
-    comparison = compare(
-        costs,
+    pipeline = Pipeline(
         num_ranks=first.pipeline_size,
-        replicas=replicas,
-        shapes=[shape for shape, _ in plans],
+        replicas=tuple(
+            tuple(end - start for start, end in first.replica_groups(index))
+            for index in range(first.data_size)
+        ),
+        layers=costs,
+        capped_as_1f1b=True,
         boundaries=job.pipeline.boundaries,
         cores=cores,
         overlap=job.pipeline.overlap_steps,
-        effort=effort,
+    )
+    comparison = compare(
+        pipeline, tried=searches([shape for shape, _ in plans]), effort=effort, known=known
     )
     best = comparison.best
     plan = next(plan for shape, plan in plans if shape == best.shape)
@@ -242,23 +250,14 @@ def _searched(
     if len(names) == 1 and SEARCHED not in names:
         plan = replace(plan, schedule=names.pop())
     else:
-        inputs = {
-            "costs": costs.to_json(),
-            "placement": plan.placement,
-            "boundaries": plan.boundaries,
-            "cores": cores,
-            "overlap": job.pipeline.overlap_steps,
-            "effort": effort,
-            "version": _SEARCH_VERSION,
-        }
-        plan = replace(
-            plan,
-            orders=tuple(
-                input_key({**inputs, "directions": schedule.directions})
-                for schedule in best.schedules
-            ),
-        )
-    return Planned(plan=plan, schedules=best.schedules, costs=costs, comparison=comparison)
+        plan = replace(plan, orders=best.keys)
+    return Planned(
+        plan=plan,
+        schedules=best.schedules,
+        costs=costs,
+        comparison=comparison,
+        orders=comparison.orders,
+    )
 
 
 def resolve_groups(job: JobConfig) -> int:

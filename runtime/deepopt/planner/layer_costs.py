@@ -121,6 +121,11 @@ class LayerCosts:
         return any(self.prepare_s)
 
     @property
+    def knows_memory(self) -> bool:
+        """Whether both the sizes of activations and the memory of ranks are known."""
+        return bool(self.memory_bytes) and any(self.activation_bytes)
+
+    @property
     def work_s(self) -> tuple[float, ...]:
         """All compute of each layer on one micro-batch, on a rank of factor 1."""
         prepare_s = self.prepare_s or (0.0,) * self.num_layers

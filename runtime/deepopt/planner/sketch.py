@@ -11,16 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from deepopt.errors import PlanError
-from deepopt.planner.choose import Shape, fit_boundaries
 from deepopt.planner.layer_costs import LayerCosts
-from deepopt.schedule.ir import (
-    Direction,
-    Placement,
-    PlacementKind,
-    directions_of,
-    group_bounds,
-    place,
-)
+from deepopt.planner.shapes import Shape, fit_boundaries, memory_for
+from deepopt.schedule.ir import Direction, Placement, directions_of, group_bounds
+from deepopt.schedule.memory import Memory
 from deepopt.schedule.simulate import CostTable
 
 _UNIT_RATE = 1e9  # bytes/s of a route on which sizes stand for times
@@ -32,22 +26,32 @@ class Pipeline:
 
     Args:
         num_ranks: ranks of one pipeline.
-        num_microbatches: of one step and replica.
-        layers: costs of the layers, cut into stages for each placement.
-        memory_cap: most micro-batches in flight on a rank, in shares of a rank; None for any.
-        num_replicas: of the pipeline; they exchange gradients.
+        replicas: micro-batches of each gradient group, for each replica of the pipeline; replicas
+            exchange gradients.
+        layers: costs of the layers, cut into stages for each placement. Where they name sizes and
+            memory, orders have to fit these.
+        memory_cap: else, the most micro-batches in flight on a rank, in shares of a rank; None
+            for any.
+        capped_as_1f1b: else, as many as 1F1B holds (p; p + 1 with mirror, whose two streams meet).
+        boundaries: a cut to keep to; None to fit one to the costs.
+        cores: host cores that all ranks share; None where each has a device of its own.
+        overlap: whether each rank begins the next step when it has ended this one.
     """
 
     num_ranks: int
-    num_microbatches: int
+    replicas: tuple[tuple[int, ...], ...]
     layers: LayerCosts
     memory_cap: float | None = None
-    num_replicas: int = 1
+    capped_as_1f1b: bool = False
+    boundaries: tuple[int, ...] | None = None
+    cores: int | None = None
+    overlap: bool = False
 
     def __post_init__(self) -> None:
-        if self.num_ranks < 1 or self.num_microbatches < 1:
+        if self.num_ranks < 1 or not self.replicas or not all(map(sum, self.replicas)):
             raise PlanError(
-                f"{self.num_microbatches} micro-batches on {self.num_ranks} ranks are no pipeline",
+                f"{[sum(sizes) for sizes in self.replicas]} micro-batches on {self.num_ranks} "
+                "ranks are no pipeline",
                 remedy="give at least one of each",
             )
         if len(self.layers.rank_factor) not in (0, self.num_ranks):
@@ -57,55 +61,99 @@ class Pipeline:
                 remedy="give one factor for each rank",
             )
 
-    def place(self, kind: PlacementKind, *, stages_per_rank: int = 1) -> Placement:
+    @property
+    def cores_of_a_replica(self) -> int | None:
+        """Host cores that the ranks of one replica share."""
+        return None if self.cores is None else max(1, self.cores // len(self.replicas))
+
+    def place(self, shape: Shape) -> Placement:
         """Stages on this pipeline's ranks.
 
         Args:
-            kind: line, v or mirror.
-            stages_per_rank: line only.
+            shape: the placement.
 
         Raises:
-            PlanError: fewer layers than stages.
+            PlanError: fewer layers than stages, or a given cut has another number.
         """
-        placement = place(kind, num_ranks=self.num_ranks, stages_per_rank=stages_per_rank)
-        if placement.num_stages > self.layers.num_layers:
+        placement = shape.place(self.num_ranks)
+        if self.boundaries is not None and len(self.boundaries) != placement.num_stages:
             raise PlanError(
-                f"{placement.num_stages} stages need as many layers, the costs name "
-                f"{self.layers.num_layers}",
-                remedy="use fewer ranks or stages per rank, or a deeper model",
+                f"{placement.num_stages} stages, pipeline.boundaries cuts {len(self.boundaries)}"
             )
         return placement
 
-    def table(self, placement: Placement) -> CostTable:
-        """The costs of the stages, cut so that the busiest rank has as little to do as can be.
+    def cut(self, shape: Shape) -> tuple[int, ...]:
+        """The first layer of each stage: as given, or so that the busiest rank has least to do.
+
+        Args:
+            shape: the placement.
+
+        Raises:
+            PlanError: more stages than layers.
+        """
+        if self.boundaries is not None:
+            return self.boundaries
+        return fit_boundaries(self.layers, shape, num_ranks=self.num_ranks)
+
+    def table(self, boundaries: Sequence[int], *, placement: Placement) -> CostTable:
+        """The costs of the stages of a cut.
+
+        Args:
+            boundaries: index of the first layer of each stage.
+            placement: stages on ranks.
+        """
+        return self.layers.table(
+            boundaries, placement=placement, num_replicas=len(self.replicas)
+        )
+
+    def memory(self, boundaries: Sequence[int], *, placement: Placement) -> Memory:
+        """What micro-batches hold and ranks can hold.
+
+        Args:
+            boundaries: index of the first layer of each stage.
+            placement: stages on ranks.
+
+        Raises:
+            PlanError: the layers' states alone do not fit.
+        """
+        if self.layers.knows_memory or self.capped_as_1f1b:
+            return memory_for(self.layers, boundaries=boundaries, placement=placement)
+        return Memory.counted(placement, cap=self.stage_cap(placement))
+
+    def directions(self, placement: Placement) -> tuple[tuple[Direction, ...], ...]:
+        """Micro-batches of each replica in the directions of a placement.
 
         Args:
             placement: stages on ranks.
-        """
-        work = self.layers.work_s
-        num_stages = placement.num_stages
-        if len(set(work)) == 1 and len(work) % num_stages == 0 and not self.layers.rank_factor:
-            # No search, so no rounding, where the answer is plain.
-            boundaries = tuple(range(0, len(work), len(work) // num_stages))
-        else:
-            shape = Shape(kind=placement.kind, stages_per_rank=num_stages // self.num_ranks)
-            boundaries = fit_boundaries(self.layers, shape, num_ranks=self.num_ranks)
-        return self.layers.table(
-            boundaries, placement=placement, num_replicas=self.num_replicas
-        )
 
-    def directions(self, placement: Placement) -> tuple[Direction, ...]:
-        """Micro-batches in the directions of a placement, as a job of two groups has them."""
-        if placement.num_directions == 1 or self.num_microbatches == 1:
-            return (Direction.DOWN,) * self.num_microbatches
-        sizes = [end - start for start, end in group_bounds(self.num_microbatches, 2)]
-        return directions_of(sizes, num_directions=2)
+        Raises:
+            ScheduleError: the groups cannot be shared by two directions.
+        """
+        return tuple(
+            directions_of(
+                sizes, num_directions=1 if sum(sizes) == 1 else placement.num_directions
+            )
+            for sizes in self.replicas
+        )
 
     def stage_cap(self, placement: Placement) -> int | None:
         """The memory cap in stage micro-batches of a placement; None for no cap."""
         if self.memory_cap is None:
             return None
         return stage_cap(self.memory_cap, placement=placement)
+
+
+def two_groups(num_microbatches: int, *, num_replicas: int = 1) -> tuple[tuple[int, ...], ...]:
+    """The gradient groups of replicas, as a job that says nothing of groups has them.
+
+    Args:
+        num_microbatches: of each replica.
+        num_replicas: of the pipeline.
+    """
+    if num_microbatches < 1:
+        return ((),) * num_replicas
+    bounds = group_bounds(num_microbatches, min(2, num_microbatches))
+    return (tuple(end - start for start, end in bounds),) * num_replicas
 
 
 def stage_cap(cap: float, *, placement: Placement) -> int:

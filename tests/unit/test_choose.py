@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepopt.planner.comparison import (
+from deepopt.planner.choose import (
     SEARCHED,
     Candidate,
     Misfit,
@@ -16,7 +17,8 @@ from deepopt.planner.comparison import (
     candidates,
     evaluate,
 )
-from deepopt.planner.sketch import Pipeline, layers_of_ops
+from deepopt.planner.shapes import SHAPES, Shape
+from deepopt.planner.sketch import Pipeline, layers_of_ops, two_groups
 from deepopt.schedule.builders import BUILDERS
 from deepopt.schedule.ir import PlacementKind
 from deepopt.schedule.verify import verify
@@ -29,12 +31,12 @@ def sketch(
 ) -> Pipeline:
     layers = layers_of_ops([(20.0, 22.0, 16.0)], num_ranks=ranks, stages_per_rank=4, **costs)
     return Pipeline(
-        num_ranks=ranks, num_microbatches=microbatches, layers=layers, memory_cap=cap
+        num_ranks=ranks, replicas=two_groups(microbatches), layers=layers, memory_cap=cap
     )
 
 
 def outcome(pipeline: Pipeline, kind: PlacementKind, name: str, per_rank: int = 1) -> Outcome:
-    candidate = Candidate(kind=kind, stages_per_rank=per_rank, schedule=name)
+    candidate = Candidate(shape=Shape(kind=kind, stages_per_rank=per_rank), schedule=name)
     found = evaluate(pipeline, candidate=candidate, effort=EFFORT, seed=0)
     assert isinstance(found, Outcome), found
     return found
@@ -50,7 +52,7 @@ def test_every_builder_is_a_candidate_on_some_placement() -> None:
 
 
 def test_one_rank_has_no_mirror() -> None:
-    kinds = {c.kind for c in candidates(1, most_stages_per_rank=1, with_search=True)}
+    kinds = {c.shape.kind for c in candidates(1, most_stages_per_rank=1, with_search=True)}
     assert kinds == {PlacementKind.LINE, PlacementKind.V}
 
 
@@ -71,9 +73,10 @@ def test_what_is_told_of_every_candidate_is_true(
             assert cap is not None
             continue
         verify(found.schedule, memory_cap=pipeline.stage_cap(found.schedule.placement))
+        assert found.gap is not None
         assert found.gap >= -1e-9
         assert max(found.peak_activations) <= (microbatches if cap is None else cap) + 1e-9
-        assert found.weight_copies == (2 if candidate.kind is PlacementKind.MIRROR else 1)
+        assert found.weight_copies == (2 if candidate.shape.kind is PlacementKind.MIRROR else 1)
 
 
 def test_figures_of_1f1b_are_the_published_ones() -> None:
@@ -87,7 +90,7 @@ def test_figures_of_1f1b_are_the_published_ones() -> None:
 
 
 def test_activations_are_counted_in_shares_of_a_rank() -> None:
-    found = outcome(sketch(4, 16), PlacementKind.V, "zb_v")
+    found = outcome(sketch(4, 16), PlacementKind.V, "zb_v", 2)
     assert max(found.peak_activations) == 4
 
 
@@ -102,7 +105,7 @@ def test_a_second_copy_is_charged() -> None:
 
 
 def test_what_does_not_fit_says_why() -> None:
-    candidate = Candidate(kind=PlacementKind.LINE, stages_per_rank=1, schedule="zb_h2")
+    candidate = Candidate(shape=SHAPES[0], schedule="zb_h2")
     found = evaluate(sketch(4, 8, cap=4), candidate=candidate, effort=1, seed=0)
     assert isinstance(found, Misfit)
     assert found.reason == "holds activations of 7 micro-batches on a rank, the cap is 4"
@@ -114,3 +117,12 @@ def test_a_tie_prefers_fewer_copies_then_less_memory() -> None:
     gpipe = outcome(pipeline, PlacementKind.LINE, "gpipe")
     assert h1.timeline.makespan_s == pytest.approx(gpipe.timeline.makespan_s)
     assert h1.preference < gpipe.preference
+
+
+def test_steps_that_overlap_are_chosen_by_what_a_step_takes_among_others() -> None:
+    pipeline = replace(sketch(4, 8), overlap=True)
+    found = outcome(pipeline, PlacementKind.LINE, SEARCHED)
+    assert found.step_s == found.timeline.steady_s < found.timeline.makespan_s
+    assert found.lower_bound_s == max(found.timeline.busy_s)
+    apart = outcome(sketch(4, 8), PlacementKind.LINE, SEARCHED)
+    assert found.step_s <= apart.timeline.steady_s
