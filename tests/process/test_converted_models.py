@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from deepopt.checkpoint.export import export_weights
+from deepopt.checkpoint.layer_files import read_manifest
 from deepopt.config import JobConfig
 from deepopt.convert import build_chain, describe
 from support.worker_processes import commit, losses_of, make_plan, train
@@ -101,6 +102,48 @@ def test_mirror_has_the_losses_of_one_worker(
     cut = losses_of(job, mirror(job, ranks=ranks), run_dir=tmp_path / "cut", last_step=STEPS)
     assert cut == alone
     assert len(set(alone)) == STEPS
+
+
+@pytest.mark.parametrize(
+    ("factory", "dataset", "data", "dtype"),
+    [
+        pytest.param(
+            f"{HF}:llama_adapted",
+            f"{HF}:Batches",
+            {"kind": "labels"},
+            "bfloat16",
+            id="adapters",
+        ),
+        pytest.param(
+            f"{NASTY}:FrozenFront", f"{NASTY}:Batches", {}, "float32", id="whole-stage"
+        ),
+    ],
+)
+def test_frozen_parameters_keep_their_bits_through_training_checkpoint_and_export(
+    factory: str, dataset: str, data: dict[str, Any], dtype: str, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file
+
+    job = make_job(factory, dataset, data=data, precision={"dtype": dtype})
+    skeleton = describe(job)
+    parameters = [p for layer in skeleton.layers for p in layer.parameters]
+    frozen = {p.name for p in parameters if not p.requires_grad}
+    trained = {p.name for p in parameters if p.requires_grad}
+    plan = mirror(job, ranks=2)
+    outcome = train(job, plan, run_dir=tmp_path / "cut", last_step=3)
+    checkpoint = commit(outcome, job, plan, run_dir=tmp_path / "cut")
+    alone = losses_of(job, make_plan(job), run_dir=tmp_path / "alone", last_step=3)
+    assert outcome.losses == alone
+
+    manifest = read_manifest(checkpoint)
+    keys = {key for shard in manifest.shards for key in shard.tensors}
+    assert {key.split("/")[1] for key in keys if key.startswith("optimizer/")} == trained
+    torch.manual_seed(job.training.seed)
+    original = build_chain(job, device="cpu").model.state_dict()
+    (file,) = export_weights(checkpoint, skeleton, tmp_path / "final")
+    found = load_file(file)
+    assert {name for name in frozen if not torch.equal(found[name], original[name])} == set()
+    assert {name for name in trained if torch.equal(found[name], original[name])} == set()
 
 
 @pytest.mark.parametrize(

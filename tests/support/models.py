@@ -81,3 +81,8 @@ def broken() -> torch.nn.Module:
 
 def not_a_module() -> int:
     return 3
+
+
+def frozen() -> torch.nn.Module:
+    """Nothing in it can be trained."""
+    return sequential().requires_grad_(False)

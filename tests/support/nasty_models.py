@@ -168,6 +168,104 @@ class Collecting(_Blocks):
         return self.head(x) + self.seen[0].mean()
 
 
+class Handing(_Blocks):
+    """Hooks hand out what is made inside layers, while the forward asks for it: as libraries collect
+    router logits. Between layers: a hook on a tensor, the largest of some, a result cut off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sink: list[torch.Tensor] | None = None
+        for part in (self.blocks[1].up, self.blocks[2].down):
+            part.register_forward_hook(self._hand_out)
+
+    def _hand_out(self, module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        if self.sink is not None:
+            self.sink.append(output)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.sink = []
+        x = self.embed(x)
+        for block in self.blocks:
+            largest = x.topk(3, dim=-1)
+            x = block(x) + torch.zeros_like(x).scatter(1, largest.indices, largest.values)
+            x.register_hook(lambda grad: grad * 2.0)
+        apart = x * 0.5
+        apart.detach_()
+        x = self.head(x + apart) + sum(part.mean() for part in self.sink)
+        self.sink = None
+        return x
+
+
+class FrozenFront(_Blocks):
+    """The first half learns nothing, and gives no gradient either."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for part in (self.embed, *self.blocks[:2]):
+            part.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.embed(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x)
+
+
+class Differentiating(_Blocks):
+    """Goes back through its own layers in the forward."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.embed(x)
+        y = self.blocks[0](x)
+        (grad,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        return self.head(y + grad)
+
+
+class Compiled(_Blocks):
+    """Blocks that `torch.compile` has wrapped; one of them frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks[2].requires_grad_(False)
+        for index in (0, 2):
+            self.blocks[index] = torch.compile(self.blocks[index], backend="eager")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+class Adapter(nn.Module):
+    """A frozen linear layer and a trained correction of low rank, as adapter libraries write it."""
+
+    def __init__(self, base: nn.Linear, rank: int = 2) -> None:
+        super().__init__()
+        self.base_layer = base
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(base.in_features, rank, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(rank, base.out_features, bias=False)})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        low = self.lora_A["default"](x)
+        return self.base_layer(x) + 2.0 * self.lora_B["default"](low)
+
+
+class Adapted(nn.Module):
+    """Wraps a model of another library: freezes it, puts adapters in, hides its arguments."""
+
+    def __init__(self, model: nn.Module, parts: tuple[str, ...]) -> None:
+        super().__init__()
+        self.base_model = model.requires_grad_(False)
+        for path, part in list(model.named_modules()):
+            if path.rpartition(".")[2] in parts and isinstance(part, nn.Linear):
+                owner = model.get_submodule(path.rpartition(".")[0])
+                setattr(owner, path.rpartition(".")[2], Adapter(part))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.base_model(*args, **kwargs)
+
+
 class Replacing(_Blocks):
     """Puts a new tensor in a buffer's place."""
 

@@ -10,6 +10,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before the import: nothing is downloaded
 import torch
 import transformers
 
+from support.nasty_models import Adapted
+
 VOCABULARY = 256
 _SMALL = {
     "vocab_size": VOCABULARY,
@@ -36,6 +38,13 @@ def mixtral() -> torch.nn.Module:
     return transformers.MixtralForCausalLM(config)
 
 
+def mixtral_balanced() -> torch.nn.Module:
+    """With the auxiliary loss of its routers, whose logits hooks collect inside the layers."""
+    model = mixtral()
+    model.config.output_router_logits = True
+    return model
+
+
 def qwen3_moe() -> torch.nn.Module:
     config = transformers.Qwen3MoeConfig(
         **_SMALL,
@@ -47,6 +56,19 @@ def qwen3_moe() -> torch.nn.Module:
         head_dim=8,
     )
     return transformers.Qwen3MoeForCausalLM(config)
+
+
+def llama_adapted() -> torch.nn.Module:
+    """Frozen but for adapters."""
+    return Adapted(llama(), parts=("q_proj", "v_proj"))
+
+
+def llama_adapted_recomputed() -> torch.nn.Module:
+    """The same with the library's own recomputation inside the blocks."""
+    model = llama_adapted()
+    model.base_model.activation_checkpointing_enable()
+    model.base_model.enable_input_require_grads()
+    return model
 
 
 def gpt2(dropout: float = 0.0) -> torch.nn.Module:

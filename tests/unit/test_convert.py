@@ -97,6 +97,10 @@ def test_the_seed_changes_the_values() -> None:
 @pytest.mark.parametrize(
     ("factory", "message"),
     [
+        (
+            "support.models:frozen",
+            "nothing to train: all 4 parameters of support.models:frozen",
+        ),
         ("support.models:Stray", "parameter gain belongs to none of the 1 layers"),
         ("support.models:without_layers", r"the forward of Linear raised .* same dtype"),
         ("support.models:broken", r"raised KeyError: 'hidden_size' \(.*models\.py:\d+\)"),

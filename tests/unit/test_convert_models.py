@@ -17,8 +17,10 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         name: (f"{HF}:{name}", f"{HF}:Batches", {"kind": kind})
         for name, kind in (
             ("llama", "ids"),
-            ("mixtral", "ids"),
+            ("mixtral_balanced", "labels"),
             ("qwen3_moe", "labels"),
+            ("llama_adapted", "labels"),
+            ("llama_adapted_recomputed", "labels"),
             ("gpt2", "labels"),
             ("t5", "pairs"),
             ("bert", "padded"),
@@ -29,12 +31,21 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "padded llama": (f"{HF}:llama", f"{HF}:Batches", {"kind": "padded"}),
     **{
         name: (f"{NASTY}:{name}", f"{NASTY}:Batches", {})
-        for name in ("Skips", "Recurrent", "Counting", "Custom", "Branching")
+        for name in (
+            "Skips",
+            "Recurrent",
+            "Counting",
+            "Custom",
+            "Branching",
+            "Handing",
+            "Compiled",
+        )
     },
     "TwoInputs": (f"{NASTY}:TwoInputs", f"{NASTY}:Batches", {"mask": True}),
 }
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # of torch's compiler
 @pytest.mark.parametrize("name", MODELS)
 def test_loss_and_gradients_equal_the_originals_bit_for_bit(name: str) -> None:
     factory, dataset, data = MODELS[name]

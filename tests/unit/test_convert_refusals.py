@@ -7,7 +7,7 @@ import torch
 
 from deepopt import convert_to_deepopt
 from deepopt.errors import InputError, TrainingError
-from support import nasty_models, transformers_models
+from support import nasty_models
 
 X = torch.rand(4, 6)
 
@@ -18,8 +18,9 @@ X = torch.rand(4, 6)
         ("BranchingOnLayers", r"nasty_models\.py:\d+: .*__bool__ of the result of"),
         (
             "Collecting",
-            r"nasty_models\.py:\d+: .*made inside blocks\.1, which did not return it",
+            r"nasty_models\.py:\d+: .*goes on holding a tensor \[4, 16\] .* inside blocks\.1",
         ),
+        ("Differentiating", r"nasty_models\.py:\d+: .*computes gradients \(grad\)"),
         ("Replacing", "another tensor in the place of buffer calls"),
         ("SharedMemory", r"nasty_models\.py:\d+: mul_ writes to memory that another tensor"),
         ("Carrying", r"nasty_models\.py:\d+: blocks\.0 is given a Cache that carries tensors"),
@@ -68,12 +69,3 @@ def test_what_cannot_be_followed_leaves_the_model_as_it_was() -> None:
         torch.autograd.Function.__dict__["apply"].__func__.__module__
         == "torch.autograd.function"
     )
-
-
-def test_router_logits_that_hooks_collect_are_refused() -> None:
-    model = transformers_models.mixtral()
-    ids = torch.ones(2, 12, dtype=torch.int64)
-    with pytest.raises(InputError, match=r"modeling_mixtral\.py:\d+"):
-        convert_to_deepopt(
-            model, example_inputs={"input_ids": ids, "output_router_logits": True}
-        )

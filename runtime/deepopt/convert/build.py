@@ -33,6 +33,13 @@ def describe(job: JobConfig) -> ModelSkeleton:
         InputError: the factory fails, or the model cannot be a chain of layers.
     """
     chain = build_chain(job, device="meta")
+    parameters = list(chain.model.parameters())
+    if parameters and not any(p.requires_grad for p in parameters):
+        raise InputError(
+            f"model.factory: nothing to train: all {len(parameters)} parameters of "
+            f"{job.model.factory} are frozen",
+            remedy="let some of them require gradients, for example an adapter or the head",
+        )
     tokens = 1 if chain.programs is None else example_of(job).tokens
     return ModelSkeleton(
         factory=job.model.factory,
@@ -236,8 +243,11 @@ def _set_parameter(module: torch.nn.Module, local: str, value: torch.nn.Paramete
 
 def _make_layer(chain: Chain, index: int, module: torch.nn.Module, job: JobConfig) -> Layer:
     layer = chain.layers[index]
+    frozen = {}
     if job.precision.dtype == "bfloat16":
-        for parameter in module.parameters():
+        for local, parameter in module.named_parameters():
+            if not parameter.requires_grad and parameter.dtype.itemsize > 2:
+                frozen[layer.names[local]] = parameter.detach().cpu()
             # Buffers keep their type: tables of angles need it.
             parameter.data = parameter.data.to(torch.bfloat16)
     parameters = {layer.names[local]: p for local, p in module.named_parameters()}
@@ -248,4 +258,5 @@ def _make_layer(chain: Chain, index: int, module: torch.nn.Module, job: JobConfi
         parameters=parameters,
         tied={name: chain.ties[name] for name in parameters if name in chain.ties},
         buffers=layer.buffers(module),
+        frozen=frozen,
     )

@@ -83,6 +83,23 @@ class Ambient:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Capture:
+    """A tensor that a part of a module made, and that a hook handed to the code outside.
+
+    Args:
+        part: path of the part below the module that is called; empty for that module itself.
+        call: number of the part's call inside one call of the module, from 0.
+        leaf: which tensor of what the part returned.
+        value: its number.
+    """
+
+    part: str
+    call: int
+    leaf: int
+    value: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Node:
     """One call.
 
@@ -98,6 +115,8 @@ class Node:
         expected: what a call that reads a value must give again, else the forward would have
             gone another way; `reads` says that there is such a value.
         reads: it reads a value into Python.
+        is_effect: it acts on a tensor without giving a new one, as `register_hook` does.
+        captures: tensors that came out of a module without being returned.
         is_random: it draws random numbers.
         is_layer: it is a module with parameters: a layer of the chain starts here.
         position: layers started up to here, this one included.
@@ -114,6 +133,8 @@ class Node:
     writes_state: bool = False
     reads: bool = False
     expected: Any = None
+    is_effect: bool = False
+    captures: tuple[Capture, ...] = ()
     is_random: bool = False
     is_layer: bool = False
     position: int = 0
@@ -137,6 +158,7 @@ class Node:
         """Numbers of the values it makes."""
         yield from (index for index in self.outputs if index is not None)
         yield from (new for _, new in self.rebound)
+        yield from (capture.value for capture in self.captures)
 
     @property
     def name(self) -> str:

@@ -25,8 +25,8 @@ def record_as_trained(
 ) -> Recording:
     """Record a forward in train mode. The model is left as it was.
 
-    A forward that can keep a cache (`use_cache`) is told not to: it would carry tensors past the
-    layers, and training has no use for one.
+    A forward that can keep a cache (`use_cache`, as an argument or in a module's `config`) is told
+    not to: it would carry tensors past the layers, and training has no use for one.
 
     Args:
         model: on one device, or on `meta`.
@@ -40,7 +40,7 @@ def record_as_trained(
     named = dict(kwargs)
     if "use_cache" in inspect.signature(model.forward).parameters:
         named.setdefault("use_cache", False)
-    with _as_trained(model, dtype), _restored_buffers(model) as written:
+    with _as_trained(model, dtype), _without_cache(model), _restored_buffers(model) as written:
         recording = record(model, whole=modules_kept_whole(model), args=args, kwargs=named)
     return replace(recording, written=frozenset(written))
 
@@ -62,6 +62,20 @@ def _as_trained(model: torch.nn.Module, dtype: torch.dtype | None) -> Iterator[N
         if dtype is not None:
             for parameter, value in values:
                 parameter.data = value
+
+
+@contextmanager
+def _without_cache(model: torch.nn.Module) -> Iterator[None]:
+    """Configurations of Hugging Face models, of which wrappers (adapters) hide the argument."""
+    found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    configs = {id(c): c for c in found if getattr(c, "use_cache", None) is True}
+    try:
+        for config in configs.values():
+            config.use_cache = False
+        yield
+    finally:
+        for config in configs.values():
+            config.use_cache = True
 
 
 @contextmanager

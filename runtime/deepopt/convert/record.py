@@ -9,16 +9,21 @@ compared in training.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
+from types import FrameType
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
+from deepopt.convert.capture import PartOutputs
 from deepopt.convert.graph import (
     Ambient,
+    Capture,
     Constant,
     HereRef,
     Node,
@@ -45,6 +50,11 @@ _READS = frozenset(
         "__array__", "item", "tolist", "numpy", "equal", "allclose", "is_nonzero",
     )
 ) | {torch.equal, torch.allclose, torch.is_nonzero}  # fmt: skip
+
+# They act on a tensor and give no new one: a layer does the same.
+_EFFECTS = frozenset([torch.Tensor.register_hook])
+# They go back through what layers compute, which lies on other devices.
+_BACKWARDS = frozenset([torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward])
 
 _BY_INPUT, _BY_LAYER, _BY_STATE, _BY_CHANCE = "input", "layer", "state", "chance"
 
@@ -83,6 +93,8 @@ class _Recorder(TorchFunctionMode):
         self._sources: list[frozenset[str]] = []  # of each value
         self._numbers: dict[int, int] = {}  # id of a tensor -> its value
         self._kept: list[torch.Tensor] = []  # so that ids stay those of one tensor
+        self._parts = PartOutputs()
+        self._captures: dict[int, list[Capture]] = {}  # of each call
         self._states = _named_tensors(model)
         self._num_layers = 0
 
@@ -110,9 +122,14 @@ class _Recorder(TorchFunctionMode):
             except Exception as error:  # the user's code may raise anything
                 raise failure(self._model, error) from error
         template = take_apart(output, self._to_leaf)
+        del output
+        self._refuse_kept()
         return Recording(
             num_inputs=num_inputs,
-            nodes=tuple(self._nodes),
+            nodes=tuple(
+                replace(node, captures=tuple(self._captures.get(number, ())))
+                for number, node in enumerate(self._nodes)
+            ),
             values=tuple(self._values),
             output=template,
         )
@@ -133,6 +150,24 @@ class _Recorder(TorchFunctionMode):
             return self._home(func(*args))
         if func in _READS:
             return self._read(func, tuple(args), kwargs)
+        if func in _BACKWARDS:
+            raise InputError(
+                f"{where()}: the forward of {type(self._model).__name__} computes gradients "
+                f"({name_of(func)}) through what its layers made",
+                remedy="move that into a layer's own module, or into the loss",
+            )
+        if func in _EFFECTS:
+            self._nodes.append(
+                Node(
+                    function=func,
+                    module=None,
+                    inputs=take_apart((tuple(args), kwargs), self._to_leaf),
+                    is_effect=True,
+                    position=self._num_layers,
+                    where=where(),
+                )
+            )
+            return func(*args, **kwargs)
         return self._call(func, tuple(args), kwargs, run=func)
 
     def _apply_function(
@@ -182,11 +217,13 @@ class _Recorder(TorchFunctionMode):
         on_meta = any(t.is_meta for t in (*given, *held))
         versions = [tensor._version for tensor in given]
         ambient = _ambient()
+        number = len(self._nodes)
         self._inside = True
         try:
             made_args, made_kwargs = self._on_meta(args, kwargs) if on_meta else (args, kwargs)
             self._watch.begin(module)
-            result = run(*made_args, **made_kwargs)
+            with self._parts.noted(owner, node=number):
+                result = run(*made_args, **made_kwargs)
         finally:
             self._inside = False
             drew, flops = self._watch.end()
@@ -195,6 +232,8 @@ class _Recorder(TorchFunctionMode):
             for t, version in zip(given, versions, strict=True)
             if t._version != version
         }
+        if func is torch.Tensor.detach_:  # leaves the version as it is
+            changed[id(args[0])] = args[0]
         if on_meta and func is not None and _writes_first(func) and made_args[0] is not args[0]:
             # It wrote to a copy of its first argument; the user's code goes on with the argument.
             changed[id(args[0])] = args[0]
@@ -210,7 +249,6 @@ class _Recorder(TorchFunctionMode):
         sources = self._sources_of(template)
         sources |= {_BY_LAYER} if any(p.numel() for p in held) else set()
         sources |= {_BY_CHANCE} if drew else set()
-        number = len(self._nodes)
         rebound, writes_state = self._rebind(list(changed.values()), number, sources)
         outputs = tuple(
             None
@@ -325,15 +363,43 @@ class _Recorder(TorchFunctionMode):
         name = self._states.get(id(leaf))
         if name is not None:
             return StateRef(name)
+        captured = self._parts.find(leaf, value=len(self._values))
+        if captured is not None:
+            node, capture = captured
+            self._captures.setdefault(node, []).append(capture)
+            return ValueRef(self._add_value(leaf, node=node, sources=frozenset([_BY_LAYER])))
         maker = self._watch.maker_of(leaf)
         if maker is not None or leaf.requires_grad:
             inside = f"inside {maker}, which did not return it" if maker else "out of sight"
             raise InputError(
                 f"{where()}: the forward uses a tensor {list(leaf.shape)} that was made {inside}",
-                remedy="let the module return it; hooks that collect tensors (router logits, hidden "
-                "states), torch.vmap and numpy cannot be followed between layers",
+                remedy="let the module return it; what is computed in hooks, torch.vmap and numpy "
+                "cannot be followed between layers",
             )
         return Constant(leaf)
+
+    def _refuse_kept(self) -> None:
+        """What a hook goes on holding would fill the memory: in a replay nobody empties it."""
+        captured = [(c, node) for node, captures in self._captures.items() for c in captures]
+        tensors = [self._kept[capture.value] for capture, _ in captured]
+        if not any(self._holders(tensors)):
+            return
+        gc.collect()
+        for (_, number), tensor in zip(captured, tensors, strict=True):
+            if any(holder is not tensors for holder in self._holders([tensor])):
+                node = self._nodes[number]
+                raise InputError(
+                    f"{node.where}: a hook or attribute goes on holding a tensor "
+                    f"{list(tensor.shape)} that was made inside {node.name}, which did not return it",
+                    remedy="let the module return it, or let the hook forget it at the end of the "
+                    "model's own forward",
+                )
+
+    def _holders(self, tensors: list[torch.Tensor]) -> Iterator[Any]:
+        for holder in gc.get_referrers(*tensors) if tensors else ():
+            ours = holder is self._kept or holder is tensors or isinstance(holder, FrameType)
+            if not ours:
+                yield holder
 
     def _sources_of(self, template: Any) -> set[str]:
         sources: set[str] = set()

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from deepopt.convert.capture import captured
 from deepopt.convert.graph import Constant, HereRef, Node, StateRef, ValueRef
 from deepopt.convert.split import LayerProgram
 from deepopt.convert.structure import leaves, put_together
@@ -70,7 +71,10 @@ class RecordedLayer(torch.nn.Module):
 
         for node in program.nodes:
             args, kwargs = put_together(node.inputs, resolve)
-            result = self._run(node, args, kwargs)
+            if node.is_effect and not args[0].requires_grad:  # a run without gradients
+                continue
+            with captured(node, self, values):
+                result = self._run(node, args, kwargs)
             if node.reads:
                 _compare(node, result)
                 continue

@@ -146,6 +146,7 @@ def _repeated(recording: Recording, homes: list[int], *, num_layers: int) -> fro
             _is_pinned(node)
             or node.is_random
             or node.reads
+            or node.is_effect
             or any(value.requires_grad for value in values)
             or any(True for _ in node.states_in())
             or node.module is not None
@@ -208,7 +209,7 @@ def _program(
     wanted = set(gives)
     chosen: list[Node] = []
     for node, home in zip(reversed(recording.nodes), reversed(homes), strict=True):
-        must = home == layer and (_is_pinned(node) or node.reads)
+        must = home == layer and (_is_pinned(node) or node.reads or node.is_effect)
         if must or any(value in wanted and value not in takes for value in node.values_out()):
             chosen.append(node)
             wanted.update(node.values_in())

@@ -81,7 +81,7 @@ def _open(value: Any) -> tuple[tuple[Hashable, ...], tuple[Any, ...]] | None:
         return (), tuple(value)
     if kind is slice:
         return (), (value.start, value.stop, value.step)
-    if isinstance(value, tuple) and hasattr(kind, "_fields"):
+    if isinstance(value, tuple) and (hasattr(kind, "_fields") or _is_torch_result(kind)):
         return (), tuple(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         names = tuple(field.name for field in dataclasses.fields(value))
@@ -94,6 +94,11 @@ def _open(value: Any) -> tuple[tuple[Hashable, ...], tuple[Any, ...]] | None:
     return None
 
 
+def _is_torch_result(kind: type) -> bool:
+    """Whether it is what topk, sort, max and the like return: a tuple with names, made by C."""
+    return hasattr(kind, "n_sequence_fields")
+
+
 def _close(branch: Branch, parts: list[Any]) -> Any:
     kind = branch.kind
     if kind is tuple:
@@ -103,7 +108,7 @@ def _close(branch: Branch, parts: list[Any]) -> Any:
     if kind is slice:
         return slice(*parts)
     if issubclass(kind, tuple):
-        return kind(*parts)
+        return kind(parts) if _is_torch_result(kind) else kind(*parts)
     by_name = dict(zip(branch.keys, parts, strict=True))
     if dataclasses.is_dataclass(kind):
         given = {field.name for field in dataclasses.fields(kind) if field.init}

@@ -127,10 +127,8 @@ class LayerOptimizer:
 
     def export_state(self) -> dict[str, torch.Tensor]:
         """The layer's state by key of `LayerState`: the live tensors, not copies."""
-        tensors = {
-            f"parameter/{name}": self._masters.get(name, parameter).detach()
-            for name, parameter in self.layer.parameters.items()
-        }
+        full = {**self.layer.parameters, **self._masters, **self.layer.frozen}
+        tensors = {f"parameter/{name}": full[name].detach() for name in self.layer.parameters}
         tensors |= {f"buffer/{name}": buffer for name, buffer in self.layer.buffers.items()}
         for name, moments in self._moments.items():
             tensors |= {f"optimizer/{name}/{field}": value for field, value in moments.items()}
@@ -151,6 +149,8 @@ class LayerOptimizer:
                 parameter.copy_(value)
                 if name in self._masters:
                     self._masters[name].copy_(value)
+                if name in self.layer.frozen:
+                    self.layer.frozen[name].copy_(value)
             for name, buffer in self.layer.buffers.items():
                 buffer.copy_(_fetch(tensors, f"buffer/{name}", buffer))
             for name, moments in self._moments.items():

@@ -37,6 +37,8 @@ class Layer:
         parameters: its parameters by the names of the model's `state_dict`, each once.
         tied: own name -> name of the earlier layer's parameter it shares its values with.
         buffers: persistent buffers by the names of the model's `state_dict`.
+        frozen: values of frozen parameters that compute in a narrower type than they have, in host
+            memory: what checkpoints and exports hold.
     """
 
     index: int
@@ -45,6 +47,7 @@ class Layer:
     parameters: Mapping[str, torch.nn.Parameter]
     tied: Mapping[str, str] = field(default_factory=dict)
     buffers: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    frozen: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def trainable(self) -> dict[str, torch.nn.Parameter]:
