@@ -14,12 +14,15 @@ RunArgument = Annotated[
 ]
 
 
+FAULTS_SHOWN = 3  # blocks; --json has more
+
+
 @reports_errors
 def status(
     run_dir: RunArgument,
     json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
-    """Show what a job is doing: state, step, speed, workers, heartbeats.
+    """Show what a job is doing: state, step, speed, workers, heartbeats, faults.
 
     Needs only the run directory: works during the job, after it, and when it has died.
 
@@ -35,6 +38,7 @@ def status(
         read_supervisor,
         status_age_s,
     )
+    from deepopt_cli.fault_words import fault_lines
     from deepopt_cli.words import failure_details, status_lines, worker_table
 
     run = open_run(run_dir)
@@ -57,6 +61,9 @@ def status(
     if content["workers"] and not ended:
         say()
         say(worker_table(content, age_s=age_s or 0.0))
+    if content.get("faults"):
+        say()
+        say("\n".join(fault_lines(content["faults"], most=FAULTS_SHOWN)))
     error = content.get("error")
     if error:
         say()

@@ -65,7 +65,7 @@ class JsonView:
 
     def event(self, record: Mapping[str, Any]) -> None:
         """Warnings and losses only, for people."""
-        if record.get("kind") in ("warning", "worker_lost"):
+        if record.get("kind") in ("warning", "worker_lost", "fault", "recovered"):
             tell(event_line(record))
 
     def note(self, text: str) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from deepopt_cli.fault_words import doing
 from deepopt_cli.output import human_count, human_percent, human_seconds, ranges, table
 
 
@@ -164,7 +166,7 @@ def failure_details(error: Mapping[str, Any], *, logs: Path) -> str:
     rank = culprit.get("rank")
     lines = [
         f"culprit  rank {rank} on {culprit.get('host')}, pid {culprit.get('pid')}",
-        f"doing    {_doing(culprit)}",
+        f"doing    {doing(culprit)}",
     ]
     if culprit.get("message") and culprit["message"] not in str(error.get("message")):
         lines.append(f"said     {culprit['message']}")
@@ -179,21 +181,6 @@ def failure_details(error: Mapping[str, Any], *, logs: Path) -> str:
         several = "s" if len(victims) > 1 else ""
         lines += ["", f"{len(victims)} victim{several} followed (rank{several} {who}){why}"]
     return "\n".join(lines)
-
-
-def _doing(culprit: Mapping[str, Any]) -> str:
-    from deepopt.errors import ScheduleError
-    from deepopt.schedule.ir import parse_action
-
-    step = culprit.get("step")
-    when = f"step {step}" if step else "before the first step"
-    try:
-        action = parse_action(str(culprit.get("action")))
-    except ScheduleError:
-        held = ranges(culprit.get("stages") or ())
-        return f"{when}, between actions" + (f"; it holds stages {held}" if held else "")
-    microbatch = "" if action.microbatch is None else f", micro-batch {action.microbatch}"
-    return f"{when}, stage {action.stage}, op {action.op}{microbatch}"
 
 
 def closing_lines(
@@ -216,6 +203,8 @@ def closing_lines(
     if figures.get("tokens_per_s") is not None:
         lines.append(f"  speed       {speed(figures)}")
     lines += [f"  {line}" for line in report_lines(report)]
+    if faults := status.get("faults"):
+        lines.append(f"  faults      {faults_line(faults)}")
     if status.get("checkpoint_step"):
         lines.append(f"  checkpoint  step {status['checkpoint_step']}")
     if status.get("state") == "finished":
@@ -223,6 +212,19 @@ def closing_lines(
     else:
         lines.append(f"  go on       deepopt resume {run_dir}")
     return lines
+
+
+def faults_line(faults: Sequence[Mapping[str, Any]]) -> str:
+    """All faults of a job on one line.
+
+    Args:
+        faults: the `faults` of a status; at least one.
+    """
+    causes = Counter(str(fault.get("cause")) for fault in faults)
+    words = ", ".join(f"{count} {cause}" for cause, count in causes.items())
+    totals = [f["times_s"]["total"] for f in faults if "total" in (f.get("times_s") or {})]
+    longest = f"; longest {max(totals):.2f} s from the last good sign" if totals else ""
+    return f"{len(faults)} ({words}){longest}; each in deepopt status"
 
 
 def report_lines(report: Mapping[str, Any]) -> list[str]:

@@ -527,11 +527,28 @@ class FaultsConfig(Section):
         default=1.0, description="Time between heartbeats, in seconds."
     )
     heartbeat_timeout_s: Seconds = Field(
-        default=15.0, description="Silence after which a worker is lost, in seconds."
+        default=5.0,
+        description="Silence after which a worker is lost although nobody can say why, in seconds; "
+        "less when its host's agent sees it stopped or held, three times as much during set-up and "
+        "first steps.",
     )
     step_timeout_s: Seconds = Field(
         default=600.0,
-        description="Time without progress after which a worker counts as hung, in seconds.",
+        description="Longest time without progress in any case, in seconds.",
+    )
+    hang_after_s: Seconds = Field(
+        default=3.0,
+        description="Shortest time inside one operation that counts as a hang, in seconds.",
+    )
+    hang_steps: Positive = Field(
+        default=10.0,
+        description="An operation hangs when it takes as long as this many of the longest recent "
+        "steps.",
+    )
+    lease_s: Seconds = Field(
+        default=30.0,
+        description="Time after which a host that the head cannot be reached from ends its workers "
+        "by itself, in seconds.",
     )
     setup_timeout_s: Seconds = Field(
         default=180.0, description="Longest start of a worker group, in seconds."

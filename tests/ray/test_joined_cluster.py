@@ -66,6 +66,8 @@ def test_a_killed_worker_is_replaced_and_a_kill_ends_the_job(launch: Launch) -> 
     assert [worker["rank"] for worker in status["workers"]] == [0, 1]
     (lost,) = job.events("worker_lost")
     assert (lost["rank"], lost["failure"]) == (1, "death")
+    (judged,) = job.events("fault")
+    assert (judged["fault"]["cause"], judged["fault"]["culprit"]["rank"]) == ("exit", 1)
     pids = {worker["pid"] for worker in status["workers"]}
     assert lost["pid"] not in pids
     log = job.run.rank_log(1).read_text()
@@ -83,6 +85,8 @@ def test_a_stopped_worker_is_killed_and_replaced(launch: Launch) -> None:
     job.wait_for(lambda s: s["generation"] == 2 and s["state"] == "running")
     (lost,) = job.events("worker_lost")
     assert (lost["rank"], lost["failure"]) == (0, "hang")
+    (judged,) = job.events("fault")
+    assert (judged["fault"]["cause"], judged["fault"]["culprit"]["rank"]) == ("stopped", 0)
     assert not Path(f"/proc/{lost['pid']}").exists()
 
 
@@ -140,9 +144,11 @@ def test_the_foreign_cluster_is_as_before(
         "until = time.monotonic() + 20\n"
         "while ray.available_resources().get('CPU') != 3 and time.monotonic() < until:\n"
         "    time.sleep(0.1)\n"
-        "print(ray.available_resources().get('CPU'), ray.util.placement_group_table())\n"
+        "print(ray.available_resources().get('CPU'), ray.util.placement_group_table(),\n"
+        "      ray.util.list_named_actors(all_namespaces=True))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
     )
     assert done.stdout.startswith("3.0 "), done
+    assert done.stdout.endswith(" []\n"), done

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +13,8 @@ import torch
 from deepopt.checkpoint.layer_state import LayerState
 from deepopt.checkpoint.store import CheckpointStore
 from deepopt.cluster.group import ExportEnded, WorkerGone, WorkerUp
+from deepopt.cluster.node_agent import AgentWord, ProcessEnded
+from deepopt.cluster.process_look import ProcessLook
 from deepopt.config import JobConfig
 from deepopt.errors import ClusterError
 from deepopt.head.board import Board
@@ -69,6 +71,7 @@ class FakeGroup:
     calls: list[tuple[Any, ...]] = field(default_factory=list)
     assignments: list[Assignment] = field(default_factory=list)
     immortal: bool = False
+    watched: list[int] = field(default_factory=list)
 
     def prepare(self, generation: int, *, num_workers: int) -> None:
         self.calls.append(("prepare", generation, num_workers))
@@ -88,6 +91,12 @@ class FakeGroup:
 
     def kill(self, rank: int) -> None:
         self.calls.append(("kill", rank))
+
+    def watch(self, rank: int) -> None:
+        self.watched.append(rank)
+
+    def confirm_exit(self, rank: int, *, how: str) -> None:
+        self.calls.append(("confirm_exit", rank, how))
 
     def kill_all(self, *, timeout_s: float) -> None:
         self.calls.append(("kill_all",))
@@ -185,7 +194,9 @@ class HeadUnderTest:
         self.controller.start()
         return self
 
-    def ready(self, *, data: Sequence[str] = ("text", "text")) -> HeadUnderTest:
+    def ready(
+        self, *, data: Sequence[str] = ("text", "text"), load_s: float = 0.0
+    ) -> HeadUnderTest:
         for assignment in self.group.assignments:
             rank, generation = assignment.sender.rank, assignment.sender.generation
             self.controller.handle(
@@ -199,7 +210,7 @@ class HeadUnderTest:
                     host="alpha",
                     stages=(rank,),
                     device="cpu",
-                    setup_s={"build": 0.5},
+                    setup_s={"build": 0.5, "load": load_s},
                     peak_flops=1e6,
                     peak_source="job",
                     data_fingerprint=data[rank],
@@ -292,6 +303,15 @@ class HeadUnderTest:
         self.controller.handle(
             WorkerGone(generation=self.sender(rank).generation, rank=rank, reason=reason)
         )
+
+    def exits(self, rank: int, how: str) -> None:
+        """The agent of the host tells of a worker's end."""
+        self.controller.handle(ProcessEnded(host="alpha", pid=100 + rank, how=how))
+
+    def agent(self, *, looks: Mapping[int, ProcessLook]) -> None:
+        """The agent of the host tells what it sees."""
+        by_pid = {100 + rank: look for rank, look in looks.items()}
+        self.controller.handle(AgentWord(host="alpha", looks=by_pid))
 
     def wait(self, duration_s: float, *, beating: Sequence[int] = ()) -> None:
         """Let time go by in steps of a quarter of a second, with ticks and heartbeats."""

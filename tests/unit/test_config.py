@@ -112,7 +112,7 @@ def test_whole_numbers_stand_for_numbers() -> None:
         ({"pipeline": {"boundaries": [1, 2]}}, r"boundaries \[1, 2\] do not start with 0"),
         ({"pipeline": {"boundaries": [0, 2, 2]}}, r"boundaries \[0, 2, 2\] do not start"),
         ({"pipeline": {"boundaries": []}}, r"boundaries \[\] do not start with 0"),
-        ({"faults": {"heartbeat_s": 15.0}}, "heartbeat timeout 15.0 s is not above"),
+        ({"faults": {"heartbeat_s": 15.0}}, "heartbeat timeout 5.0 s is not above"),
         ({"data": {"dataset": "a:b", "files": ["c"]}}, r"data.dataset \(a:b\) and data.files"),
         ({"data": {"kwargs": {"c": 1}}}, r"data.kwargs \(c\) is set without data.dataset"),
         ({"cluster": {"address": "a", "hostfile": "b"}}, r"\(a\) and cluster.hostfile \(b\)"),

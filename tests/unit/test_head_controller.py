@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from deepopt.cluster.node_agent import ProcessEnded
+from deepopt.cluster.process_look import ProcessLook
 from deepopt.config import JobConfig
 from deepopt.errors import CheckpointError, InputError
 from deepopt.head.state import JobState
@@ -298,7 +300,7 @@ def test_a_budget_of_restarts_is_kept(open_head: Open) -> None:
 
 
 def test_a_silent_worker_is_suspect_then_killed_and_replaced(open_head: Open) -> None:
-    head = open_head(heartbeat_timeout_s=3.0).start().ready()
+    head = open_head(heartbeat_timeout_s=3.0).start().ready().steps(1, 5)
     head.wait(1.25, beating=[0])
     assert [w["state"] for w in head.status["workers"]] == ["running", "suspect"]
     assert ("kill", 1) not in head.group.calls
@@ -309,6 +311,104 @@ def test_a_silent_worker_is_suspect_then_killed_and_replaced(open_head: Open) ->
     (lost,) = head.events("worker_lost")
     assert (lost["rank"], lost["failure"]) == (1, "hang")
     assert "faults.heartbeat_timeout_s 3" in lost["message"]
+
+
+def test_a_stopped_worker_is_killed_at_its_agents_word(open_head: Open) -> None:
+    head = open_head().start().ready().steps(1, 5)
+    head.agent(looks={0: ProcessLook(state="S"), 1: ProcessLook(state="T")})
+    head.wait(1.25, beating=[0])
+    head.agent(looks={0: ProcessLook(state="S"), 1: ProcessLook(state="T")})
+    head.wait(0.25, beating=[0])
+    assert ("kill", 1) in head.group.calls
+    head.wait(0.5, beating=[0])
+    (fault,) = head.status["faults"]
+    assert (fault["cause"], fault["culprit"]["rank"]) == ("stopped", 1)
+    assert "its process is stopped by a signal" in fault["culprit"]["message"]
+    assert fault["times_s"]["detect"] == 1.25
+
+
+def test_an_exit_that_the_agent_tells_names_the_signal(open_head: Open) -> None:
+    head = open_head(max_restarts=0).start().ready()
+    head.exits(1, "killed by SIGKILL")
+    assert ("confirm_exit", 1, "killed by SIGKILL") in head.group.calls
+    head.dies(1, "its process was killed by SIGKILL")
+    head.wait(0.5)
+    assert head.status["error"]["culprit"]["message"] == "its process was killed by SIGKILL"
+
+
+def test_an_agents_word_that_comes_after_ray_s_still_names_the_signal(open_head: Open) -> None:
+    head = open_head(max_restarts=0).start().ready()
+    head.dies(1, "its process is gone: killed, or out of memory")
+    head.exits(1, "killed by SIGSEGV")
+    head.wait(0.5)
+    assert head.status["error"]["culprit"]["message"] == "its process was killed by SIGSEGV"
+
+
+def test_processes_of_others_are_not_taken_for_workers(open_head: Open) -> None:
+    head = open_head().start().ready()
+    head.controller.handle(ProcessEnded(host="beta", pid=101, how="killed by SIGKILL"))
+    head.controller.handle(ProcessEnded(host="alpha", pid=7, how="killed by SIGKILL"))
+    assert not [call for call in head.group.calls if call[0] == "confirm_exit"]
+
+
+def test_a_fault_is_reported_with_its_times_and_what_it_cost(open_head: Open) -> None:
+    head = open_head().start().ready().steps(1, 3).checkpoint(2)
+    head.beat(1, step=4, progress=9, action="1F2")
+    head.clock.now_s += 0.25
+    head.dies(1, "its process was killed by SIGKILL")
+    head.wait(0.5)
+    (fault,) = head.status["faults"]
+    assert (fault["outcome"], fault["cause"]) == ("open", "exit")
+    assert (fault["culprit"]["rank"], fault["culprit"]["stages"]) == (1, [1])
+    assert (fault["culprit"]["step"], fault["culprit"]["action"]) == (4, "1F2")
+    assert fault["next"] == "generation 2 begins"
+    assert [e["fault"]["number"] for e in head.events("fault")] == [1]
+    head.wait(2.0)
+    head.ready(load_s=0.75)
+    head.wait(1.0, beating=[0, 1])
+    head.step(3)  # done before the fault: the recovery is not over
+    head.wait(0.5)
+    assert head.status["faults"][0]["outcome"] == "open"
+    head.step(4)
+    head.wait(0.5)
+    (fault,) = head.status["faults"]
+    assert (fault["outcome"], fault["replayed_steps"]) == ("recovered", [3, 3])
+    assert fault["source"] == "checkpoint"
+    times = fault["times_s"]
+    assert (times["detect"], times["decide"], times["restore"]) == (0.25, 0.5, 0.75)
+    assert (times["rendezvous"], times["replay"], times["total"]) == (1.25, 1.5, 4.25)
+    assert [e["fault"]["outcome"] for e in head.events("recovered")] == ["recovered"]
+    kinds = [kind for kind in head.journaled() if kind in ("fault", "generation", "recovered")]
+    assert kinds == ["generation", "fault", "generation", "recovered"]
+
+
+def test_a_fault_during_recovery_is_the_next_fault(open_head: Open) -> None:
+    head = open_head().start().ready().steps(1, 3)
+    head.dies(1)
+    head.wait(0.5)
+    head.dies(0)
+    head.wait(0.5)
+    head.ready().steps(1, 4)
+    head.wait(0.5)
+    faults = head.status["faults"]
+    assert [f["outcome"] for f in faults] == ["interrupted", "recovered"]
+    assert [f["culprit"]["rank"] for f in faults] == [1, 0]
+    assert faults[1]["step_done"] == 3
+
+
+def test_faults_of_earlier_launches_stay_in_the_report(open_head: Open) -> None:
+    head = open_head().start().ready().steps(1, 2).checkpoint(2)
+    head.dies(1)
+    head.wait(0.5)
+    head.ready().steps(3, 3)
+    head.controller.request_kill()
+    head = open_head().start().ready()
+    head.dies(0)
+    head.wait(0.5)
+    assert [(f["number"], f["outcome"]) for f in head.status["faults"]] == [
+        (1, "recovered"),
+        (2, "open"),
+    ]
 
 
 def test_a_suspect_is_the_culprit_when_its_peers_fail(open_head: Open) -> None:

@@ -207,7 +207,7 @@ def test_anchors_and_merges_work() -> None:
         ),
         (
             "faults:\n  heartbeat_s: 20\n",
-            "job.yaml:2: faults.heartbeat_s: heartbeat timeout 15.0 s is not above "
+            "job.yaml:2: faults.heartbeat_s: heartbeat timeout 5.0 s is not above "
             "the time between heartbeats, 20.0 s",
             "set faults.heartbeat_timeout_s to several times faults.heartbeat_s",
         ),

@@ -34,6 +34,20 @@ EXAMPLES: list[events.Event] = [
         failure="death",
         message="gone",
     ),
+    events.FaultJudged(
+        fault={
+            "number": 1,
+            "culprit": {"rank": 1, "host": "a", "message": "its process was killed by SIGKILL"},
+            "next": "generation 2 begins",
+        }
+    ),
+    events.FaultOver(
+        fault={
+            "number": 1,
+            "outcome": "recovered",
+            "times_s": {"detect": 0.02, "fence": 0.1, "total": 1.5},
+        }
+    ),
     events.CheckpointCommitted(step=20, path="/run/checkpoints/20", size_bytes=1_500_000),
     events.CheckpointWasNotWritten(step=20, reason="disk full", rank=2),
     events.MessageRefused(rank=0, generation=1, current_generation=2, message="StepReport"),
@@ -69,6 +83,13 @@ def test_every_kind_has_an_example() -> None:
 def test_a_lost_worker_is_named_with_host_step_and_action() -> None:
     headline = EXAMPLES[3].headline()
     assert headline == "lost rank 1 (death) on a pid 7, step 3, action 2F5: gone"
+
+
+def test_a_fault_is_told_with_its_culprit_and_then_with_its_times() -> None:
+    assert [event.headline() for event in EXAMPLES if event.kind in ("fault", "recovered")] == [
+        "fault 1: rank 1 on a: its process was killed by SIGKILL; generation 2 begins",
+        "fault 1 recovered in 1.50 s: detect 0.02 s, fence 0.10 s",
+    ]
 
 
 @pytest.mark.parametrize(

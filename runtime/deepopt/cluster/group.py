@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from deepopt.cluster.node_agent import AgentWord, ProcessEnded
 from deepopt.errors import DeepoptError
 from deepopt.worker.messages import (
     Assignment,
@@ -98,7 +99,21 @@ WorkerMessage = (
     | Failure
 )
 GroupEvent = WorkerUp | WorkerGone | ExportEnded | GroupRefused
-HeadEvent = WorkerMessage | GroupEvent
+AgentEvent = AgentWord | ProcessEnded
+HeadEvent = WorkerMessage | GroupEvent | AgentEvent
+
+
+def how_gone(how: str) -> str:
+    """How a process ended, as a sentence about a worker.
+
+    Args:
+        how: `process_look.exit_words`, or `error: ...`; empty when nobody knows.
+    """
+    if not how:
+        return "its process is gone: killed, or out of memory"
+    if how.startswith("killed"):
+        return f"its process was {how}"
+    return f"its process ended with {how}"
 
 
 class WorkerGroup(Protocol):
@@ -126,6 +141,14 @@ class WorkerGroup(Protocol):
 
     def kill(self, rank: int) -> None:
         """Kill one worker."""
+        ...
+
+    def watch(self, rank: int) -> None:
+        """Have the agent of its host watch a worker that is up; it answers by `AgentWord`."""
+        ...
+
+    def confirm_exit(self, rank: int, *, how: str) -> None:
+        """A worker's process has ended, says its host's agent; answered by `WorkerGone`."""
         ...
 
     def kill_all(self, *, timeout_s: float) -> None:

@@ -71,8 +71,12 @@ class JoinedCluster:
 
     def close(self) -> list[str]:
         """Give the places back and disconnect; the job's actors end with that."""
+        from deepopt.cluster.node_agents import end_detached
+
         ray = _import_ray()
         group = getattr(self, "_group", None)
+        if ray.is_initialized():
+            end_detached()
         if group is not None and ray.is_initialized():
             ray.util.remove_placement_group(group)
         ray.shutdown()

@@ -1,7 +1,7 @@
 """The worker group of a job on Ray actors: starts them, hears of their ends, kills them.
 
 Events go to a callback from Ray's own threads, so nothing is polled: a dead process is heard of in
-milliseconds. Workers are killed by pid with SIGKILL, here or by an agent on their host, because
+milliseconds. Workers are killed by pid with SIGKILL, by the agent on their host and here, because
 Ray's own kill is a message that a stopped process does not read.
 """
 
@@ -29,8 +29,9 @@ from deepopt.cluster.group import (
     HeadEvent,
     WorkerGone,
     WorkerUp,
+    how_gone,
 )
-from deepopt.cluster.host_agent import HostAgent
+from deepopt.cluster.node_agents import NodeAgents
 from deepopt.cluster.process_table import Process, find_process
 from deepopt.cluster.slots import Slots
 from deepopt.errors import ClusterError
@@ -50,7 +51,8 @@ class _Worker:
     log_size: int
     pid: int = 0
     process: Process | None = None  # on the head's host only
-    agent: Any = None  # on other hosts only
+    node_id: str = ""
+    agent: Any = None
     ended: bool = False  # its actor is gone, says Ray
 
 
@@ -69,6 +71,7 @@ class RayWorkerGroup:
         run: the run directory.
         head: handle of the head actor; workers send it messages.
         tell: takes events, from any thread.
+        lease_s: time after which a host without a head ends its workers.
         stage_worker: import path of the class that does the work.
     """
 
@@ -79,6 +82,7 @@ class RayWorkerGroup:
         run: RunDirectory,
         head: Any,
         tell: Callable[[HeadEvent], None],
+        lease_s: float,
         stage_worker: str = STAGE_WORKER,
     ) -> None:
         self._slots = slots
@@ -87,7 +91,7 @@ class RayWorkerGroup:
         self._tell = tell
         self._stage_worker = stage_worker
         self._members = _Members(generation=0, workers=[])
-        self._agents: dict[str, Any] = {}
+        self._agents = NodeAgents(head=head, lease_s=lease_s)
         # Ray unpickles a class by its import path: workers need deepopt, not this process.
         as_actor: Any = ray.remote  # its annotations lack concurrency groups
         self._actor_class = as_actor(concurrency_groups={REQUESTS: 1})(WorkerActor)
@@ -174,6 +178,17 @@ class RayWorkerGroup:
         """Kill one worker."""
         self._kill(self._members.workers[rank])
 
+    def watch(self, rank: int) -> None:
+        """Have the agent of its host watch a worker that is up."""
+        # Not when Ray tells of it: its threads may not wait for the name of an actor.
+        worker = self._members.workers[rank]
+        worker.agent = self._agents.on(worker.node_id)
+        worker.agent.watch.remote(worker.pid)
+
+    def confirm_exit(self, rank: int, *, how: str) -> None:
+        """Tell of a process's end: its host's agent knows it before Ray does."""
+        self._tell_gone(self._members, rank, how=how)
+
     def kill_all(self, *, timeout_s: float) -> None:
         """Kill all workers and wait until they are gone.
 
@@ -244,55 +259,40 @@ class RayWorkerGroup:
         worker.pid = found.pid
         if found.node_id == self._slots.head_node_id:
             worker.process = find_process(found.pid)
-        else:
-            worker.agent = self._agent(found.node_id)
-            worker.agent.watch.remote(found.pid)
+        worker.node_id = found.node_id
         self._tell(
             WorkerUp(generation=members.generation, rank=rank, pid=found.pid, host=found.host)
         )
 
     def _on_gone(self, members: _Members, rank: int, error: BaseException) -> None:
+        logger.info("rank %d is gone; Ray says: %s", rank, str(error).strip())
+        if isinstance(error, RayActorError):
+            self._tell_gone(members, rank, how="")
+        else:
+            self._tell_gone(members, rank, how=f"error: {str(error).strip().splitlines()[-1]}")
+
+    def _tell_gone(self, members: _Members, rank: int, *, how: str) -> None:
         worker = members.workers[rank]
         if worker.ended:
             return
         worker.ended = True
         crash = read_crash(self._run.rank_log(rank), start=worker.log_size)
-        if crash.headline:
-            reason = f"its process crashed: {crash.headline}"
-        elif isinstance(error, RayActorError):
-            reason = "its process is gone: killed, or out of memory"
-        else:
-            reason = f"its process failed: {str(error).strip().splitlines()[-1]}"
-        logger.info("rank %d is gone; Ray says: %s", rank, str(error).strip())
+        reason = f"its process crashed: {crash.headline}" if crash.headline else how_gone(how)
         self._tell(
             WorkerGone(
                 generation=members.generation, rank=rank, reason=reason, traceback=crash.text
             )
         )
 
-    def _agent(self, node_id: str) -> Any:
-        if node_id not in self._agents:
-            self._agents[node_id] = (
-                ray.remote(HostAgent)
-                .options(
-                    num_cpus=0,
-                    scheduling_strategy=NodeAffinitySchedulingStrategy(
-                        node_id=node_id, soft=False
-                    ),
-                )
-                .remote()
-            )
-        return self._agents[node_id]
-
     def _request(self, what: str) -> None:
         for worker in self._members.workers:
             self._members.references.append(worker.actor.request.remote(what))
 
     def _kill(self, worker: _Worker) -> None:
-        if worker.process is not None:
-            worker.process.send(signal.SIGKILL)
-        elif worker.agent is not None:
+        if worker.agent is not None:
             worker.agent.kill.remote([worker.pid])
+        if worker.process is not None:  # the agent may be gone
+            worker.process.send(signal.SIGKILL)
         ray.kill(worker.actor, no_restart=True)
 
     def _is_gone(self, worker: _Worker) -> bool:

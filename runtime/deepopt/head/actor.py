@@ -109,6 +109,7 @@ class HeadActor:
             run=run,
             head=ray.get_runtime_context().current_actor,
             tell=self._inbox.put,
+            lease_s=job.faults.lease_s,
             stage_worker=arguments.stage_worker,
         )
         # First of all: the processes take longest, and import torch while this one does.

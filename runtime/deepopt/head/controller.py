@@ -26,14 +26,17 @@ from deepopt.cluster.group import (
     WorkerMessage,
     WorkerUp,
 )
+from deepopt.cluster.node_agent import AgentWord, ProcessEnded
 from deepopt.config import JobConfig
 from deepopt.errors import CheckpointError, DeepoptError, InputError
 from deepopt.head import recovery
 from deepopt.head.board import Board
 from deepopt.head.commits import Committed, Committer, NotCommitted, Origin
+from deepopt.head.fault_log import FaultLog, cause_of, faults_of
 from deepopt.head.formation import Start, choose_start, make_assignments, open_generation
 from deepopt.head.generation import Generation, find_late_start, lost_worker
 from deepopt.head.journal import Journal, replay
+from deepopt.head.liveness import Cause, Finding
 from deepopt.head.measures import Pace, figures_of, metrics_line
 from deepopt.head.state import ENDED, JobState, advance
 from deepopt.head.status import Identity, Progress, error_of, status_of
@@ -134,7 +137,10 @@ class Controller:
         self._clock = clock
         self._make_report = make_report
         self._new_incarnation = new_incarnation
-        self._number = replay(journal.entries).generation
+        history = replay(journal.entries)
+        self._number = history.generation
+        self.faults = FaultLog(faults_of(history.faults))
+        self._hangs = 0  # workers killed for want of progress
         self._error: dict[str, Any] | None = None
         self._stop_by_s: float | None = None
         self._ticked_s = clock.monotonic_s()
@@ -202,12 +208,17 @@ class Controller:
         if self.state in ENDED:
             return
         generation = self.generation
+        if isinstance(event, AgentWord | ProcessEnded):
+            if generation is not None:
+                self._on_agent(generation, event)
+            return
         if isinstance(event, WorkerUp | WorkerGone | ExportEnded | GroupRefused):
             if generation is None or event.generation != generation.number:
                 return  # the group speaks of processes that the head itself has ended
             if isinstance(event, WorkerUp):
                 member = generation.members[event.rank]
                 member.pid, member.host = event.pid, event.host
+                self._group.watch(event.rank)
             elif isinstance(event, WorkerGone):
                 self._on_gone(generation, event)
             elif isinstance(event, ExportEnded):
@@ -282,6 +293,10 @@ class Controller:
                 reason=reason,
             )
         )
+        generation.liveness.be_patient(2.0**self._hangs)
+        if (fault := self.faults.open) is not None:
+            fault.start_step = start.step
+            fault.source = "seed" if start.checkpoint is None else "checkpoint"
         self._group.launch(
             make_assignments(
                 generation,
@@ -316,21 +331,40 @@ class Controller:
             generation, now_s=now_s, timeout_s=self.job.faults.setup_timeout_s
         )
         if late is not None:
-            self._hang(generation, late.rank, message=late.message)
+            self._fence(
+                generation,
+                Finding(
+                    rank=late.rank,
+                    kind="silent",
+                    cause=Cause.SETUP,
+                    message=late.message,
+                    since_s=generation.began_s,
+                ),
+            )
             return
         for finding in generation.liveness.check(now_s=now_s, stepping=generation.is_ready):
-            if finding.kind == "suspect":
-                self._warn(f"rank {finding.rank} is suspect: {finding.message}")
+            if finding.kind in ("suspect", "held"):
+                self._warn(f"rank {finding.rank} is {finding.kind}: {finding.message}")
                 self._show(force=True)
             else:
-                self._hang(generation, finding.rank, message=finding.message)
+                self._hangs += finding.kind == "stuck"
+                self._fence(generation, finding)
 
-    def _hang(self, generation: Generation, rank: int, *, message: str) -> None:
+    def _fence(self, generation: Generation, finding: Finding) -> None:
+        """Give a worker up, and kill its process, so that it cannot come back."""
         self._add_failure(
             generation,
-            lost_worker(generation, rank, "hang", message, step_done=self.progress.step),
+            lost_worker(
+                generation,
+                finding.rank,
+                "hang",
+                finding.message,
+                step_done=self.progress.step,
+                cause=str(finding.cause),
+            ),
+            since_s=finding.since_s,
         )
-        self._group.kill(rank)
+        self._group.kill(finding.rank)
 
     def _make_committer(self, origin: Origin) -> Committer:
         return Committer(
@@ -340,11 +374,31 @@ class Controller:
             tokens_seen=self._tokens_seen.get,
         )
 
-    def _add_failure(self, generation: Generation, failure: Failure) -> None:
+    def _add_failure(
+        self, generation: Generation, failure: Failure, *, since_s: float | None = None
+    ) -> None:
+        """Take note that a worker is lost.
+
+        Args:
+            generation: its group.
+            failure: why.
+            since_s: its last good sign; None: its last heartbeat.
+        """
         member = generation.members[failure.sender.rank]
         if member.failure is not None:
             return  # its first word counts
         member.failure = failure
+        now_s = self._clock.monotonic_s()
+        if since_s is None:
+            age_s = generation.liveness.age_s(failure.sender.rank, now_s=now_s)
+            since_s = now_s - (age_s or 0.0)
+        self.faults.notice(
+            generation=generation.number,
+            step_done=self.progress.step,
+            since_s=since_s,
+            now_s=now_s,
+            plan=self.plan,
+        )
         member.pid = member.pid or failure.pid
         member.host = member.host or failure.host
         generation.failures.append(failure)
@@ -362,18 +416,25 @@ class Controller:
             )
         )
         grace_s = PEER_GRACE_S if failure.kind == "peer" else OWN_GRACE_S
-        due_s = self._clock.monotonic_s() + grace_s
+        due_s = now_s + grace_s
         settle_by_s = generation.settle_by_s
         generation.settle_by_s = due_s if settle_by_s is None else min(due_s, settle_by_s)
         self._show(force=True)
 
     def _settle(self, generation: Generation) -> None:
         """The failures are in: find the culprit, end the generation, form the next or fail."""
-        for rank in generation.liveness.suspects():
-            silence_s = generation.liveness.age_s(rank, now_s=self._clock.monotonic_s())
+        now_s = self._clock.monotonic_s()
+        for rank in generation.liveness.suspects():  # its peers' errors are the second sign
+            silence_s = generation.liveness.age_s(rank, now_s=now_s)
+            cause, seen = generation.liveness.explain(rank, now_s=now_s)
             message = f"no heartbeat for {silence_s:.1f} s when its peers failed"
             failure = lost_worker(
-                generation, rank, "hang", message, step_done=self.progress.step
+                generation,
+                rank,
+                "hang",
+                message + (f"; {seen}" if seen else ""),
+                step_done=self.progress.step,
+                cause=str(cause),
             )
             self._add_failure(generation, failure)
         verdict = recovery.decide(
@@ -382,6 +443,7 @@ class Controller:
             max_restarts=self.job.faults.max_restarts,
             stopping=self.state is JobState.STOPPING,
         )
+        self._judge(verdict)
         if isinstance(verdict, recovery.Fail):
             self._end_failed(
                 verdict.message,
@@ -400,10 +462,54 @@ class Controller:
         if self.state is not JobState.RECOVERING:
             self._move(JobState.RECOVERING, reason=why)
         self._group.kill_all(timeout_s=KILL_TIMEOUT_S)
+        if (fault := self.faults.open) is not None:
+            fault.fenced_s = self._clock.monotonic_s()
         self._take_commits(generation.committer.drain(timeout_s=self._drain_timeout_s))
         self._form(reason=why)
 
+    def _judge(self, verdict: recovery.Verdict) -> None:
+        """Write down whose fault it was and what is done about it, before it is done."""
+        fault = self.faults.open
+        if fault is None:
+            return
+        fault.blame, fault.decided_s = verdict.blame, self._clock.monotonic_s()
+        fault.cause = cause_of(verdict.blame.culprit)
+        if isinstance(verdict, recovery.Restart):
+            fault.next = f"generation {self.next_generation} begins"
+        elif isinstance(verdict, recovery.Fail):
+            fault.next = "the job ends as failed"
+        else:
+            fault.next = "the job ends as asked"
+        told = fault.to_json(self.plan)
+        self._note("fault", fault=told)
+        self._board.tell(events.FaultJudged(fault=told))
+
+    def _close_fault(self, outcome: str) -> None:
+        closed = self.faults.close(outcome, plan=self.plan)
+        if closed is not None and closed["culprit"] is not None:
+            self._note("recovered", fault=closed)
+            self._board.tell(events.FaultOver(fault=closed))
+
     # --- messages ------------------------------------------------------------------------
+
+    def _on_agent(self, generation: Generation, event: AgentWord | ProcessEnded) -> None:
+        """Take what a host's agent says of the workers there."""
+        if isinstance(event, ProcessEnded):
+            rank = generation.rank_of(event.pid, host=event.host)
+            if rank is not None:
+                generation.note_exit(rank, event.how)
+                self._group.confirm_exit(rank, how=event.how)
+            return
+        ranks = {
+            pid: rank
+            for pid in event.looks
+            if (rank := generation.rank_of(pid, host=event.host)) is not None
+        }
+        generation.liveness.see(
+            event.host,
+            looks={rank: event.looks[pid] for pid, rank in ranks.items()},
+            now_s=self._clock.monotonic_s(),
+        )
 
     def _on_message(self, generation: Generation, message: WorkerMessage) -> None:
         now_s = self._clock.monotonic_s()
@@ -450,7 +556,13 @@ class Controller:
             return
         starting = self.state in (JobState.STARTING, JobState.RECOVERING)
         if generation.is_ready and starting and not generation.failures:
-            generation.liveness.begin_steps(now_s=self._clock.monotonic_s())
+            now_s = self._clock.monotonic_s()
+            generation.liveness.begin_steps(now_s=now_s)
+            if (fault := self.faults.open) is not None:
+                fault.ready_s = now_s
+                fault.restore_s = max(
+                    m.ready.setup_s.get("load", 0.0) for m in generation.members if m.ready
+                )
             self._move(JobState.RUNNING)
 
     def _has_the_data(self, generation: Generation, message: WorkerReady) -> bool:
@@ -482,6 +594,11 @@ class Controller:
         self.pace.add(report, figures)
         progress.step, progress.report, progress.figures = report.step, report, figures
         progress.time_left_s = self.pace.time_left_s(self.identity.last_step - report.step)
+        generation.liveness.note_step(report.step_time_s)
+        fault = self.faults.open
+        if fault is not None and fault.ready_s is not None and report.step > fault.step_done:
+            fault.done_s = self._clock.monotonic_s()
+            self._close_fault("recovered")
         self._board.step(report.step, metrics_line(report, figures, time=utc_now()))
 
     def _on_gone(self, generation: Generation, event: WorkerGone) -> None:
@@ -543,7 +660,16 @@ class Controller:
         assert generation.ended_s is not None, "a generation that has ended knows when"
         if generation.exporting:
             if now_s - generation.ended_s > self.job.faults.step_timeout_s:
-                self._hang(generation, 0, message="the export of the final weights hangs")
+                self._fence(
+                    generation,
+                    Finding(
+                        rank=0,
+                        kind="stuck",
+                        cause=Cause.STUCK,
+                        message="the export of the final weights hangs",
+                        since_s=generation.ended_s,
+                    ),
+                )
             return
         if generation.committer.busy and now_s - generation.ended_s < self._drain_timeout_s:
             return
@@ -597,6 +723,7 @@ class Controller:
     def _end(self, state: JobState, *, exit_code: int, reason: str = "") -> None:
         previous, self.state = self.state, advance(self.state, state)
         self._note("state", state=str(state), exit_code=exit_code)
+        self._close_fault("recovered" if state is JobState.FINISHED else str(state))
         try:
             self._group.kill_all(timeout_s=KILL_TIMEOUT_S)
         except DeepoptError as error:  # the supervisor takes the whole cluster down
@@ -651,6 +778,7 @@ class Controller:
                 generation=self.generation,
                 exit_code=None if self.outcome is None else self.outcome.exit_code,
                 error=self._error,
+                faults=self.faults.to_json(self.plan),
                 now_s=now_s,
             )
 

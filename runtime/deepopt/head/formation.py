@@ -10,7 +10,7 @@ from deepopt.config import JobConfig
 from deepopt.errors import InputError
 from deepopt.head.commits import Committer, Origin
 from deepopt.head.generation import Generation, make_members
-from deepopt.head.liveness import Deadlines, Liveness
+from deepopt.head.liveness import Liveness, deadlines_of
 from deepopt.planner.plan import Plan
 from deepopt.worker.messages import Assignment
 
@@ -102,17 +102,13 @@ def open_generation(
         seed=job.training.seed,
         num_groups=plan.num_groups,
     )
-    deadlines = Deadlines(
-        heartbeat_timeout_s=job.faults.heartbeat_timeout_s,
-        step_timeout_s=job.faults.step_timeout_s,
-    )
     return Generation(
         number=number,
         plan=plan,
         start_step=start.step,
         began_s=now_s,
         members=make_members(plan, job_id=job_id, generation=number, incarnations=incarnations),
-        liveness=Liveness(deadlines),
+        liveness=Liveness(deadlines_of(job.faults)),
         committer=make_committer(origin),
     )
 

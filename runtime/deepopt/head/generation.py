@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from deepopt.cluster.group import how_gone
 from deepopt.errors import WorkersLostError
 from deepopt.head.commits import Committer
 from deepopt.head.liveness import Liveness
@@ -24,6 +25,7 @@ class Member:
         ready: its word that it is set up.
         ended: its word that its run ended as asked.
         failure: why it is lost.
+        exit_words: how its process ended, its host's agent says; empty before.
     """
 
     sender: Sender
@@ -33,6 +35,7 @@ class Member:
     ready: WorkerReady | None = None
     ended: RunEnded | None = None
     failure: Failure | None = None
+    exit_words: str = ""
 
     def state(self, *, suspect: bool) -> str:
         """`starting`, `running`, `suspect`, `ended` or `lost`, for people."""
@@ -94,6 +97,23 @@ class Generation:
         """Whether a message's sender is a worker of this generation, this very process."""
         known = 0 <= sender.rank < len(self.members)
         return known and self.members[sender.rank].sender == sender
+
+    def rank_of(self, pid: int, *, host: str) -> int | None:
+        """The worker that has a process; None when none has it."""
+        for member in self.members:
+            if member.pid == pid and member.host == host:
+                return member.sender.rank
+        return None
+
+    def note_exit(self, rank: int, words: str) -> None:
+        """Take an agent's word on how a process ended, also into what was said of it before."""
+        member = self.members[rank]
+        member.exit_words = words
+        before = member.failure
+        if before is None or before.kind != "death" or before.traceback or not words:
+            return
+        member.failure = replace(before, message=how_gone(words))
+        self.failures[self.failures.index(before)] = member.failure
 
     def peak_flops(self) -> Mapping[int, float]:
         """FLOP/s of each rank's device; 0 when unknown."""
@@ -170,6 +190,7 @@ def lost_worker(
     *,
     step_done: int,
     traceback: str = "",
+    cause: str = "",
 ) -> Failure:
     """What the head itself says of a worker that cannot speak any more.
 
@@ -180,6 +201,7 @@ def lost_worker(
         message: one line.
         step_done: the last step that all have done.
         traceback: what its process left behind; empty when nothing.
+        cause: one of `liveness.Cause`.
     """
     member = generation.members[rank]
     beat = generation.liveness.last(rank)
@@ -198,4 +220,5 @@ def lost_worker(
         exit_code=WorkersLostError.exit_code,
         pid=member.pid,
         host=member.host,
+        cause=cause,
     )

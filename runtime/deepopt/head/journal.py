@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -26,7 +26,7 @@ class Entry:
     Args:
         seq: 1-based position in the journal.
         time: date and time for people.
-        kind: `job`, `plan`, `generation`, `checkpoint`, `state` or `stop`.
+        kind: `job`, `plan`, `generation`, `checkpoint`, `state`, `stop`, `fault` or `recovered`.
         fields: what was decided.
     """
 
@@ -182,6 +182,7 @@ class History:
         plan_id: the newest plan; 0 before the first.
         state: the last state; empty before the first.
         checkpoint_step: step of the newest checkpoint announced; 0 for none.
+        faults: the last word on each fault, by its number.
     """
 
     job_id: str | None = None
@@ -189,6 +190,7 @@ class History:
     plan_id: int = 0
     state: str = ""
     checkpoint_step: int = 0
+    faults: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def replay(entries: Iterable[Entry]) -> History:
@@ -196,6 +198,7 @@ def replay(entries: Iterable[Entry]) -> History:
     job_id: str | None = None
     generation = plan_id = checkpoint_step = 0
     state = ""
+    faults: dict[int, Mapping[str, Any]] = {}
     for entry in entries:
         if entry.kind == "job":
             job_id = entry.fields["job_id"]
@@ -207,10 +210,13 @@ def replay(entries: Iterable[Entry]) -> History:
             state = entry.fields["state"]
         elif entry.kind == "checkpoint":
             checkpoint_step = max(checkpoint_step, entry.fields["step"])
+        elif entry.kind in ("fault", "recovered"):
+            faults[entry.fields["fault"]["number"]] = entry.fields["fault"]
     return History(
         job_id=job_id,
         generation=generation,
         plan_id=plan_id,
         state=state,
         checkpoint_step=checkpoint_step,
+        faults=faults,
     )

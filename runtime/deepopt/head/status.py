@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +64,7 @@ def status_of(
     generation: Generation | None,
     exit_code: int | None,
     error: Mapping[str, Any] | None,
+    faults: Sequence[Mapping[str, Any]],
     now_s: float,
 ) -> dict[str, Any]:
     """The job as it is now.
@@ -76,6 +77,7 @@ def status_of(
         generation: the workers; None before the first generation.
         exit_code: None while the job runs.
         error: what `error_of` made; None when nothing failed.
+        faults: what `FaultLog` shows.
         now_s: the time on the head's monotonic clock.
     """
     report, figures = progress.report, progress.figures
@@ -100,6 +102,7 @@ def status_of(
         else {str(rank): busy for rank, busy in enumerate(figures.stage_busy)},
         "bubble": None if figures is None else figures.bubble,
         "restarts": progress.restarts,
+        "faults": list(faults),
         "checkpoint_step": progress.checkpoint_step,
         "placement": str(plan.placement),
         "schedule": plan.schedule,
@@ -161,6 +164,7 @@ def failure_json(failure: Failure, *, plan: Plan | None) -> dict[str, Any]:
         "stages": [] if plan is None else list(plan.held_stages(rank)),
         "generation": failure.sender.generation,
         "kind": failure.kind,
+        "cause": failure.cause,
         "step": failure.step,
         "action": failure.action,
         "message": failure.message,

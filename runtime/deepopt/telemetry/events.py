@@ -165,6 +165,46 @@ class WorkerLost(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FaultJudged(Event):
+    """The head knows whose fault it was and what it does about it.
+
+    Args:
+        fault: as in `status.json`: culprit, victims, cause, what happens next.
+    """
+
+    kind: ClassVar[str] = "fault"
+    fault: Mapping[str, Any]
+
+    def headline(self) -> str:
+        """The event in words."""
+        culprit = self.fault.get("culprit") or {}
+        who = f"rank {culprit.get('rank')} on {culprit.get('host') or 'an unknown host'}"
+        return (
+            f"fault {self.fault.get('number')}: {who}: {culprit.get('message')}; "
+            f"{self.fault.get('next')}"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FaultOver(Event):
+    """A fault is over: a new step is done, or another fault came, or the job ended.
+
+    Args:
+        fault: as in `status.json`, with its times.
+    """
+
+    kind: ClassVar[str] = "recovered"
+    fault: Mapping[str, Any]
+
+    def headline(self) -> str:
+        """The event in words."""
+        times = self.fault.get("times_s") or {}
+        parts = ", ".join(f"{name} {s:.2f} s" for name, s in times.items() if name != "total")
+        total = f" in {times['total']:.2f} s" if "total" in times else ""
+        return f"fault {self.fault.get('number')} {self.fault.get('outcome')}{total}: {parts}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointCommitted(Event):
     """A checkpoint is whole and verified on disk.
 
@@ -295,6 +335,8 @@ KINDS: dict[str, type[Event]] = {
         WorkerBecameReady,
         WeightWorkChosen,
         WorkerLost,
+        FaultJudged,
+        FaultOver,
         CheckpointCommitted,
         CheckpointWasNotWritten,
         MessageRefused,

@@ -213,6 +213,8 @@ class Failure:
         remedy: next step, when the error named one.
         pid: process id.
         host: host name.
+        cause: why a worker that cannot speak counts as lost, one of `head.liveness.Cause`; empty
+            in a worker's own words.
     """
 
     sender: Sender
@@ -225,6 +227,7 @@ class Failure:
     remedy: str = ""
     pid: int = 0
     host: str = ""
+    cause: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
