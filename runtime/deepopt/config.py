@@ -524,7 +524,8 @@ class FaultsConfig(Section):
         default=3, description="Generations that may be formed after lost workers."
     )
     heartbeat_s: Seconds = Field(
-        default=1.0, description="Time between heartbeats, in seconds."
+        default=0.5,
+        description="Time between heartbeats, in seconds; three missing ones make a worker suspect.",
     )
     heartbeat_timeout_s: Seconds = Field(
         default=5.0,
