@@ -53,6 +53,19 @@ class ModelConfig(Section):
         description="Import path of `loss(output, targets) -> scalar mean`; "
         "null: the model's own `loss`.",
     )
+    loss_kwargs: dict[str, JsonValue] = Field(
+        default_factory=dict, description="Further keyword arguments for `model.loss`."
+    )
+
+    @model_validator(mode="after")
+    def _arguments_for_a_loss(self) -> Self:
+        if self.loss_kwargs and self.loss is None:
+            refuse(
+                f"model.loss_kwargs ({', '.join(self.loss_kwargs)}) is set without model.loss",
+                remedy="name the function that takes them in model.loss",
+                fields=("loss_kwargs",),
+            )
+        return self
 
 
 class DataConfig(Section):

@@ -9,6 +9,7 @@ plan.json again by the head |
 | journal.jsonl, status.json, metrics.jsonl, events.jsonl | the head alone |
 | requests/*.json | `deepopt stop` and whoever asks; the supervisor reads and removes them |
 | logs/rank-N.log, trace/, checkpoints/*.tmp | workers |
+| carried/ | a script's trainer, before anything starts |
 | final/ | worker 0, after the last checkpoint |
 """
 
@@ -57,6 +58,11 @@ class RunDirectory:
     def schedules(self) -> Path:
         """Searched orders that plans refer to, one file each."""
         return self.root / "schedules"
+
+    @property
+    def carried(self) -> Path:
+        """What the script of the job brought along: model, loss, optimizer, data."""
+        return self.root / "carried"
 
     @property
     def supervisor(self) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ def find_loss(job: JobConfig, model: torch.nn.Module) -> Loss:
         loss: Callable[..., torch.Tensor] = import_object(job.model.loss, field="model.loss")
         if not callable(loss):
             raise InputError(f"model.loss: {job.model.loss} is not callable")
-        return loss
+        return partial(loss, **job.model.loss_kwargs) if job.model.loss_kwargs else loss
     own = getattr(model, "loss", None)
     return own if callable(own) else default_loss
 

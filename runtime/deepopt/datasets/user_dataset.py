@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 from deepopt.config import JobConfig
+from deepopt.datasets.epoch_stream import EpochStream
+from deepopt.datasets.epochs import EpochSource
 from deepopt.datasets.indexed import IndexedSource, not_a_stream
 from deepopt.datasets.samples import Batch, to_pair
 from deepopt.datasets.stream import StreamSource
@@ -88,7 +90,9 @@ class OwnBatches:
         raise not_a_stream(self._name, state)
 
 
-def user_source(job: JobConfig) -> IndexedSource | OwnBatches | StreamSource:
+def user_source(
+    job: JobConfig,
+) -> IndexedSource | OwnBatches | StreamSource | EpochSource | EpochStream:
     """Call the factory that `data.dataset` names and make a source of what it returns.
 
     Args:
@@ -105,6 +109,8 @@ def user_source(job: JobConfig) -> IndexedSource | OwnBatches | StreamSource:
     assert path is not None, "user_source() without data.dataset"
     name = f"data.dataset: {path}"
     dataset = _call_factory(path, job.data.kwargs)
+    if isinstance(dataset, EpochSource | EpochStream):  # made by a script's trainer
+        return dataset
     about: dict[str, Any] = {
         "fingerprint": _fingerprint(dataset, path, job.data.kwargs),
         "description": getattr(dataset, "description", f"{type(dataset).__name__} of {path}"),

@@ -7,6 +7,7 @@ moment. What is shown, and how, is the view's part.
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -65,13 +66,18 @@ class Outcome:
 
 
 class Interrupts:
-    """Counts SIGINT and SIGTERM instead of dying from them, while it is entered."""
+    """Counts SIGINT and SIGTERM instead of dying from them, while it is entered.
+
+    Only the main thread can take signals: entered in another one it counts nothing.
+    """
 
     def __init__(self) -> None:
         self.count = 0
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
+        if threading.current_thread() is not threading.main_thread():
+            return self
         for number in (signal.SIGINT, signal.SIGTERM):
             self._before[number] = signal.signal(number, self._take)
         return self

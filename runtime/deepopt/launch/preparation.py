@@ -67,12 +67,17 @@ def import_from(roots: Sequence[Path], *, job: JobConfig) -> None:
         job: names the factories.
     """
     paths = (job.model.factory, job.model.loss, job.data.dataset)
-    if all(path is None or path.startswith("deepopt.") for path in paths):
+    if all(path is None or _is_own(path) for path in paths):
         return
     new = [str(root) for root in dict.fromkeys(roots) if str(root) not in sys.path]
     sys.path[:0] = new
     inherited = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([*new, *([inherited] if inherited else [])])
+
+
+def _is_own(path: str) -> bool:
+    """Whether an import path leads into deepopt alone; what a script carried may need more."""
+    return path.startswith("deepopt.") and not path.startswith("deepopt.carried:")
 
 
 def with_absolute_paths(job: JobConfig) -> JobConfig:

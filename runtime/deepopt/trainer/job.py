@@ -1,0 +1,231 @@
+"""From a trainer's arguments to a job, with what the script brings along in the run directory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deepopt.carried.model import dump_model
+from deepopt.carried.objects import dump_object
+from deepopt.config import JobConfig, OptimizerConfig
+from deepopt.convert import describe
+from deepopt.errors import InputError, PlanError
+from deepopt.job_file import make_job
+from deepopt.run_directory import RunDirectory
+from deepopt.trainer.data import Data
+from deepopt.trainer.device_map import Device, read_device_map
+
+_ELB_KEYS = ("alpha", "monitor_freq")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What `DeepTrainer` was told, but for its data; its docstring says more.
+
+    Args:
+        device_map: device -> layers.
+        workers: how many.
+        placement: of the stages.
+        elb: checked.
+        loss_fn: of (output, targets).
+        optimizer: see there.
+        grad_clip: largest global norm.
+        groups: of gradients.
+        name: of the job.
+        hostfile: hosts.
+        address: of a Ray cluster.
+        overrides: keys of the job file.
+    """
+
+    device_map: Mapping[str, Sequence[int]] | None
+    workers: int | None
+    placement: str
+    elb: Mapping[str, Any]
+    loss_fn: Any
+    optimizer: Any
+    grad_clip: float | None
+    groups: int | None
+    name: str
+    hostfile: str | Path | None
+    address: str | None
+    overrides: Mapping[str, Mapping[str, Any]]
+
+
+def job_of(
+    model: torch.nn.Module, data: Data, settings: Settings, *, steps: int, run: RunDirectory
+) -> JobConfig:
+    """The job of a fit; writes model, loss and data into the run directory.
+
+    Args:
+        model: with the weights to start from.
+        data: ready.
+        settings: of the trainer.
+        steps: to train.
+        run: its folder `carried/` exists.
+
+    Raises:
+        DeepoptError: something cannot be carried, or does not fit.
+    """
+    job = _checked(_fields(model, data, settings, steps=steps, run=run))
+    if settings.device_map is None:
+        return job
+    names = [layer.name for layer in describe(job).layers]
+    placing = read_device_map(settings.device_map, layer_names=names)
+    if settings.workers not in (None, len(placing.devices)):
+        raise PlanError(
+            f"workers={settings.workers}, and device_map names {len(placing.devices)} devices",
+            remedy="leave workers out",
+        )
+    wanted = settings.placement
+    if placing.placement is not None and wanted not in ("auto", placing.placement):
+        raise PlanError(
+            f"device_map places the stages as {placing.placement}, and the placement is {wanted}",
+            remedy=f"give placement={placing.placement!r}, or each device one range of layers",
+        )
+    check_devices(placing.devices, hostfile=settings.hostfile)
+    update = {
+        "pipeline": {
+            "boundaries": placing.boundaries,
+            "placement": placing.placement or wanted,
+        },
+        "worker": {"count": len(placing.devices), "device": placing.devices[0].kind},
+    }
+    sections = {
+        name: getattr(job, name).model_copy(update=fields) for name, fields in update.items()
+    }
+    return job.model_copy(update=sections)
+
+
+def check_devices(devices: Sequence[Device], *, hostfile: str | Path | None) -> None:
+    """Check that the devices of a map exist, as far as it can be seen from here.
+
+    Raises:
+        PlanError: one does not.
+    """
+    if any(device.host is not None for device in devices):
+        if hostfile is None:
+            raise PlanError(
+                f"device_map names hosts ({devices[0]}), and there is no hostfile",
+                remedy="give hostfile=, or names without a host",
+            )
+        return
+    if hostfile is None and devices[0].kind == "cuda":
+        count = torch.cuda.device_count()
+        for device in devices:
+            if device.index >= count:
+                found = f"{count} GPU(s), gpu0 to gpu{count - 1}" if count else "no GPU"
+                raise PlanError(
+                    f"device_map: {device} is unknown: torch sees {found} on this machine",
+                    remedy="name other devices, or cpu0, cpu1, ... to train without GPUs",
+                )
+
+
+def check_elb(config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Check `elb_config`.
+
+    Args:
+        config: `alpha`, how far routing moves, in (0, 1]; `monitor_freq`, iterations between two
+            looks at the experts' queues, from 1.
+
+    Raises:
+        InputError: an unknown key, or a value out of range.
+    """
+    if config is None:
+        return {}
+    unknown = [key for key in config if key not in _ELB_KEYS]
+    if unknown:
+        raise InputError(
+            f"elb_config: {unknown[0]!r} is unknown", remedy=f"known: {', '.join(_ELB_KEYS)}"
+        )
+    alpha, frequency = config.get("alpha"), config.get("monitor_freq")
+    if alpha is not None and not (
+        isinstance(alpha, int | float) and not isinstance(alpha, bool) and 0 < alpha <= 1
+    ):
+        raise InputError(f"elb_config: alpha is {alpha!r}", remedy="give a number in (0, 1]")
+    if frequency is not None and not (
+        isinstance(frequency, int) and not isinstance(frequency, bool) and frequency >= 1
+    ):
+        raise InputError(
+            f"elb_config: monitor_freq is {frequency!r}",
+            remedy="give a whole number of iterations from 1",
+        )
+    return dict(config)
+
+
+def _fields(
+    model: torch.nn.Module, data: Data, settings: Settings, *, steps: int, run: RunDirectory
+) -> dict[str, dict[str, Any]]:
+    layout = data.layout
+    fields: dict[str, dict[str, Any]] = {
+        "model": {
+            "factory": "deepopt.carried:model",
+            "kwargs": dump_model(model, run.carried / "model.pkl"),
+            **_loss_fields(settings.loss_fn, run=run),
+        },
+        "data": {
+            "dataset": "deepopt.carried:dataset",
+            "kwargs": dump_object(data.source, run.carried / "dataset.pkl", what="the dataset"),
+        },
+        "training": {
+            "steps": steps,
+            "seed": layout.seed,
+            "microbatches": layout.microbatches,
+            "microbatch_size": layout.microbatch_size,
+            "groups": settings.groups,
+            "grad_clip": settings.grad_clip,
+        },
+        "optimizer": _optimizer_fields(settings.optimizer),
+        "pipeline": {"placement": settings.placement},
+        "worker": {"count": settings.workers},
+        "cluster": {
+            "hostfile": None if settings.hostfile is None else str(settings.hostfile),
+            "address": settings.address,
+        },
+    }
+    if (
+        not data.can_resume
+    ):  # a new worker group begins anew: there must be nothing to go on from
+        fields["checkpoint"] = {"every": 0}
+    for section, keys in settings.overrides.items():
+        fields[section] = {**fields.get(section, {}), **keys}
+    return {"name": settings.name, **fields}  # type: ignore[dict-item]
+
+
+def _loss_fields(loss_fn: Any, *, run: RunDirectory) -> dict[str, Any]:
+    if loss_fn is None:
+        return {}
+    if not callable(loss_fn):
+        raise InputError(
+            f"loss_fn is a {type(loss_fn).__name__}, which cannot be called",
+            remedy="give a function of (output, targets)",
+        )
+    if isinstance(loss_fn, torch.nn.Module) and any(
+        p.requires_grad for p in loss_fn.parameters()
+    ):
+        raise InputError(
+            f"loss_fn ({type(loss_fn).__name__}) has parameters, which nobody would train",
+            remedy="make them part of the model, or loss_fn.requires_grad_(False)",
+        )
+    kwargs = dump_object(loss_fn, run.carried / "loss.pkl", what="loss_fn")
+    return {"loss": "deepopt.carried:loss", "loss_kwargs": kwargs}
+
+
+def _optimizer_fields(optimizer: Any) -> dict[str, Any]:
+    if optimizer is None:
+        return {}
+    if isinstance(optimizer, OptimizerConfig):
+        return optimizer.model_dump()
+    if isinstance(optimizer, Mapping):
+        return dict(optimizer)
+    raise InputError(
+        f"optimizer is a {type(optimizer).__name__}",
+        remedy="give an OptimizerConfig or a mapping of its fields",
+    )
+
+
+def _checked(fields: dict[str, Any]) -> JobConfig:
+    return make_job(fields)

@@ -1,0 +1,239 @@
+"""`DeepTrainer`: arguments to a job, the job to a run, the trained weights back into the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deepopt.checkpoint.store import CheckpointStore
+from deepopt.config import JobConfig, OptimizerConfig
+from deepopt.convert import DeepModel
+from deepopt.errors import CheckpointError, InputError
+from deepopt.launch.run_files import new_run_path
+from deepopt.launch.run_view import request
+from deepopt.planner.skeleton import ModelSkeleton
+from deepopt.run_directory import RunDirectory
+from deepopt.telemetry.files import read_json
+from deepopt.trainer import run as runs
+from deepopt.trainer.callbacks import Callback, as_callbacks
+from deepopt.trainer.data import Data, Reading, read_data
+from deepopt.trainer.job import Settings, check_elb, job_of
+from deepopt.trainer.progress import NoView, make_view
+from deepopt.trainer.relay import Relay
+from deepopt.trainer.weights import load_weights
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitResult:
+    """How a fit ended.
+
+    Args:
+        run_dir: everything about it: `deepopt status` and `deepopt logs` work on it.
+        state: `finished`, or `stopped` where a callback or Ctrl-C asked for it.
+        step: the last one whose update was made.
+        losses: of each step of this fit, from the first.
+        report: the closing report, as `report.json` has it.
+    """
+
+    run_dir: Path
+    state: str
+    step: int
+    losses: tuple[float, ...]
+    report: Mapping[str, Any]
+
+
+class DeepTrainer:
+    """Trains a model as a pipeline, from a script or a notebook.
+
+    Args:
+        model: any module, or what `convert_to_deepopt` made of one. `fit` changes its weights in
+            place and nothing else.
+        device_map: device -> indices of its layers: `{"gpu0": [0, 1], "gpu1": [2, 3]}`; `cpuN` for
+            processes without a GPU, `HOST:gpuN` with `hostfile`. None: planned.
+        workers: how many; None: one a device of the map, or a GPU, or 4 where there is none.
+        placement: of the stages: `auto`, `line`, `v`, `mirror` (the same as `bi_stream`); None: as
+            the model was converted, else `auto`.
+        elb_config: `{"alpha": 0.3, "monitor_freq": 100}`: how MoE routers are balanced.
+        loss_fn: maps (output, targets) to a scalar mean; None: the model's own `loss`, what it
+            returned as `loss`, or the cross-entropy of its logits.
+        optimizer: an `OptimizerConfig`, or a mapping of its fields: AdamW with warm-up; None: its
+            defaults.
+        grad_clip: largest global L2 norm of the gradients; None: no clipping.
+        batch_size: samples of a step; None: the dataset's own, else 32, or all where there are less.
+        microbatches: that a step is cut into; None: as many as divide it, at most 8.
+        groups: gradient groups of a step, which alone decide the rounding; None: min(2,
+            microbatches).
+        collate_fn: makes a batch of a list of samples; None: torch's default.
+        shuffle: samples of a map-style dataset, anew in each epoch.
+        drop_last: leave out what does not fill a step at the end of an epoch.
+        seed: of the data order, dropout and router noise.
+        callbacks: `Callback`s, or functions of each step's record.
+        run_dir: new folder of each fit; None: `runs/NAME-DATE-XXXX`.
+        name: of the job.
+        progress: whether to show it.
+        hostfile: hosts to use.
+        address: of a Ray cluster to join.
+        settings: further keys, nested as in a job file (docs/job-file.md); they win.
+
+    Raises:
+        InputError: an argument is wrong.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module | DeepModel,
+        *,
+        device_map: Mapping[str, Sequence[int]] | None = None,
+        workers: int | None = None,
+        placement: str | None = None,
+        elb_config: Mapping[str, Any] | None = None,
+        loss_fn: Any = None,
+        optimizer: OptimizerConfig | Mapping[str, Any] | None = None,
+        grad_clip: float | None = None,
+        batch_size: int | None = None,
+        microbatches: int | None = None,
+        groups: int | None = None,
+        collate_fn: Any = None,
+        shuffle: bool = True,
+        drop_last: bool = False,
+        seed: int = 0,
+        callbacks: Sequence[Any] = (),
+        run_dir: str | Path | None = None,
+        name: str = "trainer",
+        progress: bool = True,
+        hostfile: str | Path | None = None,
+        address: str | None = None,
+        settings: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        self.model = model.model if isinstance(model, DeepModel) else model
+        if not isinstance(self.model, torch.nn.Module):
+            raise InputError(
+                f"model is a {type(model).__name__}, not a torch.nn.Module",
+                remedy="give a module, or what convert_to_deepopt() made of one",
+            )
+        if placement is None:
+            placement = model.placement if isinstance(model, DeepModel) else "auto"
+        self._settings = Settings(
+            device_map=device_map,
+            workers=workers,
+            placement="mirror" if placement == "bi_stream" else placement,
+            elb=check_elb(elb_config),
+            loss_fn=loss_fn,
+            optimizer=optimizer,
+            grad_clip=grad_clip,
+            groups=groups,
+            name=name,
+            hostfile=hostfile,
+            address=address,
+            overrides=settings or {},
+        )
+        self._reading = Reading(
+            batch_size=batch_size,
+            microbatches=microbatches,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            collate=collate_fn,
+            seed=seed,
+        )
+        self._callbacks: list[Callback] = as_callbacks(callbacks)
+        self._given_run_dir = None if run_dir is None else Path(run_dir)
+        self._shows = progress
+        self.run_dir: Path | None = None
+
+    def fit(self, dataset: Any, *, epochs: int = 1, max_steps: int | None = None) -> FitResult:
+        """Train, and put the weights back into the model.
+
+        Args:
+            dataset: a torch `Dataset`, `IterableDataset` or `DataLoader`, or an iterable of batches
+                that can be read from the start again and again.
+            epochs: passes over it.
+            max_steps: stop after so many; needed for a stream without `len()`.
+
+        Raises:
+            DeepoptError: an argument, the data or the model is wrong, or training failed: the model
+                then is as it was.
+            KeyboardInterrupt: Ctrl-C; the weights of the last step are in the model all the same.
+        """
+        data = read_data(dataset, model=self.model, reading=self._reading)
+        steps = _num_steps(data, epochs=epochs, max_steps=max_steps)
+        view = make_view(last_step=steps) if self._shows else NoView()
+        if not data.can_resume:
+            view.note(
+                f"{data.source.description}: it has no state_dict(), so this run cannot resume"
+            )
+        path = self._given_run_dir or new_run_path(self._settings.name)
+
+        def make_job(run: RunDirectory) -> JobConfig:
+            return job_of(self.model, data, self._settings, steps=steps, run=run)
+
+        run = runs.open_new(path, make_job)
+        return self._follow(run, data=data, view=view, last_step=steps)
+
+    def stop(self) -> None:
+        """End the fit in work after its step, with a checkpoint; from a callback or another thread."""
+        if self.run_dir is None:
+            raise InputError(
+                "stop(): no fit has begun", remedy="call it from a callback of fit()"
+            )
+        request(RunDirectory(self.run_dir), kind="stop", checkpoint=True)
+
+    def _follow(
+        self, run: RunDirectory, *, data: Data, view: NoView, last_step: int
+    ) -> FitResult:
+        self.run_dir = run.root
+        relay = Relay(self, self._callbacks, view=view, steps_per_epoch=data.steps_per_epoch)
+        for callback in self._callbacks:
+            callback.on_start(self)
+        try:
+            outcome, supervisor = runs.follow(run, view=relay, fresh=True)
+        finally:
+            relay.close()
+        if relay.error is not None:
+            raise relay.error
+        runs.raise_failure(outcome, run=run, supervisor=supervisor)
+        status = outcome.status or {}
+        if int(status.get("step") or 0):
+            self._take_weights(run)
+        result = FitResult(
+            run_dir=run.root,
+            state=str(status.get("state")),
+            step=int(status.get("step") or 0),
+            losses=tuple(loss for _, loss in sorted(relay.losses.items())),
+            report=read_json(run.report) if run.report.is_file() else {},
+        )
+        if outcome.interrupts:
+            raise KeyboardInterrupt
+        for callback in self._callbacks:
+            callback.on_end(self, result)
+        return result
+
+    def _take_weights(self, run: RunDirectory) -> None:
+        """Put the newest checkpoint's weights into the model."""
+        skeleton = ModelSkeleton.from_json(read_json(run.model))
+        found = CheckpointStore(run.checkpoints).newest_verified(skeleton.fingerprint())
+        if found is None:
+            raise CheckpointError(
+                f"{run.root} holds no checkpoint", remedy=f"see the logs in {run.logs}"
+            )
+        load_weights(self.model, found.path, skeleton=skeleton)
+
+
+def _num_steps(data: Data, *, epochs: int, max_steps: int | None) -> int:
+    given: dict[str, Any] = {"epochs": epochs, "max_steps": max_steps}
+    for name, value in given.items():
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise InputError(f"{name} is {value!r}", remedy="give a whole number from 1")
+    if data.steps_per_epoch is not None:
+        total = epochs * data.steps_per_epoch
+        return total if max_steps is None else min(total, max_steps)
+    if max_steps is None:
+        raise InputError(
+            "the dataset is a stream without len(), so it cannot be known how many steps "
+            f"{epochs} epoch(s) are",
+            remedy="give max_steps=",
+        )
+    return max_steps

@@ -1,0 +1,184 @@
+"""DeepTrainer checks its arguments before anything starts, and leaves nothing of a run that cannot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+from deepopt import convert_to_deepopt
+from deepopt.config import JobConfig
+from deepopt.errors import DeepoptError, InputError, PlanError, RunDirectoryError
+from deepopt.job_file import load_job
+from deepopt.run_directory import RunDirectory
+from deepopt.trainer import Callback, DeepTrainer
+from deepopt.trainer import run as runs
+from deepopt.trainer.progress import LinesView, NotebookView, figures
+
+
+def make_model() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(4)))
+
+
+def make_data(length: int = 16) -> TensorDataset:
+    generator = torch.Generator().manual_seed(1)
+    return TensorDataset(
+        torch.randn(length, 4, generator=generator), torch.randn(length, 4, generator=generator)
+    )
+
+
+def mean_square(output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return (output - targets).square().mean()
+
+
+class Launched(Exception):
+    """The job would have started."""
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Calls fit up to where the supervisor would be started; returns the job that is written."""
+
+    def refuse(run: RunDirectory, **_: Any) -> None:
+        raise Launched
+
+    monkeypatch.setattr(runs, "follow", refuse)
+
+    def fit(
+        dataset: Any = None, *, fit: dict[str, Any] | None = None, **arguments: Any
+    ) -> JobConfig:
+        given = {"model": make_model(), "loss_fn": mean_square, "progress": False}
+        trainer = DeepTrainer(**{**given, "run_dir": tmp_path / "run", **arguments})
+        with pytest.raises(Launched):
+            trainer.fit(make_data() if dataset is None else dataset, **(fit or {}))
+        return load_job(tmp_path / "run" / "job.yaml")
+
+    return fit
+
+
+def test_arguments_become_a_job(launched: Any) -> None:
+    job = launched(
+        batch_size=8,
+        microbatches=4,
+        device_map={"cpu0": [0], "cpu1": [3, 2, 1]},
+        grad_clip=0.5,
+        seed=3,
+        optimizer={"learning_rate": 0.1},
+        settings={"checkpoint": {"every": 7}},
+        fit={"epochs": 3},
+    )
+    assert (job.training.steps, job.training.microbatches, job.training.seed) == (6, 4, 3)
+    assert (job.training.microbatch_size, job.training.grad_clip) == (2, 0.5)
+    assert (job.worker.count, job.worker.device) == (2, "cpu")
+    assert job.pipeline.boundaries == (0, 1)
+    assert (job.optimizer.learning_rate, job.checkpoint.every) == (0.1, 7)
+
+
+def test_a_converted_model_keeps_its_placement(launched: Any) -> None:
+    job = launched(model=convert_to_deepopt(make_model()), workers=2)
+    assert job.pipeline.placement == "mirror"
+
+
+def test_max_steps_ends_epochs_early(launched: Any) -> None:
+    assert launched(batch_size=8, fit={"epochs": 9, "max_steps": 5}).training.steps == 5
+
+
+class Odd(Callback):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        ({"model": 3}, InputError, "model is a int, not a torch.nn.Module"),
+        ({"elb_config": {"alpha": 0.0}}, InputError, "alpha is 0.0"),
+        ({"elb_config": {"alpha": 0.3, "monitor_freq": 0}}, InputError, "monitor_freq is 0"),
+        ({"elb_config": {"beta": 1}}, InputError, "'beta' is unknown"),
+        ({"callbacks": [Odd]}, InputError, "neither a Callback nor a function"),
+        ({"loss_fn": 3}, InputError, "loss_fn is a int"),
+        ({"loss_fn": torch.nn.Linear(1, 1)}, InputError, "has parameters"),
+        ({"placement": "round"}, DeepoptError, "placement: expected one of"),
+        ({"optimizer": {"momentum": 1}}, DeepoptError, "optimizer.momentum: unknown key"),
+        ({"device_map": {"gpu99": [0, 1, 2, 3]}}, PlanError, "gpu99 is unknown: torch sees"),
+        ({"device_map": {"cpu0": [0, 1]}}, PlanError, "no device for layer 2 to 3"),
+        ({"device_map": {"a:cpu0": [0, 1, 2, 3]}}, PlanError, "there is no hostfile"),
+        (
+            {"device_map": {"cpu0": [0, 1, 2, 3]}, "workers": 2},
+            PlanError,
+            "workers=2, and device_map names 1 devices",
+        ),
+        (
+            {"device_map": {"cpu0": [0, 3], "cpu1": [1, 2]}, "placement": "bi_stream"},
+            PlanError,
+            "as v, and the placement is mirror",
+        ),
+        ({"workers": 9}, PlanError, "the model has 4"),
+    ],
+)
+def test_a_wrong_argument_is_one_clear_error_and_leaves_nothing(
+    arguments: dict[str, Any], kind: type[DeepoptError], message: str, tmp_path: Path
+) -> None:
+    given = {"model": make_model(), "loss_fn": mean_square, "progress": False}
+    with pytest.raises(kind, match=message) as caught:
+        DeepTrainer(**{**given, "run_dir": tmp_path / "run", **arguments}).fit(make_data())
+    assert caught.value.remedy
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"epochs": 0}, "epochs is 0"), ({"max_steps": 1.5}, "max_steps is 1.5")],
+)
+def test_a_wrong_length_is_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        DeepTrainer(make_model(), progress=False).fit(make_data(), **arguments)
+
+
+def test_a_used_run_directory_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    trainer = DeepTrainer(make_model(), run_dir=tmp_path, batch_size=16, progress=False)
+    with pytest.raises(RunDirectoryError, match="is not empty"):
+        trainer.fit(make_data())
+    assert (tmp_path / "notes.txt").exists()
+
+
+def test_stop_needs_a_fit() -> None:
+    with pytest.raises(InputError, match="no fit has begun"):
+        DeepTrainer(make_model()).stop()
+
+
+class Handle:
+    def __init__(self) -> None:
+        self.shown: list[str] = []
+
+    def update(self, text: str) -> None:
+        self.shown.append(text)
+
+
+def test_a_notebook_gets_a_bar_without_widgets() -> None:
+    handle = Handle()
+    view = NotebookView(last_step=4, display=lambda text, display_id: handle, html_class=str)
+    view.status({"state": "running"})
+    view.step({"step": 2, "loss": 1.5, "tokens_per_s": 1000.0})
+    view.note("<b>")
+    assert "running <progress value='2' max='4'></progress> 2/4 loss 1.5000" in handle.shown[-1]
+    assert handle.shown[-1].endswith("&lt;b&gt;")
+
+
+def test_elsewhere_there_are_lines_for_the_first_and_the_last_step(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import sys
+
+    view = LinesView(last_step=3, stream=sys.stderr)
+    for step in (1, 2, 3):
+        view.step({"step": step, "loss": 0.5})
+    assert capsys.readouterr().err.splitlines() == [
+        "step 1/3  loss 0.5000",
+        "step 3/3  loss 0.5000",
+    ]
+    assert figures({"step": 1}) == ""
