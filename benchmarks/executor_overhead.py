@@ -162,8 +162,13 @@ def _work(
     )
     device = torch.device("cpu")
     transport = ProcessGroupTransport(
-        store, rank=rank, world_size=RANKS, device=device, timeout_s=TIMEOUT_S
+        rank=rank,
+        world_size=RANKS,
+        device=device,
+        timeout_s=TIMEOUT_S,
+        form_timeout_s=TIMEOUT_S,
     )
+    transport.join(store, generation=1)
     ours = _our_step(order, microbatches, rank, transport)
     theirs = _torch_step(order, microbatches, rank)
     actions = microbatches * order.stages_per_rank * order.ops

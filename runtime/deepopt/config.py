@@ -567,6 +567,11 @@ class FaultsConfig(Section):
     setup_timeout_s: Seconds = Field(
         default=180.0, description="Longest start of a worker group, in seconds."
     )
+    survivor_timeout_s: Seconds = Field(
+        default=10.0,
+        description="Longest time, in seconds, that a healthy worker may take to leave its group when "
+        "another is lost (the operation in work must end); then it is replaced as well.",
+    )
     stop_grace_s: Seconds = Field(
         default=30.0,
         description="Time that a clean stop may take before workers are killed, in seconds.",

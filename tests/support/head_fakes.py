@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,9 +72,16 @@ class FakeGroup:
     assignments: list[Assignment] = field(default_factory=list)
     immortal: bool = False
     watched: list[int] = field(default_factory=list)
+    kept: dict[int, int] = field(default_factory=dict)
 
-    def prepare(self, generation: int, *, num_workers: int) -> None:
+    def prepare(
+        self, generation: int, *, num_workers: int, kept: Mapping[int, int] | None = None
+    ) -> None:
         self.calls.append(("prepare", generation, num_workers))
+        self.kept = dict(kept or {})
+
+    def interrupt(self) -> None:
+        self.calls.append(("interrupt",))
 
     def launch(self, assignments: Sequence[Assignment]) -> None:
         self.assignments = list(assignments)
@@ -98,7 +105,7 @@ class FakeGroup:
     def confirm_exit(self, rank: int, *, how: str) -> None:
         self.calls.append(("confirm_exit", rank, how))
 
-    def kill_all(self, *, timeout_s: float) -> None:
+    def kill_all(self, *, timeout_s: float, but: Collection[int] = ()) -> None:
         self.calls.append(("kill_all",))
         if self.immortal:
             raise ClusterError("rank 1 does not die")

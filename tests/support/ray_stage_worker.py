@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from deepopt.errors import DeepoptError
+from deepopt.errors import DeepoptError, TransportError
 from deepopt.run_directory import RunDirectory
 from deepopt.schedule.ir import Action, Op
 from deepopt.worker.fault_script import FaultScript
@@ -46,6 +46,16 @@ class FakeStageWorker:
         self._step_s = float(kwargs.get("step_s", 0.05))  # type: ignore[arg-type]
         self._crash_at = kwargs.get("crash_at")
 
+        self.is_set_up = False  # it cannot go on in another generation
+
+        self._interrupted = False
+
+    def interrupt(self, generation: int) -> None:
+        self._interrupted = True
+
+    def let_go(self) -> None:
+        """It holds nobody up."""
+
     def setup(self) -> WorkerReady:
         print("set up", os.getpid(), flush=True)  # noqa: T201 - the log must have it
         return WorkerReady(
@@ -72,6 +82,8 @@ class FakeStageWorker:
             if self._crash_at == self._step:
                 ctypes.string_at(0)
             time.sleep(self._step_s)
+            if self._interrupted:
+                raise TransportError("interrupted")
             self._progress += 1
             if self._sender.rank == 0:
                 self._report(self._step_report())
@@ -99,7 +111,7 @@ class FakeStageWorker:
     def describe_failure(self, error: BaseException) -> Failure:
         return Failure(
             sender=self._sender,
-            kind="error",
+            kind="peer" if isinstance(error, TransportError) else "error",
             step=self._step,
             action=f"{self._sender.rank}F0",
             message=error.message if isinstance(error, DeepoptError) else repr(error),

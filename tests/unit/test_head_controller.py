@@ -24,7 +24,11 @@ def open_head(tmp_path: Path) -> Iterator[Open]:
         if opened:
             opened[-1].close()
         job = JobConfig.model_validate(
-            {"training": {"steps": steps}, "checkpoint": {"every": 2}, "faults": faults}
+            {
+                "training": {"steps": steps},
+                "checkpoint": {"every": 2},
+                "faults": {"survivor_timeout_s": 0.5, **faults},
+            }
         )
         head = HeadUnderTest(tmp_path / "run", job=job, plan=make_plan(num_groups=num_groups))
         opened.append(head)
@@ -245,7 +249,7 @@ def test_without_a_checkpoint_the_job_begins_again(open_head: Open) -> None:
 
 
 def test_the_verdict_waits_for_the_culprit_and_folds_the_victims(open_head: Open) -> None:
-    head = open_head(max_restarts=0).start().ready()
+    head = open_head(max_restarts=0, survivor_timeout_s=3.0).start().ready()
     head.fails(0, "peer")
     head.wait(1.0, beating=[1])
     assert head.controller.outcome is None

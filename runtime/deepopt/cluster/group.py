@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -119,12 +119,24 @@ def how_gone(how: str) -> str:
 class WorkerGroup(Protocol):
     """The processes of one generation. Nothing but `kill_all` and `close` waits."""
 
-    def prepare(self, generation: int, *, num_workers: int) -> None:
-        """Begin to start the processes of a generation; a repeated call changes nothing."""
+    def prepare(
+        self, generation: int, *, num_workers: int, kept: Mapping[int, int] | None = None
+    ) -> None:
+        """Begin to start the processes of a generation; a repeated call changes nothing.
+
+        Args:
+            generation: which.
+            num_workers: its size.
+            kept: rank in the generation before, by new rank, of those whose process stays.
+        """
         ...
 
     def launch(self, assignments: Sequence[Assignment]) -> None:
         """Let each worker set up and run; assignments are in the order of ranks."""
+        ...
+
+    def interrupt(self) -> None:
+        """End all waits of the workers on each other: their generation has ended."""
         ...
 
     def request_stop(self) -> None:
@@ -151,8 +163,12 @@ class WorkerGroup(Protocol):
         """A worker's process has ended, says its host's agent; answered by `WorkerGone`."""
         ...
 
-    def kill_all(self, *, timeout_s: float) -> None:
+    def kill_all(self, *, timeout_s: float, but: Collection[int] = ()) -> None:
         """Kill all workers and wait until they are gone.
+
+        Args:
+            timeout_s: how long to wait at most.
+            but: ranks that are left alone.
 
         Raises:
             ClusterError: some are still there after the timeout.

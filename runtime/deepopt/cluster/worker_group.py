@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -50,6 +50,7 @@ class _Worker:
     actor: Any
     log_size: int
     pid: int = 0
+    host: str = ""
     process: Process | None = None  # on the head's host only
     node_id: str = ""
     agent: Any = None
@@ -96,8 +97,15 @@ class RayWorkerGroup:
         as_actor: Any = ray.remote  # its annotations lack concurrency groups
         self._actor_class = as_actor(concurrency_groups={REQUESTS: 1})(WorkerActor)
 
-    def prepare(self, generation: int, *, num_workers: int) -> None:
+    def prepare(
+        self, generation: int, *, num_workers: int, kept: Mapping[int, int] | None = None
+    ) -> None:
         """Begin to start the processes of a generation; a repeated call changes nothing.
+
+        Args:
+            generation: which.
+            num_workers: its size.
+            kept: rank in the generation before, by new rank, of those whose process stays.
 
         Raises:
             ClusterError: there are fewer places than workers.
@@ -109,19 +117,20 @@ class RayWorkerGroup:
                 f"{num_workers} workers on {len(self._slots.places)} places",
                 remedy="this is a bug in deepopt: please report it with the job file",
             )
+        before, kept = self._members.workers, kept or {}
         workers = []
         for rank in range(num_workers):
-            log = self._run.rank_log(rank)
-            workers.append(
-                _Worker(
-                    actor=self._actor_class.options(**self._options(rank)).remote(
-                        rank, run_dir=str(self._run.root), stage_worker=self._stage_worker
-                    ),
-                    log_size=log.stat().st_size if log.exists() else 0,
-                )
-            )
+            if rank in kept:
+                worker = before[kept[rank]]
+                worker.log_size = self._log_size(rank)
+                workers.append(worker)
+            else:
+                workers.append(self._start(rank))
         self._members = members = _Members(generation=generation, workers=workers)
         for rank, worker in enumerate(workers):
+            if rank in kept:
+                self._tell_up(members, rank)
+                continue
             self._watch(
                 members,
                 worker.actor.whereabouts.remote(),
@@ -140,6 +149,13 @@ class RayWorkerGroup:
                 self._tell,
                 partial(self._on_gone, members, rank),
             )
+
+    def interrupt(self) -> None:
+        """End all waits of the workers on each other: their generation has ended."""
+        members = self._members
+        for worker in members.workers:
+            if not worker.ended:
+                members.references.append(worker.actor.interrupt.remote(members.generation))
 
     def request_stop(self) -> None:
         """Ask the workers to stop, with a checkpoint, after the step in work."""
@@ -189,14 +205,19 @@ class RayWorkerGroup:
         """Tell of a process's end: its host's agent knows it before Ray does."""
         self._tell_gone(self._members, rank, how=how)
 
-    def kill_all(self, *, timeout_s: float) -> None:
+    def kill_all(self, *, timeout_s: float, but: Collection[int] = ()) -> None:
         """Kill all workers and wait until they are gone.
+
+        Args:
+            timeout_s: how long to wait at most.
+            but: ranks that are left alone.
 
         Raises:
             ClusterError: some are still there after the timeout.
         """
         until_s = time.monotonic() + timeout_s
-        left = [worker for worker in self._members.workers if not self._is_gone(worker)]
+        doomed = [w for rank, w in enumerate(self._members.workers) if rank not in but]
+        left = [worker for worker in doomed if not self._is_gone(worker)]
         for worker in left:
             self._kill(worker)
         while left and time.monotonic() < until_s:
@@ -211,6 +232,16 @@ class RayWorkerGroup:
             )
 
     # --- inside --------------------------------------------------------------------------
+
+    def _start(self, rank: int) -> _Worker:
+        actor = self._actor_class.options(**self._options(rank)).remote(
+            rank, run_dir=str(self._run.root), stage_worker=self._stage_worker
+        )
+        return _Worker(actor=actor, log_size=self._log_size(rank))
+
+    def _log_size(self, rank: int) -> int:
+        log = self._run.rank_log(rank)
+        return log.stat().st_size if log.exists() else 0
 
     def _options(self, rank: int) -> dict[str, Any]:
         slots, place = self._slots, self._slots.places[rank]
@@ -256,12 +287,16 @@ class RayWorkerGroup:
 
     def _on_up(self, members: _Members, rank: int, found: Whereabouts) -> None:
         worker = members.workers[rank]
-        worker.pid = found.pid
+        worker.pid, worker.host = found.pid, found.host
         if found.node_id == self._slots.head_node_id:
             worker.process = find_process(found.pid)
         worker.node_id = found.node_id
+        self._tell_up(members, rank)
+
+    def _tell_up(self, members: _Members, rank: int) -> None:
+        worker = members.workers[rank]
         self._tell(
-            WorkerUp(generation=members.generation, rank=rank, pid=found.pid, host=found.host)
+            WorkerUp(generation=members.generation, rank=rank, pid=worker.pid, host=worker.host)
         )
 
     def _on_gone(self, members: _Members, rank: int, error: BaseException) -> None:

@@ -33,13 +33,20 @@ from deepopt.head import recovery
 from deepopt.head.board import Board
 from deepopt.head.commits import Committed, Committer, NotCommitted, Origin
 from deepopt.head.fault_log import FaultLog, cause_of, faults_of
-from deepopt.head.formation import Start, choose_start, make_assignments, open_generation
+from deepopt.head.formation import (
+    Start,
+    choose_start,
+    is_checkpoint_due,
+    make_assignments,
+    open_generation,
+)
 from deepopt.head.generation import Generation, find_late_start, lost_worker
 from deepopt.head.journal import Journal, replay
 from deepopt.head.liveness import Cause, Finding
 from deepopt.head.measures import Pace, figures_of, metrics_line
 from deepopt.head.state import ENDED, JobState, advance
 from deepopt.head.status import Identity, Progress, error_of, status_of
+from deepopt.head.survivors import restore
 from deepopt.planner.plan import Plan
 from deepopt.planner.skeleton import ModelSkeleton
 from deepopt.run_directory import RunDirectory
@@ -48,8 +55,10 @@ from deepopt.worker.messages import (
     CheckpointFailed,
     Failure,
     Heartbeat,
+    InPlace,
     RunEnded,
     ShardsWritten,
+    Standing,
     StepReport,
     WeightWork,
     WorkerReady,
@@ -57,11 +66,8 @@ from deepopt.worker.messages import (
 
 logger = logging.getLogger(__name__)
 
-# After the first failure others follow; the verdict waits for them, so that it finds the culprit.
-OWN_GRACE_S = (
-    0.5  # after a death or an error of a worker's own: it explains the others by itself
-)
-PEER_GRACE_S = 3.0  # after a victim's error: the culprit has still to show itself
+# After a worker's own error no group is formed; others may still have a word to add.
+OWN_GRACE_S = 0.5
 KILL_TIMEOUT_S = 20.0  # for processes to be gone after SIGKILL; a busy disk can hold them
 PAUSE_S = 2.0  # between two ticks: more, and the head itself was not looking
 EXIT_INTERRUPTED = 130
@@ -258,18 +264,26 @@ class Controller:
 
     # --- generations ---------------------------------------------------------------------
 
-    def _form(self, *, reason: str) -> None:
-        """Form the next generation from the newest verified checkpoint."""
+    def _form(self, *, reason: str, before: Generation | None = None) -> None:
+        """Form the next generation, of what lives on of the one before.
+
+        It goes on from what its workers have; where that is not enough, from the newest verified
+        checkpoint.
+        """
         number, plan = self.next_generation, self.plan
-        self._group.prepare(number, num_workers=plan.world_size)
+        standings = {} if before is None else before.standings()
+        self._group.prepare(
+            number, num_workers=plan.world_size, kept={rank: rank for rank in standings}
+        )
         self._store.sweep(number)
-        start = self._find_start()
+        start = self._find_start(standings)
         self._journal.append(
             "generation",
             generation=number,
             plan_id=plan.plan_id,
             start_step=start.step,
             checkpoint=start.checkpoint,
+            source=start.source,
         )
         self._number = number
         self.generation = generation = open_generation(
@@ -280,7 +294,12 @@ class Controller:
             skeleton_fingerprint=self.skeleton.fingerprint(),
             start=start,
             now_s=self._clock.monotonic_s(),
-            incarnations=[self._new_incarnation() for _ in range(plan.world_size)],
+            incarnations=[
+                before.members[rank].sender.incarnation
+                if before is not None and rank in standings
+                else self._new_incarnation()
+                for rank in range(plan.world_size)
+            ],
             make_committer=self._make_committer,
         )
         self._board.tell(
@@ -291,12 +310,14 @@ class Controller:
                 start_step=start.step,
                 checkpoint=start.checkpoint,
                 reason=reason,
+                source=start.source,
+                kept=tuple(sorted(standings)),
             )
         )
         generation.liveness.be_patient(2.0**self._hangs)
         if (fault := self.faults.open) is not None:
             fault.start_step = start.step
-            fault.source = "seed" if start.checkpoint is None else "checkpoint"
+            fault.source = start.source
         self._group.launch(
             make_assignments(
                 generation,
@@ -309,7 +330,29 @@ class Controller:
         )
         self._show(force=True)
 
-    def _find_start(self) -> Start:
+    def _find_start(self, standings: Mapping[int, Standing]) -> Start:
+        """Where the next generation goes on: from what survivors have, else from a checkpoint."""
+        restoration = restore(self.plan, survivors=standings)
+        if restoration is None:
+            return self._find_checkpoint()
+        step, progress = restoration.step, self.progress
+        due = is_checkpoint_due(step, job=self.job, last_step=self.identity.last_step)
+        start = Start(
+            step=step,
+            checkpoint=progress.checkpoint_path,
+            tokens_seen=self._tokens_seen.get(step),
+            source=restoration.source,
+            in_place=InPlace(
+                previous_generation=self._number,
+                transfers=restoration.transfers,
+                report=step > progress.step,
+                save=due and step != progress.checkpoint_step,
+            ),
+        )
+        progress.step = step
+        return start
+
+    def _find_checkpoint(self) -> Start:
         """The newest verified checkpoint; those that were passed over are named."""
         found = self._store.newest_verified(self.skeleton.fingerprint())
         for rejected in () if found is None else found.rejected:
@@ -415,7 +458,12 @@ class Controller:
                 message=failure.message,
             )
         )
-        grace_s = PEER_GRACE_S if failure.kind == "peer" else OWN_GRACE_S
+        if not generation.interrupted:  # who waits for it may have noticed nothing yet
+            generation.interrupted = True
+            self._group.interrupt()
+        # The verdict waits for the others: it finds the culprit, and keeps who lives on.
+        own = failure.kind in recovery.OWN_ERROR_KINDS
+        grace_s = OWN_GRACE_S if own else self.job.faults.survivor_timeout_s
         due_s = now_s + grace_s
         settle_by_s = generation.settle_by_s
         generation.settle_by_s = due_s if settle_by_s is None else min(due_s, settle_by_s)
@@ -458,14 +506,21 @@ class Controller:
             self._warn(f"a worker was lost while stopping: {why}")
             self._end_stopped(reason="asked to stop")
             return
+        for member in generation.members:
+            if member.failure is None and member.ended is None:
+                timeout_s = self.job.faults.survivor_timeout_s
+                self._warn(
+                    f"rank {member.sender.rank} did not leave its group within "
+                    f"faults.survivor_timeout_s ({timeout_s:g} s) and is replaced as well"
+                )
         self.progress.restarts = verdict.restarts
         if self.state is not JobState.RECOVERING:
             self._move(JobState.RECOVERING, reason=why)
-        self._group.kill_all(timeout_s=KILL_TIMEOUT_S)
+        self._group.kill_all(timeout_s=KILL_TIMEOUT_S, but=generation.standings().keys())
         if (fault := self.faults.open) is not None:
             fault.fenced_s = self._clock.monotonic_s()
         self._take_commits(generation.committer.drain(timeout_s=self._drain_timeout_s))
-        self._form(reason=why)
+        self._form(reason=why, before=generation)
 
     def _judge(self, verdict: recovery.Verdict) -> None:
         """Write down whose fault it was and what is done about it, before it is done."""

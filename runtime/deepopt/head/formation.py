@@ -12,7 +12,7 @@ from deepopt.head.commits import Committer, Origin
 from deepopt.head.generation import Generation, make_members
 from deepopt.head.liveness import Liveness, deadlines_of
 from deepopt.planner.plan import Plan
-from deepopt.worker.messages import Assignment
+from deepopt.worker.messages import Assignment, InPlace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,12 +24,17 @@ class Start:
         checkpoint: folder of the checkpoint to load; None: initialise from the seed.
         tokens_seen: tokens trained on so far; None when unknown.
         data_fingerprint: hash of the data trained on so far; None when unknown.
+        source: where the layers' state comes from: `seed`, `checkpoint`, or as in
+            `survivors.Restoration`.
+        in_place: how the group goes on from what survivors have; None: from the checkpoint.
     """
 
     step: int
     checkpoint: str | None
     tokens_seen: int | None
     data_fingerprint: str | None = None
+    source: str = "seed"
+    in_place: InPlace | None = None
 
 
 def choose_start(found: Found | None, *, plan: Plan, last_step: int) -> Start:
@@ -64,7 +69,20 @@ def choose_start(found: Found | None, *, plan: Plan, last_step: int) -> Start:
         checkpoint=str(found.path),
         tokens_seen=manifest.tokens_seen,
         data_fingerprint=manifest.data_fingerprint,
+        source="checkpoint",
     )
+
+
+def is_checkpoint_due(step: int, *, job: JobConfig, last_step: int) -> bool:
+    """Whether a checkpoint is written after a step without anybody asking for it.
+
+    Args:
+        step: steps done; after step 0 there is nothing to write.
+        job: the resolved job.
+        last_step: run through this step.
+    """
+    every = job.checkpoint.every
+    return step > 0 and (step == last_step or (every > 0 and step % every == 0))
 
 
 def open_generation(
@@ -144,6 +162,7 @@ def make_assignments(
             checkpoint=start.checkpoint,
             start_step=start.step,
             last_step=last_step,
+            in_place=start.in_place,
         )
         for member in generation.members
     ]

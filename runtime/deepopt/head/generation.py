@@ -10,7 +10,7 @@ from deepopt.errors import WorkersLostError
 from deepopt.head.commits import Committer
 from deepopt.head.liveness import Liveness
 from deepopt.planner.plan import Plan
-from deepopt.worker.messages import Failure, RunEnded, Sender, WorkerReady
+from deepopt.worker.messages import Failure, RunEnded, Sender, Standing, WorkerReady
 
 
 @dataclass(slots=True, kw_only=True)
@@ -64,6 +64,7 @@ class Generation:
         settle_by_s: when the verdict over the failures is due; None while there are none.
         ended_s: when the last worker's run ended.
         exporting: whether the final weights are being written.
+        interrupted: whether its workers were told that it has ended.
     """
 
     number: int
@@ -77,6 +78,7 @@ class Generation:
     settle_by_s: float | None = None
     ended_s: float | None = None
     exporting: bool = False
+    interrupted: bool = False
 
     @property
     def is_ready(self) -> bool:
@@ -115,6 +117,18 @@ class Generation:
         member.failure = replace(before, message=how_gone(words))
         self.failures[self.failures.index(before)] = member.failure
 
+    def standings(self) -> dict[int, Standing]:
+        """What the workers have that can go on in another generation, by rank."""
+        found = {}
+        for member in self.members:
+            if member.failure is not None:
+                standing = member.failure.standing
+            else:
+                standing = None if member.ended is None else member.ended.standing
+            if standing is not None:
+                found[member.sender.rank] = standing
+        return found
+
     def peak_flops(self) -> Mapping[int, float]:
         """FLOP/s of each rank's device; 0 when unknown."""
         return {m.sender.rank: m.ready.peak_flops for m in self.members if m.ready is not None}
@@ -129,7 +143,7 @@ def make_members(
         plan: who holds which layers.
         job_id: the job.
         generation: its number.
-        incarnations: a fresh uuid for each rank.
+        incarnations: uuid of each rank's process.
     """
     return [
         Member(

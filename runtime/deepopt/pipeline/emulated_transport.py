@@ -21,6 +21,7 @@ from deepopt.pipeline.transport import (
     Kind,
     PendingGather,
     PendingReceive,
+    Store,
     TensorSpec,
     Transport,
 )
@@ -61,13 +62,7 @@ class EmulatedTransport:
         self._transfer_s = transfer_s
         self._timed = timed
         self._route_free_ns: dict[Channel, int] = {}
-        hosts = {row[0] for row in inner.start_all_gather([_host_number()]).wait()}
-        if len(hosts) > 1:
-            raise ClusterError(
-                f"{inner.world_size} workers with emulated devices run on {len(hosts)} hosts, "
-                "but emulated links need one clock",
-                remedy="run the job on one host: leave cluster.hostfile and cluster.address out",
-            )
+        self._check_hosts()
 
     @property
     def rank(self) -> int:
@@ -119,9 +114,29 @@ class EmulatedTransport:
         """Block until the key was published."""
         return self._inner.look_up(key)
 
+    def join(self, store: Store, *, generation: int) -> None:
+        """Form the real group again; its routes are free."""
+        self._route_free_ns.clear()
+        self._inner.join(store, generation=generation)
+        self._check_hosts()
+
+    def interrupt(self, generation: int) -> None:
+        """Make every wait in a generation fail at once. From any thread."""
+        self._inner.interrupt(generation)
+
     def close(self) -> None:
         """Leave the process group."""
         self._inner.close()
+
+    def _check_hosts(self) -> None:
+        inner = self._inner
+        hosts = {row[0] for row in inner.start_all_gather([_host_number()]).wait()}
+        if len(hosts) > 1:
+            raise ClusterError(
+                f"{inner.world_size} workers with emulated devices run on {len(hosts)} hosts, "
+                "but emulated links need one clock",
+                remedy="run the job on one host: leave cluster.hostfile and cluster.address out",
+            )
 
 
 class _Receive:

@@ -145,7 +145,7 @@ class Executor:
         self._first_microbatch = first_microbatch
         self._spans = spans
         self._on_whole = on_whole
-        self._before_action = before_action
+        self.before_action = before_action
         self._last_stage = placement.num_stages - 1
         self._step = 0
         self._is_ahead = False  # the step in work was begun by run_ahead
@@ -168,6 +168,11 @@ class Executor:
         )
         self._calls = self._bind()
         self._num_calls_ahead = sum(call.position < ahead.num_actions for call in self._calls)
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether the next step was begun by `run_ahead`."""
+        return self._is_ahead
 
     def channels(self) -> list[Channel]:
         """The channels this worker's program uses."""
@@ -215,13 +220,27 @@ class Executor:
         for stage in self._stages.values():
             stage.abandon()
 
+    def reset(self) -> None:
+        """Forget the step in work, without a word to peers: their group has ended.
+
+        Shapes are known; they are told again to whoever is new in the next group.
+        """
+        self._is_ahead = False
+        self.action = None
+        self._receives.forget()
+        self._arrived.clear()
+        self._departing.clear()
+        self._published.clear()
+        for stage in self._stages.values():
+            stage.abandon()
+
     def _begin(self, step: int) -> None:
         self._step = step
         for stage in self._stages.values():
             stage.begin_step(step)
 
     def _run(self, first: int, end: int) -> None:
-        spans, before_action, step = self._spans, self._before_action, self._step
+        spans, before_action, step = self._spans, self.before_action, self._step
         for call in self._calls[first:end]:
             if call.is_silent:
                 call.run()
@@ -323,9 +342,10 @@ class Executor:
         def run() -> None:
             outputs = self._departing.pop(here)
             if index not in self._published:
-                specs = tuple(TensorSpec.of(out) for out in outputs)
+                specs = self._specs.setdefault(
+                    (Op.SEND_F, index), tuple(TensorSpec.of(out) for out in outputs)
+                )
                 self._transport.publish(f"activation/{index + 1}", specs)
-                self._specs[Op.SEND_F, index] = specs
                 self._published.add(index)
             _check_shapes(action, outputs, self._specs[Op.SEND_F, index])
             self._transport.send(channel, message, outputs)

@@ -49,30 +49,24 @@ class LayerOptimizer:
         self._saved: list[torch.Tensor] | None = None
 
     def save(self) -> None:
-        """Keep a copy of the layer as it is: masters, moments and buffers. Twice their memory
-        from the first call on."""
+        """Keep a copy of the masters and moments as they are: twice their memory from the first
+        call on."""
         state = self._state()
         if self._saved is None:
             self._saved = [torch.empty_like(tensor) for tensor in state]
         _copy(self._saved, state)
 
     def restore(self) -> None:
-        """Make the layer what it was at the last `save`, bit for bit."""
+        """Make weights and moments what they were at the last `save`, bit for bit."""
         assert self._saved is not None, "restore() before save()"
         _copy(self._state(), self._saved)
         self._copy_masters()
 
-    def restore_buffers(self) -> None:
-        """Give the layer's buffers the values of the last `save`: a forward may change them."""
-        assert self._saved is not None, "restore_buffers() before save()"
-        buffers = list(self.layer.module.buffers())
-        _copy(buffers, self._saved[: len(buffers)])
-
     def _state(self) -> list[torch.Tensor]:
-        """Everything that a forward or an update changes; the module's buffers come first."""
+        """Everything that an update changes."""
         masters = [master.detach() for master in self._masters.values()]
         moments = [value for fields in self._moments.values() for value in fields.values()]
-        return [*self.layer.module.buffers(), *masters, *moments]
+        return [*masters, *moments]
 
     def step(self, grads: Mapping[str, torch.Tensor], learning_rate: float) -> None:
         """Update the layer.

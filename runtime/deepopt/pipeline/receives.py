@@ -103,6 +103,12 @@ class Receives:
             self._pending.pop(action).wait()
         assert not self._pending, f"{[*map(str, self._pending)]} are still under way"
 
+    def forget(self) -> None:
+        """Drop everything under way: the group that it came from has ended."""
+        self._pending.clear()
+        self._taken.clear()
+        self._num_posted = 0
+
     def _post_up_to(self, end: int) -> None:
         """Post receives of the list, up to one whose shape nobody has told yet."""
         while self._num_posted < min(end, self._limit):

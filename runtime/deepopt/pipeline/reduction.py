@@ -97,6 +97,10 @@ class Reducer:
             reduction.collect_parts()
         self._started.clear()
 
+    def forget(self) -> None:
+        """Drop what was started: the group that it went to has ended."""
+        self._started.clear()
+
 
 class _Reduction:
     def __init__(self, bucket: Bucket, transport: Transport) -> None:

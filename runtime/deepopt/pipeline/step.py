@@ -20,6 +20,7 @@ import torch
 
 from deepopt.config import JobConfig
 from deepopt.errors import TrainingError
+from deepopt.pipeline.buffer_history import BufferHistory
 from deepopt.pipeline.clip_forecast import ClipForecast
 from deepopt.pipeline.emulated import Emulation
 from deepopt.pipeline.executor import Batches, Executor
@@ -29,7 +30,7 @@ from deepopt.pipeline.optimizer import LayerOptimizer, clip_coefficient
 from deepopt.pipeline.reduction import Bucket, Reducer, channels
 from deepopt.pipeline.spans import Span, SpanRecorder, Totals, total
 from deepopt.pipeline.stage import Layer, Loss, Stage
-from deepopt.pipeline.transport import Transport
+from deepopt.pipeline.transport import Store, Transport
 from deepopt.planner.plan import Plan
 from deepopt.planner.skeleton import ModelSkeleton
 from deepopt.schedule.builders import build
@@ -87,6 +88,19 @@ class StepResult:
     rolled_back: bool = False
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Agreement:
+    """The exchange at the end of a step: all that the workers decide its update by.
+
+    Args:
+        step: the step.
+        rows: of each rank, what it gave.
+    """
+
+    step: int
+    rows: tuple[tuple[float, ...], ...]
+
+
 class PipelineStep:
     """This worker's share of the model, ready to train.
 
@@ -103,6 +117,12 @@ class PipelineStep:
         device: where the layers are.
         before_action: called before each action, for the fault script.
         schedule: order of this replica; None: the plan names a builder's.
+
+    Attributes:
+        version: steps whose update the layers have.
+        ready: whether the gradients of the step after `version` are whole here, so that the rows
+            of its exchange are all that its update still needs.
+        agreement: the exchange of the last update made here; None before the first.
     """
 
     def __init__(
@@ -129,6 +149,10 @@ class PipelineStep:
         self._may_run_ahead = False  # nobody asked to wait in the last exchange
         self._eager_rate: float | None = None  # learning rate of updates that do not wait
         self._updated: set[str] = set()  # layers updated in the step in work
+        self._is_eager = False  # the step in work updates before it is agreed on
+        self.version = 0
+        self.ready = False
+        self.agreement: Agreement | None = None
         self._trainable = _TrainableParameters(plan, skeleton)
 
         data_index, pipeline_rank = divmod(rank, plan.pipeline_size)
@@ -161,6 +185,9 @@ class PipelineStep:
             for stage in self._stages.values()
             for layer in stage.layers
         }
+        self._buffers = BufferHistory(
+            [layer for stage in self._stages.values() for layer in stage.layers]
+        )
         self.executor = Executor(
             program,
             ahead=run_ahead(schedule, rows)[pipeline_rank],
@@ -188,6 +215,63 @@ class PipelineStep:
         after the first step."""
         return [note for stage in self._stages.values() for note in stage.weight_notes()]
 
+    def begin_at(self, version: int) -> None:
+        """Start from layers that were just initialised, loaded or received.
+
+        Args:
+            version: steps whose update they have.
+        """
+        self._forget_step()
+        self._buffers.clear()
+        self.version, self.agreement = version, None
+
+    def roll(self, to: int, *, agreement: Agreement | None = None) -> None:
+        """Make the layers what they are after a step, and forget the one in work: its group has
+        ended. Bit for bit what the next step began with, or would have.
+
+        Args:
+            to: `version`, or the step after it if `ready`.
+            agreement: of the step after `version`, from a worker that has it.
+        """
+        eager, ready = self._is_eager, self.ready
+        self._forget_step()
+        if to == self.version + 1:
+            assert ready, f"step {to} is not whole on rank {self._rank}"
+            assert agreement is not None, f"nobody told the exchange of step {to}"
+            assert agreement.step == to, f"the exchange of step {agreement.step}, not of {to}"
+            result, coefficient = self._agree(to, agreement.rows, [])
+            if eager and coefficient < 1.0:
+                self._restore_optimizers()
+            if not eager or coefficient < 1.0:
+                self._scale(coefficient)
+                self._update(result.learning_rate)
+            self.version, self.agreement = to, agreement
+        else:
+            assert to == self.version, f"from step {self.version} to step {to}"
+            if eager:
+                self._restore_optimizers()
+        self._buffers.restore(to)
+
+    def join(self, store: Store, *, generation: int) -> None:
+        """Form the group of a later generation with the same plan.
+
+        Args:
+            store: prefixed with the generation.
+            generation: which.
+
+        Raises:
+            TransportError: the group did not form in time, or was interrupted.
+        """
+        self._transport.join(store, generation=generation)
+
+    def result_of(self, agreement: Agreement) -> StepResult:
+        """What a step came to, for its report.
+
+        Args:
+            agreement: of this plan's workers.
+        """
+        return self._agree(agreement.step, agreement.rows, [])[0]
+
     def run(
         self,
         step: int,
@@ -211,6 +295,9 @@ class PipelineStep:
         began = time.perf_counter()
         ahead = go_on and self._may_run_ahead and self._forecast.is_unlikely
         self._updated.clear()
+        if not self.executor.is_ahead:
+            self._buffers.keep(step - 1)
+        self._is_eager = ahead
         if ahead:
             for optimizer in self.optimizers.values():
                 optimizer.save()
@@ -234,19 +321,25 @@ class PipelineStep:
         if ahead:
             self._update(learning_rate(step, self._job.optimizer))
             self._update_s = time.perf_counter() - exchanging
+        self.ready = True
+        if ahead:
+            self._buffers.keep(step)
             self.executor.run_ahead(step + 1)
+        agreement = Agreement(step=step, rows=tuple(map(tuple, exchange.wait())))
         try:
-            result, coefficient = self._agree(step, exchange.wait(), spans)
+            result, coefficient = self._agree(step, agreement.rows, spans)
         except TrainingError:
             if ahead:
-                self._take_back()
+                self._take_back(step)
             raise
         if ahead:
-            result = self._confirm(result, coefficient)
+            result = self._confirm(step, result, coefficient)
         else:
             self._scale(coefficient)
             self._update(result.learning_rate)
             self._update_s = time.perf_counter() - exchanging
+        self.version, self.agreement = step, agreement
+        self._is_eager = self.ready = False
         self._forecast = self._forecast.after(clipped=result.clipped)
         self._may_run_ahead = not result.wishes & Wish.WAIT and self._transport.world_size > 1
         return result
@@ -280,24 +373,37 @@ class PipelineStep:
             for stage in self._stages.values():
                 stage.gradients.rows[0].mul_(coefficient)
 
-    def _confirm(self, result: StepResult, coefficient: float) -> StepResult:
+    def _confirm(self, step: int, result: StepResult, coefficient: float) -> StepResult:
         """Keep what ran ahead, or take it back and do it right."""
         if coefficient < 1.0:
-            self._take_back()
+            self._take_back(step)
             self._scale(coefficient)
             self._update(result.learning_rate)
         elif result.wishes & (Wish.STOP | Wish.CHECKPOINT):
             # The layers are about to be saved as they are after this step.
             self.executor.abandon()
-            for optimizer in self.optimizers.values():
-                optimizer.restore_buffers()
+            self._buffers.restore(step)
         return replace(result, ran_ahead=True, rolled_back=coefficient < 1.0)
 
-    def _take_back(self) -> None:
+    def _take_back(self, step: int) -> None:
         self.executor.abandon()
+        self._restore_optimizers()
+        self._buffers.restore(step)
+
+    def _restore_optimizers(self) -> None:
         for optimizer in self.optimizers.values():
             optimizer.restore()
         self._updated.clear()
+
+    def _forget_step(self) -> None:
+        """Drop the step in work; all workers of the next group know as little of clipping."""
+        self.executor.reset()
+        self._reducer.forget()
+        self._spans.take()
+        self._eager_rate = None
+        self._is_eager = self.ready = False
+        self._forecast = ClipForecast()
+        self._may_run_ahead = False
 
     # Building.
     # ---------------------------------------------------------------------------------

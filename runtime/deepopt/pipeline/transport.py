@@ -11,6 +11,8 @@ from __future__ import annotations
 import enum
 import json
 import re
+import threading
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,10 +24,15 @@ import torch
 import torch.distributed as dist
 
 from deepopt.errors import TransportError
+from deepopt.pipeline.gloo_links import GlooLinks
+
+Store = torch.distributed.distributed_c10d.Store
 
 _TENSORS_PER_MESSAGE = 64  # the lowest six bits of the tag
 _BACKEND_ERRORS = (RuntimeError, ConnectionError)  # torch raises DistError, a RuntimeError
 _EXCHANGE = "exchange of norms and losses at the end of the step"
+_FIRST_PAUSE_S = 0.0005  # between two looks for a key; doubled each time up to the longest
+_LONGEST_PAUSE_S = 0.02
 
 
 class Kind(enum.IntEnum):
@@ -34,6 +41,7 @@ class Kind(enum.IntEnum):
     ACTIVATION = 0
     GRADIENT = 1
     REDUCTION = 2
+    STATE = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +142,26 @@ class Transport(Protocol):
         """Block until the key was published."""
         ...
 
+    def join(self, store: Store, *, generation: int) -> None:
+        """Form the group of a generation; of a later one, again, with the same channels.
+
+        Args:
+            store: prefixed with the generation.
+            generation: which; higher than the one before.
+
+        Raises:
+            TransportError: the group did not form in time, or was interrupted.
+        """
+        ...
+
+    def interrupt(self, generation: int) -> None:
+        """Make every wait in a generation fail at once, here and at the peers. From any thread.
+
+        Args:
+            generation: which; nothing happens to a later one.
+        """
+        ...
+
     def close(self) -> None:
         """Leave the process group."""
         ...
@@ -173,6 +201,12 @@ class LoneTransport:
         """Never called: one worker has no peer."""
         raise AssertionError(f"a lone worker looked up {key}")
 
+    def join(self, store: Store, *, generation: int) -> None:
+        """Nobody to meet."""
+
+    def interrupt(self, generation: int) -> None:
+        """Nobody is waited for."""
+
     def close(self) -> None:
         """Nothing to leave."""
 
@@ -180,43 +214,38 @@ class LoneTransport:
 class ProcessGroupTransport:
     """Transport over torch.distributed: gloo for CPU tensors, NCCL for CUDA tensors.
 
+    Layers' states travel over gloo in either case.
+
     Args:
-        store: rendezvous store, already prefixed with the generation.
         rank: this worker's rank in the world.
         world_size: workers in the world.
         device: where tensors live; `cuda` means NCCL.
         timeout_s: longest wait for a peer, in seconds (`pipeline.timeout_s`).
-
-    Raises:
-        TransportError: the group did not form in time.
+        form_timeout_s: longest forming of the group, in seconds (`faults.setup_timeout_s`).
     """
 
     def __init__(
         self,
-        store: torch.distributed.distributed_c10d.Store,
         *,
         rank: int,
         world_size: int,
         device: torch.device,
         timeout_s: float,
+        form_timeout_s: float,
     ) -> None:
         self._rank = rank
         self._world_size = world_size
         self._device = device
-        self._store = store
         self._timeout = timedelta(seconds=timeout_s)
+        self._form_timeout_s = form_timeout_s
+        self._channels: dict[Channel, None] = {}
         self._roads: dict[Channel, _Road] = {}
         self._sends: deque[tuple[dist.Work, torch.Tensor]] = deque()
-        cuda = device.type == "cuda"
-        with _as_transport_error("process group did not form"):
-            dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if cuda else "gloo",
-                store=store,
-                rank=rank,
-                world_size=world_size,
-                timeout=self._timeout,
-                device_id=device if cuda else None,
-            )
+        self._links = GlooLinks()
+        self._lock = threading.Lock()  # of the next three
+        self._generation = 0
+        self._ended_generation = 0  # the newest that was interrupted
+        self._interrupted = threading.Event()
 
     @property
     def rank(self) -> int:
@@ -229,11 +258,12 @@ class ProcessGroupTransport:
         return self._world_size
 
     def open(self, channels: Iterable[Channel]) -> None:
-        """Make one communicator a channel under NCCL; gloo needs none, it has tags."""
+        """Make one communicator a channel under NCCL; gloo needs none, it has tags. Channels of
+        layers' states need not be opened."""
         # Sorted, so that both ends of every channel make their communicators in the same order.
         for channel in sorted(channels, key=lambda c: (c.kind, c.source, c.target)):
-            group = dist.group.WORLD
-            assert group is not None, "the constructor has made the world's group"
+            self._channels[channel] = None
+            group = _world()
             if self._device.type == "cuda":
                 with _as_transport_error(f"communicator of {channel} did not form"):
                     group = dist.new_group(
@@ -250,8 +280,9 @@ class ProcessGroupTransport:
     ) -> PendingReceive:
         """Post a receive and return at once."""
         assert len(specs) <= _TENSORS_PER_MESSAGE, f"{len(specs)} tensors in one message"
-        road, tag = self._roads[channel], _tag(channel, message)
-        tensors = [torch.empty(s.shape, dtype=s.dtype, device=self._device) for s in specs]
+        road, tag = self._road(channel), _tag(channel, message)
+        device = "cpu" if channel.kind is Kind.STATE else self._device
+        tensors = [torch.empty(s.shape, dtype=s.dtype, device=device) for s in specs]
         try:
             # The group's own methods: `dist.irecv` looks the group up and logs each time.
             works = [
@@ -265,7 +296,7 @@ class ProcessGroupTransport:
     def send(self, channel: Channel, message: int, tensors: Sequence[torch.Tensor]) -> None:
         """Post a send and return at once; the tensors must not be written to afterwards."""
         assert len(tensors) <= _TENSORS_PER_MESSAGE, f"{len(tensors)} tensors in one message"
-        road, tag = self._roads[channel], _tag(channel, message)
+        road, tag = self._road(channel), _tag(channel, message)
         try:
             for i, tensor in enumerate(tensors):
                 whole = tensor.detach().contiguous()
@@ -301,18 +332,103 @@ class ProcessGroupTransport:
 
     def look_up(self, key: str) -> tuple[TensorSpec, ...]:
         """Block until the key was published."""
-        with _as_transport_error(f"waiting for the shapes of {key}"):
-            self._store.wait([key], self._timeout)
+        what = f"waiting for the shapes of {key}"
+        self._await_key(key, what, timeout_s=self._timeout.total_seconds())
+        with _as_transport_error(what):
             plain = json.loads(self._store.get(key))
         return tuple(
             TensorSpec(tuple(shape), getattr(torch, dtype), requires_grad)
             for shape, dtype, requires_grad in plain
         )
 
+    def join(self, store: Store, *, generation: int) -> None:
+        """Form the group of a generation; of a later one, again, with the same channels.
+
+        Args:
+            store: prefixed with the generation.
+            generation: which; higher than the one before.
+
+        Raises:
+            TransportError: the group did not form in time, or was interrupted.
+        """
+        self._roads.clear()
+        self._sends.clear()
+        if dist.is_initialized():  # not so after NCCL's abort
+            dist.destroy_process_group()
+        self._store = store
+        with self._lock:
+            self._generation = generation
+            self._interrupted.clear()
+            if self._ended_generation >= generation:
+                self._interrupted.set()
+        self._form()
+        self.open(self._channels)
+
+    def interrupt(self, generation: int) -> None:
+        """Make every wait in a generation fail at once, here and at the peers. From any thread.
+
+        Args:
+            generation: which; nothing happens to a later one.
+        """
+        with self._lock:
+            self._ended_generation = max(self._ended_generation, generation)
+            if self._generation > generation or self._interrupted.is_set():
+                return
+            self._interrupted.set()
+            self._links.cut()
+            if self._device.type == "cuda" and dist.is_initialized():
+                # All communicators together, or one waits for another.
+                dist.distributed_c10d._abort_process_group()
+
     def close(self) -> None:
         """Leave the process group."""
         if dist.is_initialized():
             dist.destroy_process_group()
+
+    def _form(self) -> None:
+        """Meet all others, then connect."""
+        what = "forming the process group"
+        with _as_transport_error(what):
+            if self._store.add("arrived", 1) == self._world_size:
+                self._store.set("all-arrived", "")
+        self._await_key("all-arrived", what, timeout_s=self._form_timeout_s)
+        cuda = self._device.type == "cuda"
+        learning = self._links.watch(self._store, rank=self._rank, world_size=self._world_size)
+        with _as_transport_error(what), learning:
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if cuda else "gloo",
+                store=self._store,
+                rank=self._rank,
+                world_size=self._world_size,
+                timeout=self._timeout,
+                device_id=self._device if cuda else None,
+            )
+        if self._interrupted.is_set():  # while the links were not all known
+            self._links.cut()
+
+    def _road(self, channel: Channel) -> _Road:
+        if channel.kind is not Kind.STATE:
+            return self._roads[channel]
+        other = channel.source if channel.target == self._rank else channel.target
+        return _Road(_world(), other)
+
+    def _await_key(self, key: str, what: str, *, timeout_s: float) -> None:
+        """Wait for a key of the store; unlike the store's own wait, an interrupt ends it."""
+        until_s = time.monotonic() + timeout_s
+        pause_s = _FIRST_PAUSE_S
+        with _as_transport_error(what):
+            while not self._store.check([key]):
+                if self._interrupted.wait(pause_s):
+                    raise TransportError(f"{what} was interrupted")
+                if time.monotonic() > until_s:
+                    raise TransportError(f"{what} failed: no {key} after {timeout_s:g} s")
+                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+
+def _world() -> dist.ProcessGroup:
+    group = dist.group.WORLD
+    assert group is not None, "a channel before join()"
+    return group
 
 
 class _Road(NamedTuple):

@@ -65,6 +65,9 @@ class GenerationFormed(Event):
         start_step: steps already done.
         checkpoint: folder of the checkpoint it starts from; None: from the seed.
         reason: why it was formed, in a few words.
+        source: where the layers' state comes from: `seed`, `checkpoint`, `survivors`, `copies` that
+            other workers train, or `replicas` kept in memory.
+        kept: ranks whose process lived on.
     """
 
     kind: ClassVar[str] = "generation"
@@ -74,10 +77,14 @@ class GenerationFormed(Event):
     start_step: int
     checkpoint: str | None = None
     reason: str = ""
+    source: str = ""
+    kept: tuple[int, ...] = ()
 
     def headline(self) -> str:
         """The event in words."""
-        origin = "from the seed" if self.checkpoint is None else f"after step {self.start_step}"
+        origin = f"after step {self.start_step}" if self.start_step else "from the seed"
+        if self.source in ("survivors", "copies", "replicas"):
+            origin += f", from {self.source}"
         why = f" ({self.reason})" if self.reason else ""
         return f"generation {self.generation}: {self.num_workers} workers, {origin}{why}"
 

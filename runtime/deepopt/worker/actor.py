@@ -45,7 +45,7 @@ class Whereabouts:
 
 
 class WorkerActor:
-    """The process of one rank in one generation.
+    """The process of one rank, in one generation after the other.
 
     Args:
         rank: the rank.
@@ -57,6 +57,7 @@ class WorkerActor:
         redirect_output(RunDirectory(Path(run_dir)).rank_log(rank))
         self._stage_worker = stage_worker
         self._worker: Any = None
+        self._mailbox: Mailbox | None = None
         self._asked: set[str] = set()
         self._lock = threading.Lock()
 
@@ -76,7 +77,8 @@ class WorkerActor:
             logger.exception("importing %s failed", self._stage_worker)
 
     def work(self, assignment: Assignment, head: Any) -> RunEnded | Failure:
-        """Set up and train; every error becomes a `Failure`.
+        """Set up and train; every error becomes a `Failure`. After one that names what the worker
+        still has, a later call goes on with it in another generation.
 
         Args:
             assignment: who this worker is and what it shall do.
@@ -87,24 +89,30 @@ class WorkerActor:
         logger.info(
             "generation %d, rank %d, pid %d", sender.generation, sender.rank, os.getpid()
         )
-        mailbox = Mailbox(head.tell.remote, wait=_wait)
+        if self._mailbox is None:
+            self._mailbox = Mailbox(head.tell.remote, wait=_wait)
+        mailbox = self._mailbox
         done = threading.Event()
         try:
-            worker = self._load_class()(assignment, report=mailbox.post)
-            self._adopt(worker)
+            worker = self._worker
+            goes_on = worker is not None and worker.is_set_up
+            if goes_on:
+                worker.reassign(assignment)
+            else:
+                worker = self._load_class()(assignment, report=mailbox.post)
+                self._adopt(worker)
             threading.Thread(
                 target=_beat,
                 args=(worker, mailbox, done, assignment.job.faults.heartbeat_s),
                 name="heartbeat",
                 daemon=True,
             ).start()
-            mailbox.post(worker.setup())
+            mailbox.post(worker.rejoin() if goes_on else worker.setup())
             ended: RunEnded | Failure = worker.run()
         except BaseException as error:  # the process's edge: SystemExit of a model's code too
             logger.exception("rank %d failed", sender.rank)
             ended = self._describe(error, assignment)
-            # Its peers wait for it: let go at once, but do not let that delay the report.
-            threading.Thread(target=self._close, name="close", daemon=True).start()
+            self._let_go()  # at once: its peers wait for it
         finally:
             done.set()
         if not mailbox.flush(timeout_s=FLUSH_TIMEOUT_S):
@@ -135,6 +143,17 @@ class WorkerActor:
             else:
                 _pass_on(self._worker, what)
 
+    @ray.method(concurrency_group=REQUESTS)
+    def interrupt(self, generation: int) -> None:
+        """End the worker's waits on its peers: its generation has ended.
+
+        Args:
+            generation: which; nothing happens to a later one.
+        """
+        worker = self._worker
+        if worker is not None:
+            worker.interrupt(generation)
+
     def _load_class(self) -> Any:
         module, _, name = self._stage_worker.partition(":")
         return getattr(importlib.import_module(module), name)
@@ -161,12 +180,12 @@ class WorkerActor:
             host=socket.gethostname(),
         )
 
-    def _close(self) -> None:
+    def _let_go(self) -> None:
         try:
             if self._worker is not None:
-                self._worker.close()
-        except Exception:  # the process's edge: it ends in any case
-            logger.exception("closing failed")
+                self._worker.let_go()
+        except Exception:  # the process's edge: its word to the head counts
+            logger.exception("leaving the group failed")
 
 
 def _pass_on(worker: Any, what: str) -> None:

@@ -119,6 +119,10 @@ class LayerCheckpointer:
         """End the writer's thread."""
         self._writer.close()
 
+    def abandon(self) -> None:
+        """End the writer's thread when it is done with the file in work, without waiting for it."""
+        self._writer.close(timeout_s=0.0)
+
     def _snapshot(self, optimizer: LayerOptimizer) -> LayerState:
         tied = optimizer.layer.tied
         tensors = {

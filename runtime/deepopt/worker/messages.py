@@ -35,6 +35,60 @@ class Sender:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """What a worker still has when its group has ended; its process can join the next one.
+
+    Args:
+        version: steps whose update its layers have.
+        ready: whether the gradients of the step after are whole, so that it can make its update
+            as soon as it is told that step's exchange.
+        layers: names of the layers that it has; empty before it was set up.
+        replicas: step -> names of layers of others that it keeps a copy of as after that step.
+        held: earlier steps that it can take its own layers back to.
+    """
+
+    version: int
+    ready: bool
+    layers: tuple[str, ...]
+    replicas: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+    held: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transfer:
+    """A layer's state that goes from one worker of the new group to another.
+
+    Args:
+        layer: its name.
+        source: rank that has it.
+        target: rank that needs it.
+        replica: whether the source has it as a copy kept for another.
+    """
+
+    layer: str
+    source: int
+    target: int
+    replica: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InPlace:
+    """How a group goes on without going back to a checkpoint.
+
+    Args:
+        previous_generation: whose workers told the exchange of the last step, if it is needed.
+        transfers: states that go to who does not have them, in this order.
+        report: whether rank 0 shall report the step that the group starts after: nobody did.
+        save: whether that step's checkpoint is due and not there.
+    """
+
+    previous_generation: int
+    transfers: tuple[Transfer, ...] = ()
+    report: bool = False
+    save: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Assignment:
     """What the head tells a worker before it sets up.
 
@@ -46,9 +100,11 @@ class Assignment:
         plan: who holds which layers.
         run_dir: the run directory; the same path on every host.
         checkpoint: folder of the committed checkpoint to load; None: initialise from the seed.
+            With `in_place` it only says where a stream of data may begin.
         start_step: steps already done (0 for a new job); the first step run is start_step + 1.
         last_step: run through this step.
         node_ip: IP address of the worker's own host, for the transport.
+        in_place: how the group goes on from what its workers have; None: from the checkpoint.
     """
 
     sender: Sender
@@ -61,6 +117,7 @@ class Assignment:
     start_step: int
     last_step: int
     node_ip: str = "127.0.0.1"
+    in_place: InPlace | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,6 +272,7 @@ class Failure:
         host: host name.
         cause: why a worker that cannot speak counts as lost, one of `head.liveness.Cause`; empty
             in a worker's own words.
+        standing: what a victim still has; None where the process cannot go on.
     """
 
     sender: Sender
@@ -228,6 +286,7 @@ class Failure:
     pid: int = 0
     host: str = ""
     cause: str = ""
+    standing: Standing | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,6 +298,7 @@ class RunEnded:
         reason: `finished` (last_step reached) or `stopped` (asked to).
         op_times_s: median seconds by `STAGE OP`, for example `2F`, measured on this worker.
         overruns: of this worker's emulated device; None where the device is real.
+        standing: what it has, for the case that another one cannot end so.
     """
 
     sender: Sender
@@ -246,3 +306,4 @@ class RunEnded:
     reason: str
     op_times_s: Mapping[str, float] = field(default_factory=dict)
     overruns: Overruns | None = None
+    standing: Standing | None = None

@@ -292,13 +292,16 @@ def _serve(
 def _join(rank: int, num_ranks: int, port: int, timeout_s: float) -> Transport:
     if num_ranks == 1:
         return LoneTransport()
-    return ProcessGroupTransport(
-        PrefixStore("rehearsal", TCPStore(_LOOPBACK, port, is_master=False)),
+    transport = ProcessGroupTransport(
         rank=rank,
         world_size=num_ranks,
         device=torch.device("cpu"),
         timeout_s=timeout_s,
+        form_timeout_s=timeout_s,
     )
+    store = PrefixStore("rehearsal", TCPStore(_LOOPBACK, port, is_master=False))
+    transport.join(store, generation=1)
+    return transport
 
 
 class RankPlan:

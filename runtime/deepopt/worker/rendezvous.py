@@ -13,7 +13,12 @@ import torch
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from deepopt.errors import ClusterError, TransportError
-from deepopt.pipeline.transport import LoneTransport, ProcessGroupTransport, Transport
+from deepopt.pipeline.transport import (
+    LoneTransport,
+    ProcessGroupTransport,
+    Store,
+    Transport,
+)
 from deepopt.worker.messages import Assignment
 
 _SIOCGIFADDR = 0x8915  # Linux: get the IPv4 address of an interface
@@ -46,19 +51,14 @@ def serve_store(host: str) -> StoreServer:
     return StoreServer(host)
 
 
-def join(assignment: Assignment, *, device: torch.device) -> Transport:
-    """Join the process group of the assignment's generation; blocks until all workers are
-    there.
+def make_transport(assignment: Assignment, *, device: torch.device) -> Transport:
+    """The transport of a worker, which has not joined its group yet.
 
     Args:
-        assignment: names the store, the rank and the generation.
+        assignment: names the rank and the world.
         device: where tensors live.
-
-    Raises:
-        TransportError: the store or a peer did not answer in time.
     """
-    sender, plan = assignment.sender, assignment.plan
-    if plan.world_size == 1:
+    if assignment.plan.world_size == 1:
         return LoneTransport()
     interface = interface_of(assignment.node_ip)
     if (
@@ -66,13 +66,32 @@ def join(assignment: Assignment, *, device: torch.device) -> Transport:
     ):  # without it gloo looks the host's name up, which may be any address
         os.environ["GLOO_SOCKET_IFNAME"] = interface
         os.environ["NCCL_SOCKET_IFNAME"] = interface
-    timeout_s = assignment.job.faults.setup_timeout_s
+    return ProcessGroupTransport(
+        rank=assignment.sender.rank,
+        world_size=assignment.plan.world_size,
+        device=device,
+        timeout_s=assignment.job.pipeline.timeout_s,
+        form_timeout_s=assignment.job.faults.setup_timeout_s,
+    )
+
+
+def open_store(assignment: Assignment, *, generation: int | None = None) -> Store:
+    """A connection of its own to the job's store, prefixed with a generation.
+
+    Args:
+        assignment: names the store.
+        generation: which; None for the assignment's own.
+
+    Raises:
+        TransportError: the store did not answer in time.
+    """
+    sender = assignment.sender
     try:
         store = TCPStore(
             assignment.store_host,
             assignment.store_port,
             is_master=False,
-            timeout=timedelta(seconds=timeout_s),
+            timeout=timedelta(seconds=assignment.job.faults.setup_timeout_s),
         )
     except RuntimeError as error:
         raise TransportError(
@@ -80,13 +99,8 @@ def join(assignment: Assignment, *, device: torch.device) -> Transport:
             f"{assignment.store_host}:{assignment.store_port}: {str(error).splitlines()[0]}",
             remedy="check that the hosts reach each other on this address",
         ) from error
-    return ProcessGroupTransport(
-        PrefixStore(f"{sender.job_id}/generation-{sender.generation}", store),
-        rank=sender.rank,
-        world_size=plan.world_size,
-        device=device,
-        timeout_s=assignment.job.pipeline.timeout_s,
-    )
+    number = sender.generation if generation is None else generation
+    return PrefixStore(f"{sender.job_id}/generation-{number}", store)
 
 
 def interface_of(address: str) -> str | None:

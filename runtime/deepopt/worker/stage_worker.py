@@ -19,23 +19,26 @@ import traceback
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from deepopt.checkpoint.export import export_weights
+from deepopt.checkpoint.layer_files import read_manifest
 from deepopt.convert import build_layers, describe
 from deepopt.datasets.batch_source import BatchSource, build_batch_source
 from deepopt.errors import DeepoptError, TransportError
+from deepopt.pipeline.optimizer import LayerOptimizer
 from deepopt.pipeline.spans import Span
-from deepopt.pipeline.step import PipelineStep, StepResult, Wish
+from deepopt.pipeline.step import Agreement, PipelineStep, StepResult, Wish
 from deepopt.pipeline.transport import Transport
 from deepopt.planner.orders import load_schedule
 from deepopt.planner.skeleton import ModelSkeleton
 from deepopt.run_directory import RunDirectory
 from deepopt.schedule.ir import COMPUTE_OPS
 from deepopt.telemetry.trace import write_trace
-from deepopt.worker import rendezvous
+from deepopt.worker import agreements, rendezvous
 from deepopt.worker.device import choose_device, peak_flops
 from deepopt.worker.fault_script import FaultScript
 from deepopt.worker.layer_checkpoint import LayerCheckpointer
@@ -44,13 +47,16 @@ from deepopt.worker.messages import (
     CheckpointFailed,
     Failure,
     Heartbeat,
+    InPlace,
     RunEnded,
     ShardsWritten,
+    Standing,
     StepReport,
     WeightWork,
     WorkerReady,
     WorkerTimes,
 )
+from deepopt.worker.state_transfer import transfer
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +87,8 @@ class StageWorker:
         self._wishes = Wish.NONE
         self._wishes_lock = threading.Lock()
         self._busy_s: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=_TIMES_KEPT))
+        self._taken = Wish.NONE  # wishes that the exchange of the step in work carries
+        self._told_weight_work = False
         # Made by setup(). --------------------------------------------------------------------
         self._device = torch.device("cpu")
         self._skeleton: ModelSkeleton | None = None
@@ -89,20 +97,27 @@ class StageWorker:
         self._reads_stream = False
         self._pipeline: PipelineStep | None = None
         self._checkpointer: LayerCheckpointer | None = None
+        self._ready: WorkerReady | None = None
+
+    @property
+    def is_set_up(self) -> bool:
+        """Whether it has layers that it can join another generation with."""
+        return self._is_set_up
 
     def setup(self) -> WorkerReady:
-        """Join the group, build this worker's layers, load their state.
+        """Join the group, build this worker's layers, load or receive their state.
 
         Raises:
             TransportError: a peer or the store did not answer.
             CheckpointError: a shard is damaged.
             InputError: model or data cannot be built here.
         """
-        job, plan, rank = self._job, self._plan, self._sender.rank
+        assignment, job, plan, rank = self._assignment, self._job, self._plan, self._sender.rank
         times: dict[str, float] = {}
         torch.set_num_threads(job.worker.threads)
         with _timed(times, "build"):
             self._device = choose_device(job)
+            self._transport = rendezvous.make_transport(assignment, device=self._device)
             self._skeleton = describe(job)
             stages = plan.held_stages(rank)
             if 0 in stages or plan.num_stages - 1 in stages:  # others never see a batch
@@ -111,11 +126,10 @@ class StageWorker:
             indices = [i for stage in stages for i in plan.stage_layers(stage)]
             layers, loss = build_layers(job, indices, device=self._device)
         with _timed(times, "rendezvous"):
-            self._transport = rendezvous.join(self._assignment, device=self._device)
-        with _timed(times, "load"):
-            script = FaultScript(
-                job.faults.inject, rank=rank, generation=self._sender.generation
+            self._transport.join(
+                rendezvous.open_store(assignment), generation=self._sender.generation
             )
+        with _timed(times, "load"):
             self._pipeline = PipelineStep(
                 job=job,
                 plan=plan,
@@ -126,30 +140,18 @@ class StageWorker:
                 transport=self._transport,
                 batches=self._batches,
                 device=self._device,
-                before_action=script if script else None,
                 schedule=load_schedule(
                     plan,
                     data_index=rank // plan.pipeline_size,
                     folder=self._run_directory.schedules,
                 ),
             )
-            script.check(self._pipeline.executor.program)
-            self._checkpointer = LayerCheckpointer(
-                self._run_directory,
-                job=job,
-                plan=plan,
-                sender=self._sender,
-                optimizers=self._pipeline.optimizers,
-                report=self._report,
-            )
-            if self._assignment.checkpoint is not None:
-                data_state = self._checkpointer.load(Path(self._assignment.checkpoint))
-                if data_state is not None and self._batches is not None:
-                    self._batches.load_state_dict(data_state)
+            self._begin_generation()
+            self._load()
         with _timed(times, "peak"):
             peak, source = peak_flops(job, self._device)
         self._is_set_up = True
-        return WorkerReady(
+        self._ready = WorkerReady(
             sender=self._sender,
             pid=os.getpid(),
             host=socket.gethostname(),
@@ -160,6 +162,122 @@ class StageWorker:
             peak_source=source,
             data_fingerprint=None if self._batches is None else self._batches.fingerprint,
         )
+        return self._ready
+
+    def reassign(self, assignment: Assignment) -> None:
+        """Take a place in a later generation: same plan, same rank. `rejoin` comes next.
+
+        Args:
+            assignment: of that generation.
+        """
+        self._assignment, self._sender = assignment, assignment.sender
+        self._step = assignment.start_step
+        with self._wishes_lock:  # nobody acted on what the forgotten step carried
+            self._wishes |= self._taken
+            self._taken = Wish.NONE
+
+    def rejoin(self) -> WorkerReady:
+        """Join the generation of the last assignment with the layers of the one before.
+
+        Raises:
+            TransportError: a peer or the store did not answer.
+            CheckpointError: a shard is damaged.
+        """
+        assert self._pipeline is not None, "rejoin() before setup()"
+        assert self._ready is not None, "rejoin() before setup()"
+        times: dict[str, float] = {}
+        in_place = self._assignment.in_place
+        with _timed(times, "roll"):
+            if in_place is not None:
+                self._roll(in_place, to=self._assignment.start_step)
+        with _timed(times, "rendezvous"):
+            self._pipeline.join(
+                rendezvous.open_store(self._assignment), generation=self._sender.generation
+            )
+        with _timed(times, "load"):
+            self._begin_generation()
+            self._load()
+        self._ready = replace(self._ready, sender=self._sender, setup_s=times)
+        return self._ready
+
+    def interrupt(self, generation: int) -> None:
+        """End all waits of this worker in a generation: its group has ended. From any thread."""
+        if self._transport is not None:
+            self._transport.interrupt(generation)
+
+    def _roll(self, in_place: InPlace, *, to: int) -> None:
+        """Make the layers those after a step, with its exchange from another worker if needed."""
+        assert self._pipeline is not None, "a roll before setup()"
+        agreement = None
+        if to > self._pipeline.version:
+            agreement = self._find_agreement(in_place, to)
+        self._pipeline.roll(to, agreement=agreement)
+
+    def _find_agreement(self, in_place: InPlace, step: int) -> Agreement:
+        store = rendezvous.open_store(self._assignment, generation=in_place.previous_generation)
+        return agreements.look_up(store, step, timeout_s=self._job.faults.setup_timeout_s)
+
+    def _begin_generation(self) -> None:
+        """What carries the generation's number and so is made anew with it."""
+        assert self._pipeline is not None, "a generation before setup()"
+        rank = self._sender.rank
+        script = FaultScript(
+            self._job.faults.inject, rank=rank, generation=self._sender.generation
+        )
+        script.check(self._pipeline.executor.program)
+        self._pipeline.executor.before_action = script if script else None
+        if self._checkpointer is not None:  # what it still writes is nobody's any more
+            self._checkpointer.abandon()
+        self._checkpointer = LayerCheckpointer(
+            self._run_directory,
+            job=self._job,
+            plan=self._plan,
+            sender=self._sender,
+            optimizers=self._pipeline.optimizers,
+            report=self._report,
+        )
+
+    def _load(self) -> None:
+        """Bring this worker's layers to where the generation starts."""
+        assert self._pipeline is not None, "a load before setup()"
+        assert self._checkpointer is not None, "a load before setup()"
+        assert self._transport is not None, "a load before setup()"
+        assignment = self._assignment
+        checkpoint, in_place = assignment.checkpoint, assignment.in_place
+        if in_place is None:
+            if checkpoint is not None:
+                data_state = self._checkpointer.load(Path(checkpoint))
+                if data_state is not None and self._batches is not None:
+                    self._batches.load_state_dict(data_state)
+            elif self._is_set_up:
+                self._initialise()
+            self._pipeline.begin_at(assignment.start_step)
+            return
+        transfer(
+            in_place.transfers,
+            transport=self._transport,
+            optimizers=self._pipeline.optimizers,
+            replicas={},
+        )
+        if not self._is_set_up:
+            if self._reads_stream and checkpoint is not None:  # spares reading it all again
+                data_state = read_manifest(Path(checkpoint)).data_state
+                if data_state is not None and self._batches is not None:
+                    self._batches.load_state_dict(data_state)
+            self._pipeline.begin_at(assignment.start_step)
+
+    def _initialise(self) -> None:
+        """Give the layers the values that they began with."""
+        assert self._pipeline is not None, "a load before setup()"
+        indices = [
+            i
+            for stage in self._plan.held_stages(self._sender.rank)
+            for i in self._plan.stage_layers(stage)
+        ]
+        layers, _ = build_layers(self._job, indices, device=self._device)
+        for layer in layers:
+            fresh = LayerOptimizer(layer, self._job.optimizer)
+            self._pipeline.optimizers[layer.name].load_state(fresh.export_state())
 
     def run(self) -> RunEnded:
         """Train until `last_step` or until somebody asked to stop.
@@ -171,12 +289,14 @@ class StageWorker:
         assert self._pipeline is not None, "run() before setup()"
         assert self._checkpointer is not None, "run() before setup()"
         reason = "finished"
+        self._catch_up()
         ended = time.perf_counter()
         while self._step < self._assignment.last_step:
             self._step += 1
             result = self._pipeline.run(
                 self._step, take_wishes=self._take_wishes, go_on=self._may_go_on()
             )
+            self._taken = Wish.NONE
             began, ended = ended, time.perf_counter()
             self._account(result, step_time_s=ended - began)
             stop = bool(result.wishes & Wish.STOP)
@@ -192,7 +312,41 @@ class StageWorker:
             reason=reason,
             op_times_s={name: statistics.median(times) for name, times in self._busy_s.items()},
             overruns=self._pipeline.overruns,
+            standing=self.standing(),
         )
+
+    def _catch_up(self) -> None:
+        """Do what the group before could not any more: the last step's report and checkpoint."""
+        assert self._pipeline is not None, "run() before setup()"
+        in_place = self._assignment.in_place
+        if in_place is None:
+            return
+        if in_place.report and self._sender.rank == 0:
+            agreement = self._pipeline.agreement or self._find_agreement(in_place, self._step)
+            result = self._pipeline.result_of(agreement)
+            self._report(self._step_report(result, step_time_s=result.times[0].step_s))
+        if in_place.save:
+            self._save()
+
+    def standing(self) -> Standing | None:
+        """What this worker can go on with in another generation; None before it was set up."""
+        pipeline = self._pipeline
+        if pipeline is None or not self._is_set_up:
+            return None
+        return Standing(
+            version=pipeline.version, ready=pipeline.ready, layers=tuple(pipeline.optimizers)
+        )
+
+    def let_go(self) -> None:
+        """Leave the group that has failed, so that peers notice, and tell them the last exchange.
+
+        Raises:
+            TransportError: the store does not answer.
+        """
+        self.interrupt(self._sender.generation)
+        if self._pipeline is not None and self._pipeline.agreement is not None:
+            store = rendezvous.open_store(self._assignment)
+            agreements.tell(store, self._pipeline.agreement)
 
     def request_stop(self) -> None:
         """Ask all workers to stop after the step in work, with a checkpoint. From any thread."""
@@ -241,6 +395,7 @@ class StageWorker:
             remedy=remedy,
             pid=os.getpid(),
             host=socket.gethostname(),
+            standing=self.standing() if kind == "peer" else None,
         )
 
     def export(self, checkpoint_dir: str) -> str:
@@ -265,7 +420,8 @@ class StageWorker:
 
     def _take_wishes(self) -> Wish:
         with self._wishes_lock:
-            wishes, self._wishes = self._wishes, Wish.NONE
+            self._taken, self._wishes = self._wishes, Wish.NONE
+        wishes = self._taken
         # A stream's position cannot go back to the end of the step before.
         return wishes | Wish.WAIT if self._reads_stream else wishes
 
@@ -285,7 +441,8 @@ class StageWorker:
                     self._busy_s[name].append(span.busy_ns * 1e-9)
         if self._step in self._job.logging.trace_steps:
             self._write_trace(result.spans)
-        if done == 1:
+        if not self._told_weight_work:
+            self._told_weight_work = True
             self._report_weight_work()
         if self._sender.rank == 0:
             self._report(self._step_report(result, step_time_s=step_time_s))

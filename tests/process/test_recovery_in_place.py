@@ -1,0 +1,100 @@
+"""Workers killed with SIGKILL at all kinds of moments: survivors go on in place, no loss changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deepopt.config import JobConfig
+from support.recovering import Story, train_through_faults
+from support.worker_processes import losses_of, make_plan, tiny_job
+
+STEPS = 6
+MIRROR = {
+    "placement": "mirror",
+    "schedule": "bi_stream",
+    "boundaries": (0, 2, 4, 6),
+    "pipeline_size": 4,
+}
+NEVER_ON_DISK = {"every": 0}
+
+
+def kills(*points: tuple[int, int, str | None]) -> dict[str, Any]:
+    """Kill (rank, step, op), one in each generation."""
+    return {
+        "inject": [
+            {"kill": {"rank": rank, "step": step, "op": op, "generation": generation}}
+            for generation, (rank, step, op) in enumerate(points, start=1)
+        ]
+    }
+
+
+def job_of(**sections: Any) -> JobConfig:
+    return tiny_job(checkpoint=NEVER_ON_DISK, **sections)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    job = job_of()
+    return losses_of(job, make_plan(job), run_dir=tmp_path_factory.mktemp("a"), last_step=STEPS)
+
+
+def play(job: JobConfig, run_dir: Path, **where: Any) -> Story:
+    return train_through_faults(job, make_plan(job, **where), run_dir=run_dir, last_step=STEPS)
+
+
+def test_a_mirror_goes_on_after_kills_in_all_parts_of_a_step(
+    undisturbed: list[float], tmp_path: Path
+) -> None:
+    points = [(0, 1, "F"), (1, 2, "I"), (3, 4, "SEND_F"), (0, 5, "REDUCE"), (2, 6, None)]
+    story = play(job_of(faults=kills(*points)), tmp_path, **MIRROR)
+    assert story.loss_of_each_step == undisturbed
+    assert [r and (r.step, r.source) for r in story.restorations] == [
+        (0, "copies"),
+        (1, "copies"),
+        (3, "copies"),
+        (4, "copies"),
+        (5, "copies"),
+    ]
+    for before, after, (dead, _, _) in zip(story.pids, story.pids[1:], points, strict=False):
+        changed = {rank for rank in before if before[rank] != after[rank]}
+        assert changed == {dead}
+
+
+def test_steps_that_overlap_are_taken_back_to_the_last_one_agreed_on(
+    undisturbed: list[float], tmp_path: Path
+) -> None:
+    points = [(3, 3, "F"), (1, 5, "W")]
+    job = job_of(
+        training={"grad_clip": None}, pipeline={"overlap_steps": True}, faults=kills(*points)
+    )
+    alone = losses_of(
+        job_of(training={"grad_clip": None}), make_plan(job), run_dir=tmp_path, last_step=STEPS
+    )
+    story = play(job, tmp_path, **MIRROR)
+    assert story.loss_of_each_step == alone
+    assert [r and r.source for r in story.restorations] == ["copies", "copies"]
+
+
+def test_a_stage_without_a_copy_comes_from_the_disk_and_survivors_keep_their_processes(
+    undisturbed: list[float], tmp_path: Path
+) -> None:
+    job = tiny_job(checkpoint={"every": 0}, faults=kills((1, 3, "B")))
+    story = play(job, tmp_path, boundaries=(0, 4), pipeline_size=2)
+    assert story.loss_of_each_step == undisturbed
+    assert story.restorations == [None]
+    assert story.pids[0][0] == story.pids[1][0]
+
+
+def test_a_death_while_the_next_group_forms_is_one_more_recovery(
+    undisturbed: list[float], tmp_path: Path
+) -> None:
+    story = play(
+        job_of(faults=kills((0, 3, "F"), (3, 3, None))),
+        tmp_path,
+        **MIRROR,
+    )
+    assert story.loss_of_each_step == undisturbed
+    assert [r and r.step for r in story.restorations] == [2, 2]
