@@ -534,7 +534,27 @@ class FaultsConfig(Section):
     """When a worker counts as lost, and how often the job may start again."""
 
     max_restarts: Index = Field(
-        default=3, description="Generations that may be formed after lost workers."
+        default=3,
+        description="Generations that may be formed after lost workers, within `window_s`.",
+    )
+    max_host_losses: Index = Field(
+        default=3,
+        description="Generations that may be formed after lost hosts, within `window_s`.",
+    )
+    max_preemptions: Index = Field(
+        default=20,
+        description="Generations that may be formed after workers that were told to go (SIGTERM), "
+        "within `window_s`.",
+    )
+    max_head_restarts: Index = Field(
+        default=3, description="How often the head itself may be replaced, within `window_s`."
+    )
+    window_s: Seconds = Field(
+        default=3600.0, description="How long a fault counts, in seconds."
+    )
+    bad_host_after: Count = Field(
+        default=3,
+        description="Faults within `window_s` after which a host is avoided where there are others.",
     )
     heartbeat_s: Seconds = Field(
         default=0.5,
@@ -558,6 +578,11 @@ class FaultsConfig(Section):
         default=10.0,
         description="An operation hangs when it takes as long as this many of the longest recent "
         "steps.",
+    )
+    grace_s: Seconds = Field(
+        default=25.0,
+        description="Time from a SIGTERM (preemption) to the end, in seconds: a checkpoint is taken, or "
+        "the workers are killed.",
     )
     lease_s: Seconds = Field(
         default=30.0,

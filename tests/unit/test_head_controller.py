@@ -9,6 +9,7 @@ from deepopt.cluster.node_agent import ProcessEnded
 from deepopt.cluster.process_look import ProcessLook
 from deepopt.config import JobConfig
 from deepopt.errors import CheckpointError, InputError
+from deepopt.head.journal import replay
 from deepopt.head.state import JobState
 from deepopt.worker.messages import Sender, StepReport, WeightWork
 from support.head_fakes import HeadUnderTest, make_plan
@@ -298,9 +299,67 @@ def test_a_budget_of_restarts_is_kept(open_head: Open) -> None:
         assert head.group.assignments[0].sender.generation == generation
         head.ready()
         head.dies(0)
-        head.wait(0.5)
+        head.wait(2.0)
     assert (head.status["state"], head.status["exit_code"]) == ("failed", 4)
     assert head.status["restarts"] == 2
+
+
+def test_faults_far_apart_do_not_use_up_the_budget(open_head: Open) -> None:
+    head = open_head(steps=60, max_restarts=2, window_s=100.0).start()
+    for number in range(1, 11):
+        head.ready().steps(1, number)
+        head.dies(0)
+        head.wait(1.0)
+        head.wait(60.0, beating=[0, 1])
+        assert head.status["faults"][-1]["budget"] == "worker"
+    assert head.status["state"] == "recovering"
+    assert "0 more worker fault(s)" in head.status["faults"][-1]["next"]
+
+
+def test_a_recovery_that_brought_no_new_step_is_not_repeated_at_once(open_head: Open) -> None:
+    head = open_head(max_restarts=9).start().ready().steps(1, 3)
+    waited = []
+    for _ in range(5):
+        head.dies(0)
+        before_s = head.clock.now_s
+        generation = head.sender(0).generation
+        while head.sender(0).generation == generation:
+            head.wait(0.25)
+        waited.append(head.clock.now_s - before_s)
+        head.ready()
+    assert waited == [0.5, 0.5, 1.0, 2.0, 4.0]
+    head.steps(1, 4)
+    head.dies(0)
+    head.wait(0.5)
+    assert head.sender(0).generation == 7
+
+
+def test_a_resume_begins_with_the_whole_budget_and_a_new_head_does_not(open_head: Open) -> None:
+    head = open_head(max_restarts=1).start().ready().steps(1, 2)
+    head.dies(0)
+    head.wait(0.5)
+    head.ready().steps(1, 3)
+    assert replay(head.journal.entries).counting == {1}
+    head.dies(0)
+    head.wait(0.5)
+    assert head.status["state"] == "failed"
+    head = open_head(max_restarts=1).start().ready()
+    assert replay(head.journal.entries).counting == frozenset()
+    head.dies(0)
+    head.wait(0.5)
+    assert head.status["state"] == "recovering"
+
+
+def test_a_host_that_fails_again_and_again_is_named(open_head: Open) -> None:
+    head = open_head(bad_host_after=2).start().ready().steps(1, 2)
+    head.dies(0)
+    head.wait(0.5)
+    head.ready().steps(1, 3)
+    assert not [e for e in head.events("warning") if "alpha" in e["message"]]
+    head.dies(1)
+    head.wait(0.5)
+    (warning,) = [e for e in head.events("warning") if "alpha" in e["message"]]
+    assert "2 faults or more: alpha" in warning["message"]
 
 
 def test_a_silent_worker_is_suspect_then_killed_and_replaced(open_head: Open) -> None:
@@ -365,7 +424,7 @@ def test_a_fault_is_reported_with_its_times_and_what_it_cost(open_head: Open) ->
     assert (fault["outcome"], fault["cause"]) == ("open", "exit")
     assert (fault["culprit"]["rank"], fault["culprit"]["stages"]) == (1, [1])
     assert (fault["culprit"]["step"], fault["culprit"]["action"]) == (4, "1F2")
-    assert fault["next"] == "generation 2 begins"
+    assert fault["next"].startswith("generation 2 begins; 2 more worker fault(s) allowed")
     assert [e["fault"]["number"] for e in head.events("fault")] == [1]
     head.wait(2.0)
     head.ready(load_s=0.75)

@@ -1,7 +1,10 @@
 import pytest
 
-from deepopt.head.recovery import Fail, Restart, StopAnyway, decide, find_culprit
+from deepopt.head.budgets import Budget, Limits, Spent
+from deepopt.head.recovery import Fail, Restart, StopAnyway, Verdict, decide, find_culprit
 from deepopt.worker.messages import Failure, Sender
+
+LIMITS = Limits(most=dict.fromkeys(Budget, 2), window_s=100.0, bad_host_after=2)
 
 
 def failure(rank: int, kind: str, **fields: object) -> Failure:
@@ -42,22 +45,68 @@ def test_the_first_word_of_a_rank_counts() -> None:
     assert len(blame.victims) == 1
 
 
+def judge(failures: list[Failure], *, stopping: bool = False, **words: object) -> Verdict:
+    known = {"spent": (), "limits": LIMITS, "now_s": 1000.0, "step_done": 6, **words}
+    return decide(failures, stopping=stopping, **known)  # type: ignore[arg-type]
+
+
+def spent(budget: Budget = Budget.WORKER, *, at_s: float = 990.0, host: str = "alpha") -> Spent:
+    return Spent(budget=budget, at_s=at_s, step_done=6, host=host)
+
+
 @pytest.mark.parametrize("kind", ["death", "hang", "peer"])
 def test_lost_workers_are_replaced_until_the_budget_is_spent(kind: str) -> None:
     failures = [failure(2, kind)]
-    verdict = decide(failures, restarts=1, max_restarts=2, stopping=False)
+    verdict = judge(failures, spent=[spent()])
     assert isinstance(verdict, Restart)
-    assert verdict.restarts == 2
-    verdict = decide(failures, restarts=2, max_restarts=2, stopping=False)
+    assert (verdict.budget, verdict.left) == (Budget.WORKER, 0)
+    verdict = judge(failures, spent=[spent(), spent()])
     assert isinstance(verdict, Fail)
     assert verdict.exit_code == 4
     assert "rank 2 on alpha" in verdict.message
-    assert "lost 3 worker group(s), faults.max_restarts allows 2" in verdict.message
+    assert "3 lost worker group(s) within faults.window_s (100 s)" in verdict.message
+    assert "faults.max_restarts allows 2" in verdict.message
+
+
+def test_faults_that_are_older_than_the_window_do_not_count() -> None:
+    verdict = judge([failure(2, "death")], spent=[spent(at_s=899.0)] * 9)
+    assert isinstance(verdict, Restart)
+    assert verdict.left == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "preempted", "budget"),
+    [
+        ({"cause": "unreachable"}, frozenset(), Budget.HOST),
+        ({"cause": "stopped"}, frozenset(), Budget.WORKER),
+        ({}, frozenset({2}), Budget.PREEMPTION),
+    ],
+)
+def test_each_kind_of_fault_has_a_budget_of_its_own(
+    fields: dict[str, str], preempted: frozenset[int], budget: Budget
+) -> None:
+    other = Budget.HOST if budget is Budget.WORKER else Budget.WORKER
+    failures = [failure(2, "hang", **fields)]
+    verdict = judge(failures, spent=[spent(other)] * 5, preempted=preempted)
+    assert isinstance(verdict, Restart)
+    assert verdict.budget is budget
+    verdict = judge(failures, spent=[spent(budget)] * 5, preempted=preempted)
+    assert isinstance(verdict, Fail)
+
+
+def test_a_host_with_too_many_faults_is_avoided() -> None:
+    failures = [failure(2, "death", host="beta")]
+    verdict = judge(failures, spent=[spent(Budget.HOST, host="beta")])
+    assert isinstance(verdict, Restart)
+    assert verdict.avoid == ("beta",)
+    verdict = judge(failures, spent=[spent(host="alpha")])
+    assert isinstance(verdict, Restart)
+    assert verdict.avoid == ()
 
 
 def test_an_error_of_the_model_ends_the_job_without_a_restart() -> None:
     failures = [failure(0, "peer"), failure(1, "error", message="loss is nan", exit_code=5)]
-    verdict = decide(failures, restarts=0, max_restarts=3, stopping=False)
+    verdict = judge(failures)
     assert isinstance(verdict, Fail)
     assert verdict.exit_code == 5
     assert verdict.message == "rank 1 on alpha failed in step 7: loss is nan"
@@ -65,22 +114,16 @@ def test_an_error_of_the_model_ends_the_job_without_a_restart() -> None:
 
 @pytest.mark.parametrize("exit_code", [1, 3, 5])
 def test_a_failed_start_has_the_exit_code_of_its_error(exit_code: int) -> None:
-    failures = [failure(0, "setup", exit_code=exit_code, remedy="fix it")]
-    verdict = decide(failures, restarts=0, max_restarts=3, stopping=False)
+    verdict = judge([failure(0, "setup", exit_code=exit_code, remedy="fix it")])
     assert isinstance(verdict, Fail)
     assert (verdict.exit_code, verdict.remedy) == (exit_code, "fix it")
     assert "while starting" in verdict.message
 
 
 def test_a_start_that_failed_because_of_a_peer_is_tried_again() -> None:
-    verdict = decide(
-        [failure(0, "setup", exit_code=4)], restarts=0, max_restarts=1, stopping=False
-    )
-    assert isinstance(verdict, Restart)
+    assert isinstance(judge([failure(0, "setup", exit_code=4)]), Restart)
 
 
 def test_a_worker_lost_while_stopping_ends_the_job_as_stopped() -> None:
-    verdict = decide([failure(0, "death")], restarts=0, max_restarts=3, stopping=True)
-    assert isinstance(verdict, StopAnyway)
-    verdict = decide([failure(0, "error")], restarts=0, max_restarts=3, stopping=True)
-    assert isinstance(verdict, Fail)
+    assert isinstance(judge([failure(0, "death")], stopping=True), StopAnyway)
+    assert isinstance(judge([failure(0, "error")], stopping=True), Fail)

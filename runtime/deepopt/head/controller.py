@@ -31,8 +31,9 @@ from deepopt.config import JobConfig
 from deepopt.errors import CheckpointError, DeepoptError, InputError
 from deepopt.head import recovery
 from deepopt.head.board import Board
+from deepopt.head.budgets import Spent, backoff_s, limits_of, spent_of
 from deepopt.head.commits import Committed, Committer, NotCommitted, Origin
-from deepopt.head.fault_log import FaultLog, cause_of, faults_of
+from deepopt.head.fault_log import FaultLog, faults_of
 from deepopt.head.formation import (
     Start,
     choose_start,
@@ -145,7 +146,13 @@ class Controller:
         self._new_incarnation = new_incarnation
         history = replay(journal.entries)
         self._number = history.generation
-        self.faults = FaultLog(faults_of(history.faults))
+        earlier = faults_of(history.faults)
+        self.faults = FaultLog(earlier)
+        self._spent = spent_of(
+            [fault for fault in earlier if fault["number"] in history.counting],
+            now_s=clock.monotonic_s(),
+        )
+        self._limits = limits_of(job.faults)
         self._hangs = 0  # workers killed for want of progress
         self._error: dict[str, Any] | None = None
         self._stop_by_s: float | None = None
@@ -167,6 +174,7 @@ class Controller:
         Raises:
             DeepoptError: the journal cannot be written, or no checkpoint can be used.
         """
+        self._spent.clear()  # somebody has looked at it and wants it to go on
         self._journal.append(
             "job", job_id=self.identity.job_id, last_step=self.identity.last_step
         )
@@ -249,7 +257,8 @@ class Controller:
             generation.began_s += gap_s
         self._take_commits(generation.committer.poll())
         if generation.settle_by_s is not None:
-            if now_s >= generation.settle_by_s or generation.is_accounted_for:
+            settled = generation.is_accounted_for and now_s >= generation.not_before_s
+            if settled or now_s >= generation.settle_by_s:
                 self._settle(generation)
         elif self._stop_by_s is not None and now_s >= self._stop_by_s:
             grace_s = self.job.faults.stop_grace_s
@@ -435,7 +444,7 @@ class Controller:
         if since_s is None:
             age_s = generation.liveness.age_s(failure.sender.rank, now_s=now_s)
             since_s = now_s - (age_s or 0.0)
-        self.faults.notice(
+        fault = self.faults.notice(
             generation=generation.number,
             step_done=self.progress.step,
             since_s=since_s,
@@ -464,7 +473,11 @@ class Controller:
         # The verdict waits for the others: it finds the culprit, and keeps who lives on.
         own = failure.kind in recovery.OWN_ERROR_KINDS
         grace_s = OWN_GRACE_S if own else self.job.faults.survivor_timeout_s
-        due_s = now_s + grace_s
+        generation.not_before_s = max(
+            generation.not_before_s,
+            fault.noticed_s + backoff_s(self._spent, step_done=self.progress.step),
+        )
+        due_s = max(now_s + grace_s, generation.not_before_s)
         settle_by_s = generation.settle_by_s
         generation.settle_by_s = due_s if settle_by_s is None else min(due_s, settle_by_s)
         self._show(force=True)
@@ -487,8 +500,10 @@ class Controller:
             self._add_failure(generation, failure)
         verdict = recovery.decide(
             generation.failures,
-            restarts=self.progress.restarts,
-            max_restarts=self.job.faults.max_restarts,
+            spent=self._spent,
+            limits=self._limits,
+            now_s=now_s,
+            step_done=self.progress.step,
             stopping=self.state is JobState.STOPPING,
         )
         self._judge(verdict)
@@ -513,7 +528,7 @@ class Controller:
                     f"rank {member.sender.rank} did not leave its group within "
                     f"faults.survivor_timeout_s ({timeout_s:g} s) and is replaced as well"
                 )
-        self.progress.restarts = verdict.restarts
+        self.progress.restarts += 1
         if self.state is not JobState.RECOVERING:
             self._move(JobState.RECOVERING, reason=why)
         self._group.kill_all(timeout_s=KILL_TIMEOUT_S, but=generation.standings().keys())
@@ -528,9 +543,26 @@ class Controller:
         if fault is None:
             return
         fault.blame, fault.decided_s = verdict.blame, self._clock.monotonic_s()
-        fault.cause = cause_of(verdict.blame.culprit)
+        fault.cause = recovery.cause_of(verdict.blame.culprit)
         if isinstance(verdict, recovery.Restart):
-            fault.next = f"generation {self.next_generation} begins"
+            fault.budget = str(verdict.budget)
+            fault.next = (
+                f"generation {self.next_generation} begins; {verdict.left} more "
+                f"{verdict.budget} fault(s) allowed within {self._limits.window_s:g} s"
+            )
+            self._spent.append(
+                Spent(
+                    budget=verdict.budget,
+                    at_s=fault.decided_s,
+                    step_done=fault.step_done,
+                    host=verdict.blame.culprit.host,
+                )
+            )
+            if verdict.avoid:
+                self._warn(
+                    f"host(s) with {self._limits.bad_host_after} faults or more: "
+                    f"{', '.join(verdict.avoid)}; avoided where there are others"
+                )
         elif isinstance(verdict, recovery.Fail):
             fault.next = "the job ends as failed"
         else:

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deepopt.clock import utc_now
-from deepopt.head.liveness import Cause
 from deepopt.head.recovery import Blame
 from deepopt.head.status import failure_json
 from deepopt.planner.plan import Plan
@@ -33,7 +32,8 @@ class FaultRecord:
         noticed_s: when the first failure came, or a worker was given up.
         time: date and time for people.
         blame: culprit and victims; None until the verdict.
-        cause: one of `Cause`.
+        cause: one of `liveness.Cause`.
+        budget: one of `budgets.Budget`; empty when it ended the job.
         next: what was decided, in words.
         outcome: `open`, `recovered`, `interrupted` by another fault, `stopped` or `failed`.
         decided_s: when the verdict was there.
@@ -53,6 +53,7 @@ class FaultRecord:
     time: str = field(default_factory=utc_now)
     blame: Blame | None = None
     cause: str = ""
+    budget: str = ""
     next: str = ""
     outcome: str = "open"
     decided_s: float | None = None
@@ -95,6 +96,7 @@ class FaultRecord:
             "time": self.time,
             "generation": self.generation,
             "cause": self.cause,
+            "budget": self.budget,
             "culprit": None if blame is None else _shown(blame.culprit, plan=plan),
             "victims": []
             if blame is None
@@ -113,17 +115,6 @@ def _shown(failure: Failure, *, plan: Plan | None) -> dict[str, Any]:
     shown = failure_json(failure, plan=plan)
     shown["traceback"] = str(shown["traceback"])[-TRACEBACK_CHARACTERS:]
     return shown
-
-
-def cause_of(failure: Failure) -> str:
-    """Why a worker was lost, one of `Cause`."""
-    by_kind = {
-        "death": Cause.EXIT,
-        "setup": Cause.SETUP,
-        "error": Cause.ERROR,
-        "peer": Cause.PEER,
-    }
-    return str(failure.cause or by_kind.get(failure.kind, Cause.SILENT))
 
 
 class FaultLog:

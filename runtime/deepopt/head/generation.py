@@ -62,6 +62,7 @@ class Generation:
         committer: checkpoints in work.
         failures: in the order in which the head learnt of them.
         settle_by_s: when the verdict over the failures is due; None while there are none.
+        not_before_s: when it is due at the earliest: a recovery that did not help waits.
         ended_s: when the last worker's run ended.
         exporting: whether the final weights are being written.
         interrupted: whether its workers were told that it has ended.
@@ -76,6 +77,7 @@ class Generation:
     committer: Committer
     failures: list[Failure] = field(default_factory=list)
     settle_by_s: float | None = None
+    not_before_s: float = 0.0
     ended_s: float | None = None
     exporting: bool = False
     interrupted: bool = False

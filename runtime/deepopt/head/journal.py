@@ -183,6 +183,7 @@ class History:
         state: the last state; empty before the first.
         checkpoint_step: step of the newest checkpoint announced; 0 for none.
         faults: the last word on each fault, by its number.
+        counting: numbers of the faults since the last launch or resume: those that count.
     """
 
     job_id: str | None = None
@@ -191,6 +192,7 @@ class History:
     state: str = ""
     checkpoint_step: int = 0
     faults: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    counting: frozenset[int] = frozenset()
 
 
 def replay(entries: Iterable[Entry]) -> History:
@@ -199,9 +201,11 @@ def replay(entries: Iterable[Entry]) -> History:
     generation = plan_id = checkpoint_step = 0
     state = ""
     faults: dict[int, Mapping[str, Any]] = {}
+    counting: set[int] = set()
     for entry in entries:
         if entry.kind == "job":
             job_id = entry.fields["job_id"]
+            counting.clear()
         elif entry.kind == "generation":
             generation = entry.fields["generation"]
         elif entry.kind == "plan":
@@ -211,7 +215,9 @@ def replay(entries: Iterable[Entry]) -> History:
         elif entry.kind == "checkpoint":
             checkpoint_step = max(checkpoint_step, entry.fields["step"])
         elif entry.kind in ("fault", "recovered"):
-            faults[entry.fields["fault"]["number"]] = entry.fields["fault"]
+            fault = entry.fields["fault"]
+            faults[fault["number"]] = fault
+            counting.add(fault["number"])
     return History(
         job_id=job_id,
         generation=generation,
@@ -219,4 +225,5 @@ def replay(entries: Iterable[Entry]) -> History:
         state=state,
         checkpoint_step=checkpoint_step,
         faults=faults,
+        counting=frozenset(counting),
     )

@@ -10,9 +10,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from deepopt.errors import WorkersLostError
+from deepopt.head.budgets import KEYS, Budget, Limits, Spent, bad_hosts, budget_of, count
+from deepopt.head.liveness import Cause
 from deepopt.worker.messages import Failure
 
 LOST_KINDS = frozenset({"death", "hang", "peer"})  # a new worker group may do better
+WORDS = {
+    Budget.WORKER: "lost worker group(s)",
+    Budget.HOST: "lost host(s)",
+    Budget.PREEMPTION: "preemption(s)",
+    Budget.HEAD: "lost head(s)",
+}
 OWN_ERROR_KINDS = frozenset({"error", "setup"})  # it would fail again in the same way
 
 
@@ -31,15 +39,19 @@ class Blame:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Restart:
-    """Form the next generation from the newest verified checkpoint.
+    """Form the next generation.
 
     Args:
         blame: why.
-        restarts: restarts of this launch, this one included.
+        budget: what the fault is counted as.
+        left: further faults of this kind that the budget allows now.
+        avoid: hosts that had too many faults.
     """
 
     blame: Blame
-    restarts: int
+    budget: Budget
+    left: int
+    avoid: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,16 +104,37 @@ def find_culprit(failures: Sequence[Failure]) -> Blame:
     return Blame(culprit=culprit, victims=victims)
 
 
+def cause_of(failure: Failure) -> str:
+    """Why a worker was lost, one of `liveness.Cause`."""
+    by_kind = {
+        "death": Cause.EXIT,
+        "setup": Cause.SETUP,
+        "error": Cause.ERROR,
+        "peer": Cause.PEER,
+    }
+    return str(failure.cause or by_kind.get(failure.kind, Cause.SILENT))
+
+
 def decide(
-    failures: Sequence[Failure], *, restarts: int, max_restarts: int, stopping: bool
+    failures: Sequence[Failure],
+    *,
+    spent: Sequence[Spent],
+    limits: Limits,
+    now_s: float,
+    step_done: int,
+    stopping: bool,
+    preempted: frozenset[int] = frozenset(),
 ) -> Verdict:
     """What to do after a worker group has failed.
 
     Args:
         failures: at least one, in the order in which the head learnt of them.
-        restarts: restarts of this launch so far.
-        max_restarts: the budget, `faults.max_restarts`.
+        spent: faults before this one.
+        limits: the budgets.
+        now_s: the time.
+        step_done: the last step that all have done.
         stopping: whether the job was asked to stop.
+        preempted: ranks whose workers had been told to go.
     """
     blame = find_culprit(failures)
     culprit = blame.culprit
@@ -116,13 +149,23 @@ def decide(
         )
     if stopping:
         return StopAnyway(blame=blame)
-    if restarts >= max_restarts:
+    budget = budget_of(cause_of(culprit), preempted=culprit.sender.rank in preempted)
+    before = count(spent, budget, now_s=now_s, window_s=limits.window_s)
+    most = limits.most[budget]
+    if before >= most:
+        key = f"faults.{KEYS[budget]}"
         return Fail(
             blame=blame,
             exit_code=WorkersLostError.exit_code,
-            message=f"lost {restarts + 1} worker group(s), faults.max_restarts allows "
-            f"{max_restarts}; the last because of {who}: {culprit.message}",
+            message=f"{before + 1} {WORDS[budget]} within faults.window_s ({limits.window_s:g} s), "
+            f"{key} allows {most}; the last because of {who}: {culprit.message}",
             remedy=culprit.remedy
-            or "look at the culprit's log, then `deepopt resume`, or raise faults.max_restarts",
+            or f"look at the culprit's log, then `deepopt resume`, or raise {key}",
         )
-    return Restart(blame=blame, restarts=restarts + 1)
+    this = Spent(budget=budget, at_s=now_s, step_done=step_done, host=culprit.host)
+    return Restart(
+        blame=blame,
+        budget=budget,
+        left=most - before - 1,
+        avoid=bad_hosts([*spent, this], limits=limits, now_s=now_s),
+    )
