@@ -579,6 +579,11 @@ class FaultsConfig(Section):
         description="An operation hangs when it takes as long as this many of the longest recent "
         "steps.",
     )
+    on_preemption: Literal["stop", "go_on"] = Field(
+        default="stop",
+        description="What a SIGTERM to one worker does: `stop` the job with a checkpoint, or write one and "
+        "`go_on` without that worker once it is gone.",
+    )
     grace_s: Seconds = Field(
         default=25.0,
         description="Time from a SIGTERM (preemption) to the end, in seconds: a checkpoint is taken, or "

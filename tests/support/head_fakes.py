@@ -31,6 +31,7 @@ from deepopt.worker.messages import (
     CheckpointFailed,
     Failure,
     Heartbeat,
+    Preempted,
     RunEnded,
     Sender,
     ShardsWritten,
@@ -310,6 +311,9 @@ class HeadUnderTest:
         self.controller.handle(
             WorkerGone(generation=self.sender(rank).generation, rank=rank, reason=reason)
         )
+
+    def preempted(self, rank: int) -> None:
+        self.controller.handle(Preempted(sender=self.sender(rank)))
 
     def exits(self, rank: int, how: str) -> None:
         """The agent of the host tells of a worker's end."""

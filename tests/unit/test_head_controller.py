@@ -21,7 +21,9 @@ Open = Callable[..., HeadUnderTest]
 def open_head(tmp_path: Path) -> Iterator[Open]:
     opened: list[HeadUnderTest] = []
 
-    def open_head(*, steps: int = 6, num_groups: int = 2, **faults: float) -> HeadUnderTest:
+    def open_head(
+        *, steps: int = 6, num_groups: int = 2, **faults: float | str
+    ) -> HeadUnderTest:
         if opened:
             opened[-1].close()
         job = JobConfig.model_validate(
@@ -608,6 +610,38 @@ def test_workers_that_do_not_stop_are_killed_after_the_grace_time(open_head: Ope
     head.wait(4.25, beating=[0, 1])
     assert (head.status["state"], head.status["checkpoint_step"]) == ("stopped", 2)
     assert head.group.calls[-1] == ("kill_all",)
+
+
+def test_a_preempted_job_saves_within_the_grace_time_and_can_be_resumed(
+    open_head: Open,
+) -> None:
+    head = open_head(grace_s=4.0, stop_grace_s=90.0).start().ready().steps(1, 3)
+    head.preempted(1)
+    assert head.status["state"] == "stopping"
+    assert head.group.calls[-1] == ("stop",)
+    (asked,) = head.events("stop_requested")
+    assert (asked["request"], asked["who"]) == ("preempt", "rank 1 on alpha")
+    head.preempted(1)  # some launchers send it again and again
+    head.checkpoint(3).end(3, "stopped")
+    assert (head.status["state"], head.status["checkpoint_step"]) == ("stopped", 3)
+    head = open_head(grace_s=4.0).start().ready().steps(4, 4)
+    head.controller.request_stop(preempted="the job")
+    head.wait(4.25, beating=[0, 1])
+    assert (head.status["state"], head.status["exit_code"]) == ("stopped", 0)
+    assert "faults.grace_s (4 s)" in head.events("warning")[-1]["message"]
+
+
+def test_a_job_that_goes_on_saves_and_replaces_the_preempted_worker(open_head: Open) -> None:
+    head = open_head(max_restarts=0, max_preemptions=1).start().ready().steps(1, 3)
+    assert head.job.faults.on_preemption == "stop"
+    head = open_head(max_restarts=0, on_preemption="go_on").start().ready().steps(1, 3)
+    head.preempted(1)
+    assert head.group.calls[-1] == ("checkpoint",)
+    assert head.status["state"] == "running"
+    head.dies(1)
+    head.wait(0.5)
+    assert head.status["state"] == "recovering"
+    assert head.status["faults"][-1]["budget"] == "preemption"
 
 
 def test_a_stop_before_the_workers_are_ready_ends_at_once(open_head: Open) -> None:

@@ -16,6 +16,7 @@ from deepopt.worker.messages import (
     CheckpointFailed,
     Failure,
     Heartbeat,
+    Preempted,
     RunEnded,
     ShardsWritten,
     StepReport,
@@ -95,6 +96,7 @@ WorkerMessage = (
     | ShardsWritten
     | CheckpointFailed
     | Heartbeat
+    | Preempted
     | RunEnded
     | Failure
 )

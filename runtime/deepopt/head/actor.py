@@ -23,6 +23,7 @@ from deepopt.cluster.group import STAGE_WORKER, HeadEvent
 from deepopt.cluster.slots import Slots
 from deepopt.errors import DeepoptError
 from deepopt.run_directory import RunDirectory
+from deepopt.worker.preemption import on_sigterm
 from deepopt.worker.process_output import redirect_output
 
 logger = logging.getLogger(__name__)
@@ -79,6 +80,7 @@ class HeadActor:
         self._run = RunDirectory(Path(arguments.run_dir))
         redirect_output(self._run.logs / "head.log")
         self._inbox: queue.SimpleQueue[HeadEvent | str] = queue.SimpleQueue()
+        on_sigterm(lambda: self._inbox.put("preempt"))
 
     @ray.method(concurrency_group=INBOX)
     def tell(self, message: HeadEvent) -> None:
@@ -87,7 +89,7 @@ class HeadActor:
 
     @ray.method(concurrency_group=REQUESTS)
     def request(self, what: str) -> None:
-        """Take a request: `stop`, `kill` or `checkpoint`."""
+        """Take a request: `stop`, `preempt`, `kill` or `checkpoint`."""
         self._inbox.put(what)
 
     def run(self) -> HeadEnded:
@@ -186,6 +188,8 @@ def _give(controller: Any, event: HeadEvent | str) -> None:
         controller.handle(event)
     elif event == "stop":
         controller.request_stop()
+    elif event == "preempt":
+        controller.request_stop(preempted="the job")
     elif event == "kill":
         controller.request_kill()
     else:

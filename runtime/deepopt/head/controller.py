@@ -57,6 +57,7 @@ from deepopt.worker.messages import (
     Failure,
     Heartbeat,
     InPlace,
+    Preempted,
     RunEnded,
     ShardsWritten,
     Standing,
@@ -156,6 +157,7 @@ class Controller:
         self._hangs = 0  # workers killed for want of progress
         self._error: dict[str, Any] | None = None
         self._stop_by_s: float | None = None
+        self._stop_key, self._stop_grace_s = "faults.stop_grace_s", 0.0
         self._ticked_s = clock.monotonic_s()
         self._tokens_seen: dict[int, int | None] = {0: 0}
         self._refused: set[tuple[str, str]] = set()
@@ -185,19 +187,30 @@ class Controller:
         self._board.tell(events.StateChanged(state=str(self.state)))
         self._form(reason="")
 
-    def request_stop(self) -> None:
-        """Stop after the step in work, with a checkpoint."""
+    def request_stop(self, *, preempted: str = "") -> None:
+        """Stop after the step in work, with a checkpoint.
+
+        Args:
+            preempted: who got SIGTERM; empty when a person asked. What is not done within
+                `faults.grace_s` is then left.
+        """
         if self.state in ENDED or self.state is JobState.STOPPING:
             return
-        self._note("stop", request="stop")
-        self._board.tell(events.StopRequested(request="stop", checkpoint=True))
+        faults = self.job.faults
+        request = "preempt" if preempted else "stop"
+        reason = f"preempted: {preempted} got SIGTERM" if preempted else "asked to stop"
+        self._note("stop", request=request, who=preempted)
+        self._board.tell(events.StopRequested(request=request, checkpoint=True, who=preempted))
         generation = self.generation
         if self.state is JobState.RUNNING and generation and not generation.failures:
-            self._move(JobState.STOPPING, reason="asked to stop")
-            self._stop_by_s = self._clock.monotonic_s() + self.job.faults.stop_grace_s
+            self._move(JobState.STOPPING, reason=reason)
+            grace_s = faults.grace_s if preempted else faults.stop_grace_s
+            self._stop_by_s = self._clock.monotonic_s() + grace_s
+            self._stop_key = "faults.grace_s" if preempted else "faults.stop_grace_s"
+            self._stop_grace_s = grace_s
             self._group.request_stop()
         else:  # no step is in work
-            self._end_stopped(reason="asked to stop")
+            self._end_stopped(reason=reason)
 
     def request_kill(self) -> None:
         """End at once, without a checkpoint."""
@@ -261,8 +274,9 @@ class Controller:
             if settled or now_s >= generation.settle_by_s:
                 self._settle(generation)
         elif self._stop_by_s is not None and now_s >= self._stop_by_s:
-            grace_s = self.job.faults.stop_grace_s
-            self._warn(f"workers did not stop within faults.stop_grace_s ({grace_s:g} s)")
+            self._warn(
+                f"workers did not stop within {self._stop_key} ({self._stop_grace_s:g} s)"
+            )
             self._end_stopped(reason="killed after the grace time")
         elif generation.has_ended:
             self._conclude(generation, now_s=now_s)
@@ -505,6 +519,7 @@ class Controller:
             now_s=now_s,
             step_done=self.progress.step,
             stopping=self.state is JobState.STOPPING,
+            preempted=frozenset(m.sender.rank for m in generation.members if m.preempted),
         )
         self._judge(verdict)
         if isinstance(verdict, recovery.Fail):
@@ -617,6 +632,8 @@ class Controller:
                     rank=rank, generation=generation.number, notes=message.notes
                 )
             )
+        elif isinstance(message, Preempted):
+            self._on_preempted(generation, message)
         elif isinstance(message, RunEnded):
             generation.members[rank].ended = message
             generation.liveness.release(rank)
@@ -624,6 +641,19 @@ class Controller:
                 generation.ended_s = now_s
         else:
             self._add_failure(generation, message)
+
+    def _on_preempted(self, generation: Generation, message: Preempted) -> None:
+        """A worker will soon be taken away: stop, or save and go on without it."""
+        member = generation.members[message.sender.rank]
+        if member.preempted:
+            return
+        member.preempted = True
+        who = f"rank {message.sender.rank} on {member.host}"
+        if self.job.faults.on_preemption == "stop":
+            self.request_stop(preempted=who)
+        else:
+            self._warn(f"{who} got SIGTERM; the job goes on without it")
+            self.request_checkpoint()
 
     def _on_ready(self, generation: Generation, message: WorkerReady) -> None:
         member = generation.members[message.sender.rank]

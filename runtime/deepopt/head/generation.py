@@ -25,6 +25,7 @@ class Member:
         ready: its word that it is set up.
         ended: its word that its run ended as asked.
         failure: why it is lost.
+        preempted: whether it got SIGTERM.
         exit_words: how its process ended, its host's agent says; empty before.
     """
 
@@ -35,6 +36,7 @@ class Member:
     ready: WorkerReady | None = None
     ended: RunEnded | None = None
     failure: Failure | None = None
+    preempted: bool = False
     exit_words: str = ""
 
     def state(self, *, suspect: bool) -> str:

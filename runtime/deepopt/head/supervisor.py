@@ -121,6 +121,7 @@ class Supervisor:
         self._last_will: LastWill | None = None
         self._stops = 0  # requests to stop, by signal or file
         self._forwarded = 0
+        self._preempted = False  # by SIGTERM
         self._kill_by_s: float | None = None
 
     def supervise(self) -> int:
@@ -243,8 +244,12 @@ class Supervisor:
         now_s = time.monotonic()
         if self._stops > self._forwarded:
             kill = self._stops > 1
-            head.request.remote("kill" if kill else "stop")
-            grace_s = 0.0 if kill else job.faults.stop_grace_s + job.checkpoint.timeout_s
+            asked = "preempt" if self._preempted else "stop"
+            head.request.remote("kill" if kill else asked)
+            faults = job.faults
+            grace_s = 0.0 if kill else faults.stop_grace_s + job.checkpoint.timeout_s
+            if self._preempted and not kill:
+                grace_s = faults.grace_s
             self._kill_by_s = now_s + grace_s + KILL_GRACE_S
             self._forwarded = self._stops
         if self._kill_by_s is not None and now_s > self._kill_by_s:
@@ -259,6 +264,7 @@ class Supervisor:
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         self._stops += 1
+        self._preempted |= number == signal.SIGTERM
         logger.info("got %s", signal.Signals(number).name)
         if self._interruptible:
             raise _Interrupted

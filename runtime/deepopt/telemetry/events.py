@@ -283,17 +283,21 @@ class StopRequested(Event):
     """Somebody asked the job to stop.
 
     Args:
-        request: `stop` or `kill`.
+        request: `stop`, `preempt` or `kill`.
         checkpoint: whether a checkpoint is wanted.
+        who: who got SIGTERM; empty when a person asked.
     """
 
     kind: ClassVar[str] = "stop_requested"
     request: str
     checkpoint: bool
+    who: str = ""
 
     def headline(self) -> str:
         """The event in words."""
-        return f"{self.request} requested" + (", with a checkpoint" if self.checkpoint else "")
+        why = f", {self.who} got SIGTERM" if self.who else ""
+        with_checkpoint = ", with a checkpoint" if self.checkpoint else ""
+        return f"{self.request} requested{why}{with_checkpoint}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

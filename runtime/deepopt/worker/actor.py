@@ -11,6 +11,7 @@ import logging
 import os
 import socket
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from typing import Any
 import ray
 from deepopt.run_directory import RunDirectory
 from deepopt.worker.mailbox import Mailbox
-from deepopt.worker.messages import Assignment, Failure, RunEnded
+from deepopt.worker.messages import Assignment, Failure, Preempted, RunEnded
+from deepopt.worker.preemption import on_sigterm
 from deepopt.worker.process_output import redirect_output
 
 logger = logging.getLogger(__name__)
@@ -60,6 +62,10 @@ class WorkerActor:
         self._mailbox: Mailbox | None = None
         self._asked: set[str] = set()
         self._lock = threading.Lock()
+        self._is_preempted = False
+        self._tell_preempted: Callable[[], None] = lambda: None
+        if not on_sigterm(self._on_sigterm):
+            logger.warning("SIGTERM will end this process at once: not in the main thread")
 
     def whereabouts(self) -> Whereabouts:
         """Where this process is."""
@@ -92,6 +98,9 @@ class WorkerActor:
         if self._mailbox is None:
             self._mailbox = Mailbox(head.tell.remote, wait=_wait)
         mailbox = self._mailbox
+        self._tell_preempted = lambda: mailbox.post(Preempted(sender=sender))
+        if self._is_preempted:
+            self._tell_preempted()
         done = threading.Event()
         try:
             worker = self._worker
@@ -153,6 +162,11 @@ class WorkerActor:
         worker = self._worker
         if worker is not None:
             worker.interrupt(generation)
+
+    def _on_sigterm(self) -> None:
+        logger.warning("got SIGTERM: telling the head")
+        self._is_preempted = True
+        self._tell_preempted()
 
     def _load_class(self) -> Any:
         module, _, name = self._stage_worker.partition(":")

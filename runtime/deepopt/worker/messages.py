@@ -290,6 +290,13 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Preempted:
+    """A worker's process got SIGTERM: its host will soon be taken away."""
+
+    sender: Sender
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunEnded:
     """A worker's run ended as asked.
 
