@@ -55,6 +55,21 @@ class RunDirectory:
         return self.root / "costs.json"
 
     @property
+    def profile(self) -> Path:
+        """What each worker of a profile measured, one file a rank."""
+        return self.root / "profile"
+
+    @property
+    def plan_file(self) -> Path:
+        """The plan file that the job was launched with, if any."""
+        return self.root / "plan.yaml"
+
+    @property
+    def prediction(self) -> Path:
+        """What the newest plan said a step would take, before it ran."""
+        return self.root / "prediction.json"
+
+    @property
     def schedules(self) -> Path:
         """Searched orders that plans refer to, one file each."""
         return self.root / "schedules"

@@ -1,0 +1,226 @@
+"""One layer, run as a stage of its own on this process's device: what F, I, W and the update take
+and keep.
+
+Who wants costs of a whole model decides which layers to try (`calibrate`, `profile_worker`); this
+module tries one. The clock is an argument: CPU time of the thread, GPU time, or an emulated
+device's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from deepopt.config import JobConfig
+from deepopt.pipeline.emulated_clock import sharpen_timer, wait_until
+from deepopt.pipeline.gradients import StageGradients
+from deepopt.pipeline.optimizer import LayerOptimizer
+from deepopt.pipeline.stage import Layer, Loss, Stage, Tensors
+
+T = TypeVar("T")
+
+
+class Clock(Protocol):
+    """Measures how long a piece of work keeps a device busy."""
+
+    def measure(self, what: str, work: Callable[[], T]) -> tuple[float, T]:
+        """Run some work.
+
+        Args:
+            what: `F`, `I`, `W` or `update`.
+            work: what to run.
+
+        Returns:
+            Seconds on the device, and what the work returned.
+        """
+        ...
+
+
+class ThreadClock:
+    """CPU time of the calling thread: what others do on a shared core does not count."""
+
+    def measure(self, what: str, work: Callable[[], T]) -> tuple[float, T]:
+        """Run some work; `what` does not matter."""
+        began = time.thread_time()
+        result = work()
+        return time.thread_time() - began, result
+
+
+class WallClock:
+    """Wall time, for devices that work apart from the thread and for more than one thread.
+
+    Args:
+        device: waited for where it is a GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def measure(self, what: str, work: Callable[[], T]) -> tuple[float, T]:
+        """Run some work; `what` does not matter."""
+        self._finish()
+        began = time.perf_counter()
+        result = work()
+        self._finish()
+        return time.perf_counter() - began, result
+
+    def _finish(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+
+class EmulatedClock:
+    """An emulated device: work is done for real, and lasts at least as long as a table says.
+
+    Args:
+        seconds: of the layer in work, by `what`; a missing one takes as long as it takes.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        sharpen_timer()
+
+    def measure(self, what: str, work: Callable[[], T]) -> tuple[float, T]:
+        """Run some work and wait for its end on the device."""
+        began_ns = time.monotonic_ns()
+        result = work()
+        wait_until(began_ns + round(self.seconds.get(what, 0.0) * 1e9))
+        return (time.monotonic_ns() - began_ns) * 1e-9, result
+
+
+def real_clock(device: torch.device, *, threads: int) -> Clock:
+    """The clock of a device that is there.
+
+    Args:
+        device: a GPU or the CPU.
+        threads: CPU threads of one operation; only one is seen by the thread's own clock.
+    """
+    return ThreadClock() if device.type == "cpu" and threads == 1 else WallClock(device)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerTrial:
+    """What one layer took, in seconds by repetition, and kept, in bytes.
+
+    Args:
+        forward_s: F, without those that warmed up.
+        input_s: I.
+        weight_s: W.
+        update_s: of the optimizer.
+        activation_bytes: what autograd kept for a micro-batch, weights left out.
+        outputs: to feed the next layer; empty for the last one.
+    """
+
+    forward_s: tuple[float, ...]
+    input_s: tuple[float, ...]
+    weight_s: tuple[float, ...]
+    update_s: tuple[float, ...]
+    activation_bytes: float
+    outputs: Tensors
+
+
+def try_layer(
+    layer: Layer,
+    inputs: Tensors,
+    *,
+    job: JobConfig,
+    device: torch.device,
+    clock: Clock,
+    loss: Loss | None = None,
+    targets: torch.Tensor | None = None,
+    repeats: int = 3,
+) -> LayerTrial:
+    """Run one layer a few times, forward and backward, as the executor will.
+
+    Args:
+        layer: on the device.
+        inputs: of one micro-batch; a gradient comes back for those that require one.
+        job: the resolved job.
+        device: where to run.
+        clock: what takes the times.
+        loss: of the last layer; None for the others.
+        targets: of the last layer.
+        repeats: times to take, after one run that warms up.
+    """
+    gradients = StageGradients(layer.trainable, apart=(), groups=(0,), device=device)
+    stage = Stage(
+        0,
+        [layer],
+        gradients=gradients,
+        group_of=dict.fromkeys(range(repeats + 1), 0),
+        seed=job.training.seed,
+        device=device,
+        num_microbatches=job.training.microbatches,
+        loss=loss,
+        defer_weights=True,
+    )
+    optimizer = LayerOptimizer(layer, job.optimizer)
+    weights = {p.untyped_storage().data_ptr() for p in layer.parameters.values()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    stage.begin_step(1)
+    outputs: Tensors = ()
+    times: list[list[float]] = [[], [], [], []]
+
+    activation_bytes = 0.0
+    for repeat in range(repeats + 1):
+        forward = partial(stage.forward, repeat, inputs, targets)
+        # Hooks take time themselves: they look at the run that warms up only.
+        with _kept_noted(note) if repeat == 0 else nullcontext():
+            took, outputs = clock.measure("F", forward)
+        activation_bytes = activation_bytes or float(sum(kept.values()))
+        times[0].append(took)
+        grads = tuple(torch.ones_like(out) for out in outputs if out.requires_grad)
+        times[1].append(clock.measure("I", partial(stage.backward_input, repeat, grads))[0])
+        times[2].append(clock.measure("W", partial(stage.backward_weight, repeat))[0])
+        totals = gradients.totals()
+        times[3].append(clock.measure("update", partial(optimizer.step, totals, 0.0))[0])
+    forward_s, input_s, weight_s, update_s = (tuple(own[1:]) for own in times)
+    return LayerTrial(
+        forward_s=forward_s,
+        input_s=input_s,
+        weight_s=weight_s,
+        update_s=update_s,
+        activation_bytes=activation_bytes,
+        outputs=outputs,
+    )
+
+
+def _kept_noted(note: Callable[[torch.Tensor], torch.Tensor]) -> AbstractContextManager[Any]:
+    return torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+
+
+def num_bytes(tensors: Sequence[torch.Tensor]) -> float:
+    """The size of some tensors together.
+
+    Args:
+        tensors: of any dtype.
+    """
+    return float(sum(t.numel() * t.element_size() for t in tensors))
+
+
+@contextmanager
+def cpu_threads(count: int) -> Iterator[None]:
+    """A number of CPU threads for torch, and the former number afterwards.
+
+    Args:
+        count: `worker.threads`.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,331 @@
+"""`ProfileWorker`: takes a worker's place to measure its device, the layers on it and its links.
+
+It runs where `StageWorker` would: started, watched and ended by the same head, so a device that
+vanishes is noticed as in training. Workers of one host take turns at the layers, since they may share
+cores. What it found lies in `profile/rank-N.json` of the run directory when it has ended; nothing is
+trained.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import socket
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from deepopt.convert import build_layers, describe
+from deepopt.datasets.batch_source import build_batch_source
+from deepopt.datasets.samples import model_inputs
+from deepopt.errors import DeepoptError, TransportError
+from deepopt.pipeline.emulated_transport import EmulatedTransport
+from deepopt.pipeline.stage import Tensors
+from deepopt.pipeline.transport import Channel, Kind, Transport
+from deepopt.planner.emulated_costs import emulated_costs
+from deepopt.planner.layer_costs import LayerCosts
+from deepopt.run_directory import RunDirectory
+from deepopt.telemetry.files import write_json_atomic
+from deepopt.worker import rendezvous
+from deepopt.worker.calibrate import layer_kinds
+from deepopt.worker.device import choose_device
+from deepopt.worker.device_identity import identify
+from deepopt.worker.layer_trial import (
+    Clock,
+    EmulatedClock,
+    LayerTrial,
+    cpu_threads,
+    num_bytes,
+    real_clock,
+    try_layer,
+)
+from deepopt.worker.link_trial import num_messages, pairs_to_try, try_link
+from deepopt.worker.messages import Assignment, Failure, Heartbeat, RunEnded, WorkerReady
+
+logger = logging.getLogger(__name__)
+
+REPEATS = 9  # of a layer: the median and the quartiles count
+EXCHANGES = 20
+
+
+class ProfileStopped(Exception):
+    """Somebody asked to stop."""
+
+
+class ProfileWorker:
+    """Measures what one rank sees.
+
+    Args:
+        assignment: who it is; its job names model, data and devices.
+        report: takes messages for the head; a profile has none.
+    """
+
+    def __init__(self, assignment: Assignment, *, report: Callable[[Any], None]) -> None:
+        self._assignment = assignment
+        self._sender = assignment.sender
+        self._job = assignment.job
+        self._transport: Transport | None = None
+        self._device = torch.device("cpu")
+        self._stop = threading.Event()
+        self._progress = 0
+        self._doing = "starting"
+
+    def setup(self) -> WorkerReady:
+        """Find the device and join the other workers.
+
+        Raises:
+            TransportError: a peer or the store did not answer.
+            ClusterError: there is no such device.
+        """
+        began = time.perf_counter()
+        self._device = choose_device(self._job)
+        self._transport = rendezvous.join(self._assignment, device=self._device)
+        return WorkerReady(
+            sender=self._sender,
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            stages=(),
+            device=str(self._device),
+            setup_s={"rendezvous": time.perf_counter() - began},
+            peak_flops=0.0,
+            peak_source="",
+        )
+
+    def run(self) -> RunEnded:
+        """Measure, and write down what was found.
+
+        Raises:
+            TransportError: a peer is gone.
+            DeepoptError: the model or its data cannot be tried.
+        """
+        assert self._transport is not None, "run() before setup()"
+        job, rank = self._job, self._sender.rank
+        identity = identify(job, self._device)
+        hosts = self._hosts(identity.host)
+        result: dict[str, Any] = {"device": identity.to_json(), "links": {}}
+        try:
+            with cpu_threads(job.worker.threads):
+                for turn in range(max(hosts.count(host) for host in hosts)):
+                    if turn == hosts[:rank].count(hosts[rank]):
+                        result |= self._try_layers()
+                    self._barrier()
+                result["links"] = self._try_links(hosts)
+                result["exchange_s"] = self._try_exchange()
+        except ProfileStopped:
+            return RunEnded(sender=self._sender, step=0, reason="stopped")
+        folder = RunDirectory(Path(self._assignment.run_dir)).profile
+        folder.mkdir(exist_ok=True)
+        write_json_atomic(folder / f"rank-{rank}.json", result)
+        return RunEnded(sender=self._sender, step=0, reason="stopped")
+
+    def request_stop(self) -> None:
+        """Stop before the next measurement. From any thread."""
+        self._stop.set()
+
+    def request_checkpoint(self) -> None:
+        """A profile has no state to save."""
+
+    def heartbeat(self) -> Heartbeat:
+        """What is measured now. From any thread."""
+        return Heartbeat(
+            sender=self._sender, step=0, progress=self._progress, action=self._doing
+        )
+
+    def describe_failure(self, error: BaseException) -> Failure:
+        """What the head should know of an error that `setup` or `run` raised."""
+        message, remedy, exit_code = f"{type(error).__name__}: {error}", "", 5
+        if isinstance(error, DeepoptError):
+            message, remedy, exit_code = error.message, error.remedy, error.exit_code
+        return Failure(
+            sender=self._sender,
+            kind="peer" if isinstance(error, TransportError) else "error",
+            step=0,
+            action="",
+            message=f"while measuring {self._doing}: {message}",
+            traceback="".join(traceback.format_exception(error)),
+            exit_code=exit_code,
+            remedy=remedy,
+            pid=os.getpid(),
+            host=socket.gethostname(),
+        )
+
+    def export(self, checkpoint_dir: str) -> str:
+        """Never called: a profile trains nothing."""
+        raise AssertionError(f"a profile was asked to export {checkpoint_dir}")
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if self._transport is not None:
+            self._transport.close()
+
+    # Layers. ---------------------------------------------------------------------------------
+
+    def _try_layers(self) -> dict[str, Any]:
+        """Try one layer of each kind, and one more of a kind that is repeated."""
+        job = self._job
+        skeleton = describe(job)
+        kinds = layer_kinds(skeleton.layers)
+        emulated, clock = self._clock(len(kinds))
+        if emulated is not None:  # a list of figures makes layers of one class differ
+            kinds = [
+                (*kind, emulated.work_s[index], emulated.update_s[index])
+                for index, kind in enumerate(kinds)
+            ]
+        self._begin("data")
+        batches = build_batch_source(job, run_dir=None)
+        began = time.thread_time()
+        batch_inputs, targets = batches.batch(1, 0)
+        batch_s = time.thread_time() - began
+        values: Tensors = model_inputs(batch_inputs)
+        trials: dict[tuple[object, ...], tuple[int, LayerTrial, float]] = {}
+        like: list[int] = []
+        checks: dict[tuple[object, ...], float] = {}
+        num_kinds = len(set(kinds))
+        last_of = {kind: index for index, kind in enumerate(kinds)}
+        for index, kind in enumerate(kinds):
+            key = (kind, *((t.shape, t.dtype, t.requires_grad) for t in values))
+            check = key in trials and index == last_of[kind]
+            if key not in trials or check:
+                self._begin(f"layer {min(len(trials) + 1, num_kinds)}/{num_kinds}")
+                layers, loss = build_layers(job, [index], device=self._device)
+                is_last = index == len(kinds) - 1
+                if emulated is not None and isinstance(clock, EmulatedClock):
+                    clock.seconds = self._emulated_seconds(emulated, index)
+                trial = try_layer(
+                    layers[0],
+                    values,
+                    job=job,
+                    device=self._device,
+                    clock=clock,
+                    loss=loss if is_last else None,
+                    targets=targets if is_last else None,
+                    repeats=REPEATS,
+                )
+                if check:
+                    own = trials[key][1]
+                    before = median(own.forward_s) + median(own.input_s) + median(own.weight_s)
+                    now = (
+                        median(trial.forward_s) + median(trial.input_s) + median(trial.weight_s)
+                    )
+                    checks[key] = now / before - 1 if before > 0 else 0.0
+                else:
+                    trials[key] = (index, trial, num_bytes(values))
+            like.append(trials[key][0])
+            values = trials[key][1].outputs
+        return {
+            "like": like,
+            "batch_s": batch_s,
+            "checks": {str(trials[key][0]): share for key, share in checks.items()},
+            "trials": {
+                str(index): {
+                    "forward_s": trial.forward_s,
+                    "input_s": trial.input_s,
+                    "weight_s": trial.weight_s,
+                    "update_s": trial.update_s,
+                    "activation_bytes": trial.activation_bytes,
+                    "input_bytes": input_bytes,
+                    "output_bytes": num_bytes(trial.outputs),
+                }
+                for index, trial, input_bytes in trials.values()
+            },
+        }
+
+    def _clock(self, num_layers: int) -> tuple[LayerCosts | None, Clock]:
+        if self._job.worker.device == "emulated":
+            return emulated_costs(self._job, num_layers=num_layers), EmulatedClock()
+        return None, real_clock(self._device, threads=self._job.worker.threads)
+
+    def _emulated_seconds(self, costs: LayerCosts, index: int) -> dict[str, float]:
+        pipeline_rank = self._sender.rank % self._assignment.plan.pipeline_size
+        factor = costs.rank_factor[pipeline_rank] if costs.rank_factor else 1.0
+        return {
+            "F": costs.forward_s[index] * factor,
+            "I": costs.input_s[index] * factor,
+            "W": costs.weight_s[index] * factor,
+            "update": costs.update_s[index] * factor,
+        }
+
+    # Links. ----------------------------------------------------------------------------------
+
+    def _try_links(self, hosts: list[str]) -> dict[str, Any]:
+        """Try the links of this rank; others wait for their turn."""
+        transport, rank = self._link_transport(), self._sender.rank
+        pairs = pairs_to_try(hosts)
+        transport.open(
+            Channel(Kind.ACTIVATION, source, target)
+            for pair in pairs
+            if rank in pair
+            for source, target in (pair, pair[::-1])
+        )
+        found: dict[str, Any] = {}
+        for number, pair in enumerate(pairs):
+            self._begin(f"link {number + 1}/{len(pairs)}")
+            if rank in pair:
+                trial = try_link(
+                    transport,
+                    ranks=pair,
+                    device=self._device,
+                    first_message=number * num_messages(),
+                )
+                if rank == pair[0]:
+                    found[f"{pair[0]}-{pair[1]}"] = asdict(trial)
+            self._barrier()
+        return found
+
+    def _link_transport(self) -> Transport:
+        assert self._transport is not None, "links before setup()"
+        section = self._job.emulation
+        emulated = self._job.worker.device == "emulated" and self._transport.world_size > 1
+        if not emulated or (section.latency_ms == 0 and section.rate_gb_per_s is None):
+            return self._transport
+        rate = None if section.rate_gb_per_s is None else section.rate_gb_per_s * 1e9
+        return EmulatedTransport(
+            self._transport,
+            latency_s=section.latency_ms * 1e-3,
+            transfer_s=lambda channel, message, tensors: (
+                0.0 if rate is None else num_bytes(tensors) / rate
+            ),
+        )
+
+    def _try_exchange(self) -> float:
+        """The all-gather at the end of a step, with as many figures as a step has."""
+        assert self._transport is not None, "an exchange before setup()"
+        self._begin("exchange")
+        parameters = sum(len(layer.parameters) for layer in describe(self._job).layers)
+        row = [0.0] * (7 + self._job.training.microbatches + parameters)
+        times = []
+        for _ in range(EXCHANGES):
+            began = time.perf_counter()
+            self._transport.start_all_gather(row).wait()
+            times.append(time.perf_counter() - began)
+        return median(times)
+
+    # Turns. ----------------------------------------------------------------------------------
+
+    def _hosts(self, own: str) -> list[str]:
+        """The host of each rank, named by the first rank on it: names may repeat elsewhere."""
+        assert self._transport is not None, "hosts before setup()"
+        digest = hashlib.sha256(f"{own}/{self._assignment.node_ip}".encode()).digest()
+        number = float(int.from_bytes(digest[:6], "big"))  # exact in fp64
+        rows = self._transport.start_all_gather([number]).wait()
+        return [str(rows.index(row)) for row in rows]
+
+    def _barrier(self) -> None:
+        """Wait for all workers; stop together when any of them was asked to."""
+        assert self._transport is not None, "a barrier before setup()"
+        wishes = self._transport.start_all_gather([float(self._stop.is_set())]).wait()
+        if any(row[0] for row in wishes):
+            raise ProfileStopped
+
+    def _begin(self, what: str) -> None:
+        self._doing = what
+        self._progress += 1
+        logger.info("measuring %s", what)
