@@ -13,6 +13,8 @@ import typer
 from deepopt_cli.cmd_init import init
 from deepopt_cli.cmd_launch import launch
 from deepopt_cli.cmd_logs import logs
+from deepopt_cli.cmd_plan import plan
+from deepopt_cli.cmd_profile import profile
 from deepopt_cli.cmd_resume import resume
 from deepopt_cli.cmd_schedule import schedule
 from deepopt_cli.cmd_schema import schema
@@ -28,8 +30,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (launch, resume, status, logs, stop, init, schema):
+for command in (launch, profile, resume, status, logs, stop, init, schema):
     app.command()(command)
+app.add_typer(plan)
 app.add_typer(schedule)
 
 

@@ -46,6 +46,10 @@ def launch(
     address: Annotated[
         str | None, typer.Option(metavar="HOST:PORT", help="Running Ray cluster to join.")
     ] = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option(metavar="PLAN.yaml", help="Stages, order and costs of `deepopt profile`."),
+    ] = None,
     json: JsonOption = False,
     detach: DetachOption = False,
     dry_run: Annotated[
@@ -63,6 +67,7 @@ def launch(
       deepopt launch job.yaml --dry-run
       deepopt launch job.yaml --detach --run-dir runs/first
       deepopt launch job.yaml --hostfile hosts --json > metrics.jsonl
+      deepopt launch job.yaml --plan plan.yaml
     """
     from deepopt.job_file import load_job
     from deepopt.launch.preparation import import_from, prepare, with_absolute_paths
@@ -82,7 +87,7 @@ def launch(
     shown_as = run_dir or new_run_path(job.name)
     refuse_used(shown_as)
     import_from([Path.cwd()], job=job)
-    prepared = prepare(job, plan_id=1)
+    prepared = prepare(job, plan_id=1, plan_file=plan)
     if dry_run:
         _show_plan(prepared, shown_as=shown_as, json=json)
         return

@@ -5,6 +5,7 @@
 | launch.json, job.yaml, model.json, plan.json | the command line, before anything starts;
 plan.json again by the head |
 | costs.json, schedules/ | the command line, with each plan |
+| profile/rank-N.json | the workers of a profile |
 | supervisor.json, logs/supervisor.log | the supervisor |
 | journal.jsonl, status.json, metrics.jsonl, events.jsonl | the head alone |
 | requests/*.json | `deepopt stop` and whoever asks; the supervisor reads and removes them |
@@ -58,16 +59,6 @@ class RunDirectory:
     def profile(self) -> Path:
         """What each worker of a profile measured, one file a rank."""
         return self.root / "profile"
-
-    @property
-    def plan_file(self) -> Path:
-        """The plan file that the job was launched with, if any."""
-        return self.root / "plan.yaml"
-
-    @property
-    def prediction(self) -> Path:
-        """What the newest plan said a step would take, before it ran."""
-        return self.root / "prediction.json"
 
     @property
     def schedules(self) -> Path:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -110,3 +112,10 @@ def broken(**kwargs: object) -> None:
 
 def number() -> int:
     return 3
+
+
+def vanishing() -> Tokens:
+    """A source that the worker whose output goes to the log of rank 1 does not survive."""
+    if Path("/proc/self/fd/1").readlink().name == "rank-1.log":
+        os._exit(9)
+    return Tokens(64, length=17)

@@ -120,13 +120,40 @@ def _given_order(job: JobConfig) -> Schedule | None:
     return order.schedule
 
 
-def prepare(job: JobConfig, *, plan_id: int, run: RunDirectory | None = None) -> Prepared:
+def resolved(job: JobConfig) -> JobConfig:
+    """The job with its groups and its number of workers.
+
+    Args:
+        job: with absolute paths.
+
+    Raises:
+        DeepoptError: they do not fit, or cannot be known.
+    """
+    from deepopt.planner.decide import resolve_groups
+
+    return _updated(
+        job,
+        {
+            "training": {"groups": resolve_groups(job)},
+            "worker": {"count": count_workers(job)},
+        },
+    )
+
+
+def prepare(
+    job: JobConfig,
+    *,
+    plan_id: int,
+    run: RunDirectory | None = None,
+    plan_file: Path | None = None,
+) -> Prepared:
     """Check everything that a start needs and decide the plan.
 
     Args:
         job: with absolute paths; its import paths can be imported.
         plan_id: number of the plan in the job.
         run: of a job that has run before, for what it measured and searched.
+        plan_file: to take stages, order and costs from, instead of deciding.
 
     Raises:
         DeepoptError: what does not fit, with the values.
@@ -136,28 +163,32 @@ def prepare(job: JobConfig, *, plan_id: int, run: RunDirectory | None = None) ->
     source = _check_data(job)
 
     from deepopt.convert import describe
-    from deepopt.planner.decide import make_plan, resolve_groups
+    from deepopt.planner.decide import make_plan
     from deepopt.planner.orders import known_orders
     from deepopt.schedule.simulate import simulate
     from deepopt.schedule.verify import verify
 
+    asked, job = job, resolved(job)
     num_workers = count_workers(job)
-    job = _updated(
-        job,
-        {"training": {"groups": resolve_groups(job)}, "worker": {"count": num_workers}},
-    )
     skeleton = describe(job)
-    cores = _shared_cores(job, num_workers)
-    planned = make_plan(
-        job,
-        skeleton,
-        num_workers=num_workers,
-        plan_id=plan_id,
-        costs=_known_costs(job, skeleton, num_workers=num_workers, run=run),
-        cores=cores,
-        given=_given_order(job),
-        known=None if run is None else known_orders(run.schedules),
-    )
+    cores = shared_cores(job, num_workers)
+    if plan_file is not None:
+        from deepopt.launch.plan_use import use_plan_file
+
+        job, planned = use_plan_file(
+            plan_file, asked=asked, job=job, skeleton=skeleton, plan_id=plan_id
+        )
+    else:
+        planned = make_plan(
+            job,
+            skeleton,
+            num_workers=num_workers,
+            plan_id=plan_id,
+            costs=_known_costs(job, skeleton, num_workers=num_workers, run=run),
+            cores=cores,
+            given=_given_order(job),
+            known=None if run is None else known_orders(run.schedules),
+        )
     for schedule in dict.fromkeys(planned.schedules):
         verify(schedule)
     plan = planned.plan
@@ -286,8 +317,13 @@ def _has_small_text(job: JobConfig) -> bool:
     return sum(Path(name).stat().st_size for name in found) <= SMALL_DATA_BYTES
 
 
-def _shared_cores(job: JobConfig, num_workers: int) -> int | None:
-    """Cores that the workers share; None where each has a device or a core of its own."""
+def shared_cores(job: JobConfig, num_workers: int) -> int | None:
+    """Cores that the workers share; None where each has a device or a core of its own.
+
+    Args:
+        job: the resolved job.
+        num_workers: of the job.
+    """
     cluster = job.cluster
     if cluster.address is not None or cluster.hostfile is not None:
         return None  # of other machines: not known here

@@ -5,17 +5,19 @@ from __future__ import annotations
 import shutil
 import socket
 
+from deepopt.cluster.group import STAGE_WORKER
 from deepopt.cluster.process_table import find_process
 from deepopt.launch.run_view import Supervisor
 from deepopt.run_directory import RunDirectory
 
 
-def start(run: RunDirectory, *, fresh: bool) -> Supervisor:
+def start(run: RunDirectory, *, fresh: bool, stage_worker: str = STAGE_WORKER) -> Supervisor:
     """Start the supervisor of a run.
 
     Args:
         run: the run directory, with job, model and plan in it.
         fresh: nothing else is in it: it goes again when no supervisor can be started.
+        stage_worker: import path of the class that does the workers' work.
 
     Raises:
         DeepoptError: it cannot be started.
@@ -27,7 +29,7 @@ def start(run: RunDirectory, *, fresh: bool) -> Supervisor:
     ):  # to an earlier launch, which ended before it read them
         path.unlink(missing_ok=True)
     try:
-        pid = spawn_supervisor(run.root)
+        pid = spawn_supervisor(run.root, stage_worker=stage_worker)
     except BaseException:
         if fresh:
             shutil.rmtree(run.root, ignore_errors=True)

@@ -32,7 +32,7 @@ from deepopt.schedule.builders import BUILDERS, build
 from deepopt.schedule.ir import PlacementKind, Schedule, parse_action
 from deepopt.schedule.verify import verify
 
-FORMAT = 1
+FORMAT: Literal[1] = 1
 
 
 class PipelineSection(Section):

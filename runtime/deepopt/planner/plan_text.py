@@ -7,12 +7,14 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import yaml
 from pydantic import ValidationError
 
+from deepopt.config_fields import Section
 from deepopt.errors import DeepoptError, PlanError
 from deepopt.job_yaml import Document, KeyPath, dotted, parse_yaml
 from deepopt.planner.plan_file import PlanFile
-from deepopt.planner.profile import LayerSection, Section
+from deepopt.planner.profile import LayerSection
 
 _PLAIN = re.compile(r"[A-Za-z_][\w.:/+-]*\Z")
 _NOT_TEXT = frozenset({"true", "false", "null", "yes", "no", "on", "off"})
@@ -36,8 +38,8 @@ def write_plan_file(plan: PlanFile) -> str:
         plan: what to write.
     """
     lines = [
-        f"# A plan of deepopt, {plan.source}. Show it: deepopt plan show FILE. Use it: deepopt launch JOB.yaml "
-        "--plan FILE",
+        f"# A plan of deepopt, {plan.source}. Show it: deepopt plan show FILE. "
+        "Use it: deepopt launch JOB.yaml --plan FILE",
         f"format: {plan.format}",
         f"made: {_text(plan.made)}",
         f"source: {plan.source}",
@@ -142,8 +144,8 @@ def _faults(plan: PlanFile) -> Iterator[tuple[KeyPath, str, str]]:
         if first < expected:
             yield (
                 ("stages", number, "first"),
-                f"an overlap: stage {number} holds {_range(names, first, min(expected, last + 1))}, which the "
-                "stage before it holds too",
+                f"an overlap: stage {number} holds {_range(names, first, min(expected, last + 1))}, "
+                "which the stage before it holds too",
                 f"let stage {number} begin with {names[expected]}"
                 if expected < len(names)
                 else "take the stage out",
@@ -281,4 +283,9 @@ def _scalar(value: Any) -> str:
 def _text(text: str) -> str:
     """A text, in quotes where YAML would take it for anything else."""
     plain = _PLAIN.match(text) and text.lower() not in _NOT_TEXT and not text.endswith(":")
-    return text if plain and ": " not in text else json.dumps(text)
+    if plain and ": " not in text:
+        return text
+    quoted: str = yaml.safe_dump(
+        text, default_style='"', allow_unicode=True, width=2**31, explicit_end=False
+    )
+    return quoted.strip()

@@ -1,0 +1,210 @@
+"""From measured sections to a whole plan file: the stages, the order, the predicted step. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from deepopt.clock import utc_now
+from deepopt.config import JobConfig
+from deepopt.planner.decide import Planned, make_plan
+from deepopt.planner.layer_costs import LayerCosts
+from deepopt.planner.plan import Plan
+from deepopt.planner.plan_file import (
+    FORMAT,
+    PipelineSection,
+    PlanFile,
+    StageSection,
+)
+from deepopt.planner.profile import (
+    MEGABYTE,
+    HardwareSection,
+    LayerSection,
+    ModelSection,
+    PredictedSection,
+    Source,
+)
+from deepopt.planner.skeleton import ModelSkeleton
+from deepopt.schedule.bound import lower_bound_s
+from deepopt.schedule.ir import Schedule
+from deepopt.schedule.memory import Memory, peaks
+from deepopt.schedule.simulate import CostTable, Timeline, simulate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What a plan file is made from.
+
+    Args:
+        source: where the figures are from.
+        model: what they are of.
+        hardware: what they were measured on.
+        layers: in chain order.
+    """
+
+    source: Source
+    model: ModelSection
+    hardware: HardwareSection
+    layers: tuple[LayerSection, ...]
+
+
+def make_plan_file(measured: Measured, *, job: JobConfig, skeleton: ModelSkeleton) -> PlanFile:
+    """Decide the plan of a job and say what it will take.
+
+    Args:
+        measured: costs of layers and links.
+        job: the resolved job; what it leaves open is decided.
+        skeleton: its model.
+
+    Raises:
+        PlanError: nothing fits.
+    """
+    hardware = measured.hardware
+    workers = len(hardware.devices)
+    ranks = workers // job.parallel.data
+    # Not decided yet: the costs need a pipeline to stand in.
+    draft = PlanFile.model_construct(
+        source=measured.source,
+        hardware=hardware,
+        layers=measured.layers,
+        pipeline=PipelineSection.model_construct(ranks=max(1, ranks)),
+    )
+    planned = make_plan(
+        job,
+        skeleton,
+        num_workers=workers,
+        plan_id=1,
+        costs=draft.costs(),
+        cores=hardware.shared_cores,
+    )
+    return predicted(_written(measured, planned))
+
+
+def _written(measured: Measured, planned: Planned) -> PlanFile:
+    plan = planned.plan
+    placement = plan.make_placement()
+    names = plan.layer_names
+    edges = (*plan.boundaries, len(names))
+    orders: tuple[tuple[str, ...], ...] = ()
+    if plan.orders:
+        orders = tuple(
+            tuple(" ".join(map(str, row)) for row in schedule.actions)
+            for schedule in planned.schedules
+        )
+    return PlanFile(
+        format=FORMAT,
+        made=utc_now(),
+        source=measured.source,
+        model=measured.model,
+        hardware=measured.hardware,
+        pipeline=PipelineSection(
+            ranks=plan.pipeline_size,
+            replicas=plan.data_size,
+            placement=plan.placement,
+            schedule=planned.schedules[0].name if orders else plan.schedule,
+            microbatches=plan.num_microbatches,
+            groups=plan.num_groups,
+        ),
+        stages=tuple(
+            StageSection(
+                first=names[edges[stage]],
+                last=names[edges[stage + 1] - 1],
+                ranks=placement.copies_of(stage),
+            )
+            for stage in range(plan.num_stages)
+        ),
+        layers=measured.layers,
+        orders=orders,
+    )
+
+
+def predicted(plan_file: PlanFile) -> PlanFile:
+    """The same plan file with what its costs and its order say of a step.
+
+    Args:
+        plan_file: what it says so far does not matter.
+    """
+    costs = plan_file.costs()
+    timeline = timeline_of(plan_file)
+    times = [times for times, _ in plan_file.resolved()]
+    shares = [own.spread / 2 for own in times]
+    slow = _scaled(costs, [1 + share for share in shares])
+    fast = _scaled(costs, [max(0.0, 1 - share) for share in shares])
+    plan = plan_file.plan(plan_id=1)
+    placement = plan.make_placement()
+    table = _table(plan, costs)
+    gap = None
+    if plan_file.hardware.shared_cores is None:
+        bound = lower_bound_s(placement, directions=timeline.schedule.directions, costs=table)
+        gap = round(max(0.0, timeline.makespan_s / bound - 1), 4) if bound > 0 else None
+    work = costs.per_stage(costs.work_s, plan.boundaries)
+    section = PredictedSection(
+        step_ms=round(timeline.makespan_s * 1e3, 4),
+        range_ms=(
+            round(timeline_of(plan_file, costs=fast).makespan_s * 1e3, 4),
+            round(timeline_of(plan_file, costs=slow).makespan_s * 1e3, 4),
+        ),
+        bubble=round(timeline.bubble, 4),
+        gap=gap,
+        stage_ms=tuple(round(seconds * 1e3, 4) for seconds in work),
+        memory_mb=tuple(
+            round(size / MEGABYTE, 3) for size in rank_bytes(costs, plan, timeline.schedule)
+        ),
+    )
+    return plan_file.model_copy(update={"predicted": section})
+
+
+def timeline_of(plan_file: PlanFile, *, costs: LayerCosts | None = None) -> Timeline:
+    """The step of the first replica in time.
+
+    Args:
+        plan_file: stages, order and costs.
+        costs: others than its own.
+    """
+    plan = plan_file.plan(plan_id=1)
+    cores = plan_file.hardware.shared_cores
+    return simulate(
+        plan_file.schedules()[0],
+        _table(plan, costs or plan_file.costs()),
+        cores=None if cores is None else max(1, cores // plan.data_size),
+    )
+
+
+def rank_bytes(costs: LayerCosts, plan: Plan, schedule: Schedule) -> tuple[float, ...]:
+    """What each pipeline rank holds at its peak: states, and activations of micro-batches in flight.
+
+    Args:
+        costs: of the layers.
+        plan: who holds them.
+        schedule: in which order.
+    """
+    placement = plan.make_placement()
+    states = costs.rank_state_bytes(plan.boundaries, placement=placement)
+    if not any(costs.activation_bytes):
+        return states
+    full = costs.per_stage(costs.activation_bytes, plan.boundaries)
+    kept = full
+    if costs.recomputes:
+        kept = tuple(map(min, costs.per_stage(costs.input_bytes, plan.boundaries), full))
+    memory = Memory(kept=kept, full=full, caps=(float("inf"),) * placement.num_ranks)
+    return tuple(map(sum, zip(peaks(schedule, memory), states, strict=True)))
+
+
+def _table(plan: Plan, costs: LayerCosts) -> CostTable:
+    return costs.table(
+        plan.boundaries, placement=plan.make_placement(), num_replicas=plan.data_size
+    )
+
+
+def _scaled(costs: LayerCosts, shares: list[float]) -> LayerCosts:
+    """Costs with the compute of each layer multiplied by a factor of its own."""
+
+    def times(figures: tuple[float, ...]) -> tuple[float, ...]:
+        return tuple(map(float.__mul__, figures, shares)) if figures else ()
+
+    return replace(
+        costs,
+        forward_s=times(costs.forward_s),
+        input_s=times(costs.input_s),
+        weight_s=times(costs.weight_s),
+        prepare_s=times(costs.prepare_s),
+    )

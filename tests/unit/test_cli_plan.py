@@ -1,0 +1,147 @@
+"""`deepopt plan`, `deepopt launch --plan` and what `deepopt profile` refuses: no process is started."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from deepopt.convert import describe
+from deepopt.job_file import load_job
+from deepopt.launch.preparation import resolved
+from deepopt.planner.plan_file import PlanFile
+from deepopt.planner.plan_make import Measured, make_plan_file
+from deepopt.planner.plan_text import write_plan_file
+from deepopt.planner.profile_result import hardware_section, layer_sections, model_section
+from deepopt.worker.device_identity import identify
+from deepopt_cli.app import app
+from support.plan_files import plan_file, rank_result
+
+JOB = """
+model: {kwargs: {num_blocks: 4, d_model: 32, num_heads: 2, expert_hidden: 16, num_experts: 4}}
+worker: {count: 2, device: cpu}
+training: {microbatches: 4, microbatch_size: 1}
+data: {sequence_length: 16}
+"""
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "job.yaml").write_text(JOB)
+    (tmp_path / "hand.yaml").write_text(write_plan_file(plan_file()))
+    return tmp_path
+
+
+def deepopt(*arguments: object) -> Any:
+    return CliRunner().invoke(app, [*map(str, arguments)])
+
+
+def planned(**changes: Any) -> PlanFile:
+    """A plan for the job on this machine, from made-up times."""
+    job = resolved(load_job(Path("job.yaml"), []))
+    skeleton = describe(job)
+    device = {**identify(job, torch.device("cpu")).to_json(), **changes}
+    result = rank_result(**device)
+    result |= {"like": [0] * len(skeleton.layers), "links": {}}
+    results = [result, result]
+    measured = Measured(
+        source="measured",
+        model=model_section(job, skeleton),
+        hardware=hardware_section(results, shared_cores=None),
+        layers=layer_sections(results, job=job, skeleton=skeleton),
+    )
+    return make_plan_file(measured, job=job, skeleton=skeleton)
+
+
+def test_a_plan_is_shown_and_drawn(tmp_path: Path) -> None:
+    result = deepopt("plan", "show", "hand.yaml", "--svg", "a.svg", "--html", "a.html")
+    assert result.exit_code == 0, result.output
+    assert "devices     2 x GPU" in result.stdout
+    assert "blocks.0 .. blocks.2" not in result.stdout
+    assert "blocks.1 .. head" in result.stdout
+    assert "predicted   step" in result.stdout
+    ElementTree.fromstring((tmp_path / "a.svg").read_text())
+    page = (tmp_path / "a.html").read_text()
+    assert page.count("<svg") == 1
+    assert "blocks.1 .. head" in page
+
+
+def test_an_edited_plan_is_predicted_anew(tmp_path: Path) -> None:
+    before = json.loads(deepopt("plan", "show", "hand.yaml", "--json").stdout)
+    text = (tmp_path / "hand.yaml").read_text()
+    text = text.replace("last: blocks.0", "last: blocks.1").replace(
+        "first: blocks.1", "first: blocks.2"
+    )
+    (tmp_path / "edited.yaml").write_text(text)
+    after = json.loads(deepopt("plan", "show", "edited.yaml", "--json").stdout)
+    assert after["predicted"]["stage_ms"] == [10.5, 7.0]
+    assert before["predicted"]["stage_ms"] == [7.0, 10.5]
+    result = deepopt("plan", "diff", "hand.yaml", "edited.yaml")
+    assert result.exit_code == 1
+    assert "stage 0" in result.stdout
+    assert deepopt("plan", "diff", "hand.yaml", "hand.yaml").exit_code == 0
+    found = json.loads(deepopt("plan", "diff", "hand.yaml", "edited.yaml", "--json").stdout)
+    assert {row["what"] for row in found["differences"]} >= {"stage 0", "stage 1"}
+
+
+def test_a_launch_takes_stages_order_and_costs_from_the_plan(tmp_path: Path) -> None:
+    plan = planned()
+    (tmp_path / "plan.yaml").write_text(write_plan_file(plan))
+    result = deepopt("launch", "job.yaml", "--plan", "plan.yaml", "--dry-run", "--json")
+    assert result.exit_code == 0, result.output
+    shown = json.loads(result.stdout)
+    assert shown["costs"] == "measured"
+    assert shown["plan"]["boundaries"] == list(plan.plan(plan_id=1).boundaries)
+    assert shown["plan"]["placement"] == plan.pipeline.placement
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("model.kwargs={num_blocks: 5}", "6 layers"),
+        ("training.microbatch_size=2", "microbatch_size was 1 and is 2"),
+        ("worker.count=3", "a plan for 2 workers, the job has 3"),
+    ],
+)
+def test_a_plan_for_another_job_is_refused_with_the_difference(
+    tmp_path: Path, option: str, message: str
+) -> None:
+    (tmp_path / "plan.yaml").write_text(write_plan_file(planned()))
+    result = deepopt("launch", "job.yaml", "--plan", "plan.yaml", "--set", option, "--dry-run")
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_plan_for_other_devices_is_refused_with_the_difference(tmp_path: Path) -> None:
+    (tmp_path / "plan.yaml").write_text(write_plan_file(planned(name="another CPU")))
+    result = deepopt("launch", "job.yaml", "--plan", "plan.yaml", "--dry-run")
+    assert result.exit_code == 1
+    assert "planned another CPU" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("plan", "show", "none.yaml"), "plan file none.yaml cannot be read"),
+        (("launch", "job.yaml", "--plan", "none.yaml"), "plan file none.yaml cannot be read"),
+        (("plan", "show", "job.yaml"), "job.yaml:1: format: "),
+        (("profile", "job.yaml", "-o", "no/plan.yaml"), "--output no/plan.yaml"),
+        (("profile", "job.yaml", "--workers", 9), "9 ranks need at least 9 layers"),
+        (("profile", "job.yaml", "--set", "parallel.data=2", "--workers", 3), "3 workers"),
+    ],
+)
+def test_bad_input_is_one_error(
+    tmp_path: Path, arguments: tuple[object, ...], message: str
+) -> None:
+    result = deepopt(*arguments)
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "runs").exists()
