@@ -36,7 +36,7 @@ run_dir, scenario, options = Path(sys.argv[2]), json.loads(sys.argv[3]), json.lo
 follow.KILL_GRACE_S = options.get("kill_grace_s", follow.KILL_GRACE_S)
 supervisors = FakeSupervisors()
 module = types.ModuleType("deepopt.head.supervisor")
-module.spawn_supervisor = lambda path: supervisors.spawn(path, **scenario)
+module.spawn_supervisor = lambda path, **_: supervisors.spawn(path, **scenario)
 sys.modules["deepopt.head.supervisor"] = module
 code = attend.attend(
     RunDirectory(run_dir),

@@ -41,7 +41,7 @@ class Supervision:
         self.started: list[Path] = []
         self.error: Exception | None = None
 
-    def spawn_supervisor(self, run_dir: Path) -> int:
+    def spawn_supervisor(self, run_dir: Path, *, stage_worker: str = "") -> int:
         if self.error is not None:
             raise self.error
         self.started.append(run_dir)
