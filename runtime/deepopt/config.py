@@ -143,7 +143,26 @@ class TrainingConfig(Section):
 class OptimizerConfig(Section):
     """The update."""
 
-    name: Literal["adamw"] = Field(default="adamw", description="The optimizer.")
+    name: Literal["adamw"] = Field(
+        default="adamw", description="The optimizer, where `factory` names no other."
+    )
+    factory: ImportPath | None = Field(
+        default=None,
+        description="Import path of any other optimizer: a class such as `torch.optim:SGD`, or a function "
+        "of a layer's (name, parameter) pairs. It is called once for each layer, over float32 masters; "
+        "the other keys here but `scheduler` are then without effect.",
+    )
+    kwargs: dict[str, JsonValue] = Field(
+        default_factory=dict, description="Keyword arguments for `optimizer.factory`."
+    )
+    scheduler: ImportPath | None = Field(
+        default=None,
+        description="Import path of a schedule of learning rates for `optimizer.factory`, such as "
+        "`torch.optim.lr_scheduler:CosineAnnealingLR`: called with the optimizer, stepped once a step.",
+    )
+    scheduler_kwargs: dict[str, JsonValue] = Field(
+        default_factory=dict, description="Keyword arguments for `optimizer.scheduler`."
+    )
     learning_rate: Annotated[float, Strict(), Field(ge=0)] = Field(
         default=3e-3, description="Peak learning rate."
     )
@@ -164,6 +183,23 @@ class OptimizerConfig(Section):
         default=0.1,
         description="Learning rate after the cosine, as a share of the peak.",
     )
+
+    @model_validator(mode="after")
+    def _one_optimizer(self) -> Self:
+        for name, needed in (
+            ("kwargs", "factory"),
+            ("scheduler", "factory"),
+            ("scheduler_kwargs", "scheduler"),
+        ):
+            if getattr(self, name) and getattr(self, needed) is None:
+                refuse(
+                    f"optimizer.{name} is set without optimizer.{needed}",
+                    remedy=f"name it in optimizer.{needed}, for example torch.optim:SGD"
+                    if needed == "factory"
+                    else "name it in optimizer.scheduler",
+                    fields=(name,),
+                )
+        return self
 
     @model_validator(mode="after")
     def _decay_after_warmup(self) -> Self:

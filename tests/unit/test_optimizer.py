@@ -8,7 +8,7 @@ import torch
 from deepopt.config import OptimizerConfig
 from deepopt.errors import CheckpointError
 from deepopt.pipeline.learning_rate import learning_rate
-from deepopt.pipeline.optimizer import LayerOptimizer, clip_coefficient
+from deepopt.pipeline.optimizer import AdamWOptimizer, clip_coefficient
 from deepopt.pipeline.stage import Layer
 
 CONFIG = OptimizerConfig(learning_rate=1e-2, warmup_steps=2, weight_decay=0.1)
@@ -31,7 +31,7 @@ def make_grads(step: int) -> dict[str, torch.Tensor]:
 
 def test_updates_have_the_bits_of_torch_adamw() -> None:
     layer, twin = make_layer(), make_layer()
-    ours = LayerOptimizer(layer, CONFIG)
+    ours = AdamWOptimizer(layer, CONFIG)
     theirs = torch.optim.AdamW(
         [
             {"params": [twin.parameters["layer.weight"]], "weight_decay": 0.1},
@@ -78,14 +78,14 @@ def test_small_gradients_are_not_scaled() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_loaded_state_continues_with_the_same_bits(dtype: torch.dtype) -> None:
     layer = make_layer(dtype)
-    optimizer = LayerOptimizer(layer, CONFIG)
+    optimizer = AdamWOptimizer(layer, CONFIG)
     for step in range(1, 4):
         optimizer.step(make_grads(step), 1e-2)
     state = {key: tensor.clone() for key, tensor in optimizer.export_state().items()}
     assert {"optimizer/layer.weight/exp_avg", "optimizer/layer.weight/step"} <= set(state)
 
     other_layer = make_layer(dtype, seed=1)
-    other = LayerOptimizer(other_layer, CONFIG)
+    other = AdamWOptimizer(other_layer, CONFIG)
     other.load_state(state)
     for step in range(4, 7):
         optimizer.step(make_grads(step), 1e-2)
@@ -99,7 +99,7 @@ def test_a_loaded_state_continues_with_the_same_bits(dtype: torch.dtype) -> None
 def test_masters_keep_updates_too_small_for_bf16() -> None:
     layer = make_layer(torch.bfloat16)
     start = layer.parameters["layer.bias"].detach().clone()
-    optimizer = LayerOptimizer(layer, CONFIG)
+    optimizer = AdamWOptimizer(layer, CONFIG)
     grads = {name: torch.ones_like(g) for name, g in make_grads(1).items()}
     for _ in range(100):
         optimizer.step(grads, 1e-5)
@@ -109,7 +109,7 @@ def test_masters_keep_updates_too_small_for_bf16() -> None:
 
 
 def test_a_state_of_another_shape_is_refused() -> None:
-    optimizer = LayerOptimizer(make_layer(), CONFIG)
+    optimizer = AdamWOptimizer(make_layer(), CONFIG)
     state = optimizer.export_state() | {"parameter/layer.bias": torch.zeros(4)}
     with pytest.raises(CheckpointError, match=r"layer\.bias has shape \[4\].*\[3\]"):
         optimizer.load_state(state)

@@ -7,7 +7,6 @@ other factory, and a run directory holds all that its job needs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -59,7 +58,8 @@ def optimizer(parameters: Any, *, file: str, sha256: str) -> Any:
         file: written by `objects.dump_object`.
         sha256: of the file.
     """
-    return _kept(file, sha256)(parameters)
+    factory, kwargs = _kept(file, sha256)
+    return factory(parameters, **kwargs)
 
 
 def scheduler(of: Any, *, file: str, sha256: str) -> Any:
@@ -70,13 +70,14 @@ def scheduler(of: Any, *, file: str, sha256: str) -> Any:
         file: written by `objects.dump_object`.
         sha256: of the file.
     """
-    return _kept(file, sha256)(of)
+    factory, kwargs = _kept(file, sha256)
+    return factory(of, **kwargs)
 
 
-_objects: dict[str, Callable[..., Any]] = {}
+_objects: dict[str, Any] = {}
 
 
-def _kept(file: str, sha256: str) -> Callable[..., Any]:
+def _kept(file: str, sha256: str) -> Any:
     """An object that is asked for again and again: loaded once a process."""
     if sha256 not in _objects:
         _objects[sha256] = load_object(file, sha256=sha256)

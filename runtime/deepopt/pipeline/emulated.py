@@ -9,13 +9,15 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from deepopt.config import JobConfig, OptimizerConfig
+from deepopt.config import JobConfig
+from deepopt.errors import PlanError
 from deepopt.pipeline.emulated_device import EmulatedDevice, EmulatedOptimizer, action_times_s
 from deepopt.pipeline.emulated_transport import EmulatedTransport
 from deepopt.pipeline.optimizer import LayerOptimizer
 from deepopt.pipeline.reduction import Bucket
 from deepopt.pipeline.stage import Layer
 from deepopt.pipeline.transport import Channel, Kind, Transport
+from deepopt.pipeline.update_rule import UpdateRule
 from deepopt.planner.emulated_costs import emulated_costs
 from deepopt.planner.plan import Plan
 from deepopt.schedule.ir import Action
@@ -40,6 +42,7 @@ class Emulation:
         self._costs = emulated_costs(job, num_layers=len(plan.layer_names))
         self._pipeline_rank = rank % plan.pipeline_size
         self._plan = plan
+        self._config = job.optimizer
         self._table = self._costs.table(
             plan.boundaries, placement=plan.make_placement(), num_replicas=plan.data_size
         )
@@ -47,19 +50,25 @@ class Emulation:
             action_times_s(program, costs=self._table, rank=self._pipeline_rank)
         )
 
-    def optimizer(self, layer: Layer, config: OptimizerConfig) -> LayerOptimizer:
+    def optimizer(self, layer: Layer, *, rule: UpdateRule) -> LayerOptimizer:
         """The optimizer of a layer, on the emulated device where its update takes a stated time.
 
         Args:
             layer: of this worker.
-            config: the job's optimizer section.
+            rule: of the job.
         """
         factors = self._costs.rank_factor
         factor = factors[self._pipeline_rank] if factors else 1.0
         update_s = self._costs.update_s[layer.index] * factor
         if update_s == 0:
-            return LayerOptimizer(layer, config)
-        return EmulatedOptimizer(layer, config, device=self.device, update_s=update_s)
+            return rule.optimizer(layer)
+        if self._config.factory is not None:
+            raise PlanError(
+                f"emulation.update_ms is set for layer {layer.name}, and the optimizer is "
+                f"{self._config.factory}",
+                remedy="only the built-in adamw is emulated: leave one of them out",
+            )
+        return EmulatedOptimizer(layer, self._config, device=self.device, update_s=update_s)
 
     def transport(self, inner: Transport, *, buckets: Mapping[int, Bucket]) -> Transport:
         """The transport over emulated links; the real one where links take no time.

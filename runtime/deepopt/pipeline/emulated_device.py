@@ -15,7 +15,7 @@ import torch
 
 from deepopt.config import OptimizerConfig
 from deepopt.pipeline.emulated_clock import Overruns, sharpen_timer, wait_until
-from deepopt.pipeline.optimizer import LayerOptimizer
+from deepopt.pipeline.optimizer import AdamWOptimizer
 from deepopt.pipeline.spans import SpanRecorder
 from deepopt.pipeline.stage import Layer
 from deepopt.schedule.ir import COMPUTE_OPS, Action, Op
@@ -91,12 +91,12 @@ class EmulatedDevice(SpanRecorder):
         wait_until(began_ns + busy_ns)
 
 
-class EmulatedOptimizer(LayerOptimizer):
+class EmulatedOptimizer(AdamWOptimizer):
     """The update of a layer, which takes as long as the table says.
 
     Args:
-        layer: as for `LayerOptimizer`.
-        config: as for `LayerOptimizer`.
+        layer: as for `AdamWOptimizer`.
+        config: as for `AdamWOptimizer`.
         device: that it keeps busy.
         update_s: seconds of an update.
     """

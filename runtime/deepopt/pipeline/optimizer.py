@@ -1,4 +1,4 @@
-"""The update: global-norm clipping and one optimizer per layer over fp32 masters.
+"""The update: global-norm clipping, and one optimizer per layer over fp32 masters.
 
 State belongs to a layer: what `export_state` gives is keyed by parameter name and does not know
 which worker, stage or placement it came from.
@@ -6,6 +6,7 @@ which worker, stage or placement it came from.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -18,18 +19,14 @@ from deepopt.pipeline.stage import Layer
 _NORM_EPSILON = 1e-6  # of torch.nn.utils.clip_grad_norm_, whose bits we keep
 
 
-class LayerOptimizer:
-    """AdamW with decoupled decay (arXiv:1711.05101) over the masters and moments of one layer.
-
-    The arithmetic is torch's functional `adamw`; its `Optimizer` class would import torch's
-    compiler into every worker.
+class LayerOptimizer(ABC):
+    """What updates one layer: its masters, and moments by parameter and field.
 
     Args:
         layer: its parameters may be bf16; then fp32 masters are kept beside them.
-        config: the job's optimizer section.
     """
 
-    def __init__(self, layer: Layer, config: OptimizerConfig) -> None:
+    def __init__(self, layer: Layer) -> None:
         self.layer = layer
         self._masters: dict[str, torch.nn.Parameter] = {}
         for name, parameter in layer.trainable.items():
@@ -37,15 +34,6 @@ class LayerOptimizer:
                 self._masters[name] = parameter
             else:
                 self._masters[name] = torch.nn.Parameter(parameter.detach().float())
-        self._config = config
-        self._moments = {
-            name: {
-                "step": torch.zeros((), dtype=torch.float32),
-                "exp_avg": torch.zeros_like(master.data),
-                "exp_avg_sq": torch.zeros_like(master.data),
-            }
-            for name, master in self._masters.items()
-        }
         self._saved: list[torch.Tensor] | None = None
 
     def save(self) -> None:
@@ -65,9 +53,10 @@ class LayerOptimizer:
     def _state(self) -> list[torch.Tensor]:
         """Everything that an update changes."""
         masters = [master.detach() for master in self._masters.values()]
-        moments = [value for fields in self._moments.values() for value in fields.values()]
+        moments = [value for fields in self._moments().values() for value in fields.values()]
         return [*masters, *moments]
 
+    @abstractmethod
     def step(self, grads: Mapping[str, torch.Tensor], learning_rate: float) -> None:
         """Update the layer.
 
@@ -75,13 +64,14 @@ class LayerOptimizer:
             grads: fp32, by parameter name, already clipped.
             learning_rate: of this step.
         """
-        # Decay acts on matrices; gains, biases and other vectors are left alone.
-        decayed = [name for name, master in self._masters.items() if master.dim() >= 2]
-        others = [name for name, master in self._masters.items() if master.dim() < 2]
-        with torch.no_grad():
-            self._adamw(decayed, grads, learning_rate, self._config.weight_decay)
-            self._adamw(others, grads, learning_rate, 0.0)
-        self._copy_masters()
+
+    @abstractmethod
+    def _moments(self) -> dict[str, dict[str, torch.Tensor]]:
+        """The state of each parameter: the same fields of the same shapes at any time."""
+
+    @abstractmethod
+    def _set_moments(self, moments: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        """Take over what `_moments` gave, of the same shapes."""
 
     @torch.no_grad()
     def _copy_masters(self) -> None:
@@ -89,42 +79,12 @@ class LayerOptimizer:
             if self._masters[name] is not parameter:
                 parameter.copy_(self._masters[name])
 
-    def _adamw(
-        self,
-        names: Sequence[str],
-        grads: Mapping[str, torch.Tensor],
-        learning_rate: float,
-        weight_decay: float,
-    ) -> None:
-        if not names:
-            return
-        moments = [self._moments[name] for name in names]
-        beta1, beta2 = self._config.betas
-        adamw(
-            [self._masters[name] for name in names],
-            [grads[name] for name in names],
-            [m["exp_avg"] for m in moments],
-            [m["exp_avg_sq"] for m in moments],
-            [],
-            [m["step"] for m in moments],
-            foreach=False,  # one implementation everywhere: others differ in the last bit
-            fused=False,
-            capturable=False,
-            amsgrad=False,
-            maximize=False,
-            beta1=beta1,
-            beta2=beta2,
-            lr=learning_rate,
-            weight_decay=weight_decay,
-            eps=self._config.eps,
-        )
-
     def export_state(self) -> dict[str, torch.Tensor]:
         """The layer's state by key of `LayerState`: the live tensors, not copies."""
         full = {**self.layer.parameters, **self._masters, **self.layer.frozen}
         tensors = {f"parameter/{name}": full[name].detach() for name in self.layer.parameters}
         tensors |= {f"buffer/{name}": buffer for name, buffer in self.layer.buffers.items()}
-        for name, moments in self._moments.items():
+        for name, moments in self._moments().items():
             tensors |= {f"optimizer/{name}/{field}": value for field, value in moments.items()}
         return tensors
 
@@ -147,9 +107,92 @@ class LayerOptimizer:
                     self.layer.frozen[name].copy_(value)
             for name, buffer in self.layer.buffers.items():
                 buffer.copy_(_fetch(tensors, f"buffer/{name}", buffer))
-            for name, moments in self._moments.items():
-                for field, value in moments.items():
-                    value.copy_(_fetch(tensors, f"optimizer/{name}/{field}", value))
+            self._set_moments(
+                {
+                    name: {
+                        field: _fetch(tensors, f"optimizer/{name}/{field}", value)
+                        for field, value in fields.items()
+                    }
+                    for name, fields in self._moments().items()
+                }
+            )
+
+
+class AdamWOptimizer(LayerOptimizer):
+    """AdamW with decoupled decay (arXiv:1711.05101).
+
+    The arithmetic is torch's functional `adamw`; its `Optimizer` class would import torch's
+    compiler into every worker.
+
+    Args:
+        layer: as for `LayerOptimizer`.
+        config: the job's optimizer section.
+    """
+
+    def __init__(self, layer: Layer, config: OptimizerConfig) -> None:
+        super().__init__(layer)
+        self._config = config
+        self._own = {
+            name: {
+                "step": torch.zeros((), dtype=torch.float32),
+                "exp_avg": torch.zeros_like(master.data),
+                "exp_avg_sq": torch.zeros_like(master.data),
+            }
+            for name, master in self._masters.items()
+        }
+
+    def step(self, grads: Mapping[str, torch.Tensor], learning_rate: float) -> None:
+        """Update the layer.
+
+        Args:
+            grads: fp32, by parameter name, already clipped.
+            learning_rate: of this step.
+        """
+        # Decay acts on matrices; gains, biases and other vectors are left alone.
+        decayed = [name for name, master in self._masters.items() if master.dim() >= 2]
+        others = [name for name, master in self._masters.items() if master.dim() < 2]
+        with torch.no_grad():
+            self._adamw(decayed, grads, learning_rate, self._config.weight_decay)
+            self._adamw(others, grads, learning_rate, 0.0)
+        self._copy_masters()
+
+    def _moments(self) -> dict[str, dict[str, torch.Tensor]]:
+        return self._own
+
+    def _set_moments(self, moments: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        for name, fields in self._own.items():
+            for field, value in fields.items():
+                value.copy_(moments[name][field])
+
+    def _adamw(
+        self,
+        names: Sequence[str],
+        grads: Mapping[str, torch.Tensor],
+        learning_rate: float,
+        weight_decay: float,
+    ) -> None:
+        if not names:
+            return
+        moments = [self._own[name] for name in names]
+        beta1, beta2 = self._config.betas
+        adamw(
+            [self._masters[name] for name in names],
+            [grads[name] for name in names],
+            [m["exp_avg"] for m in moments],
+            [m["exp_avg_sq"] for m in moments],
+            [],
+            [m["step"] for m in moments],
+            foreach=False,  # one implementation everywhere: others differ in the last bit
+            fused=False,
+            capturable=False,
+            amsgrad=False,
+            maximize=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=learning_rate,
+            weight_decay=weight_decay,
+            eps=self._config.eps,
+        )
 
 
 @torch.no_grad()

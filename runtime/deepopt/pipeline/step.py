@@ -25,12 +25,12 @@ from deepopt.pipeline.clip_forecast import ClipForecast
 from deepopt.pipeline.emulated import Emulation
 from deepopt.pipeline.executor import Batches, Executor
 from deepopt.pipeline.gradients import StageGradients
-from deepopt.pipeline.learning_rate import learning_rate
-from deepopt.pipeline.optimizer import LayerOptimizer, clip_coefficient
+from deepopt.pipeline.optimizer import clip_coefficient
 from deepopt.pipeline.reduction import Bucket, Reducer, channels
 from deepopt.pipeline.spans import Span, SpanRecorder, Totals, total
 from deepopt.pipeline.stage import Layer, Loss, Stage
 from deepopt.pipeline.transport import Store, Transport
+from deepopt.pipeline.update_rule import make_rule
 from deepopt.planner.plan import Plan
 from deepopt.planner.skeleton import ModelSkeleton
 from deepopt.schedule.builders import build
@@ -179,9 +179,11 @@ class PipelineStep:
             transport = emulation.transport(transport, buckets=buckets)
         self._transport = transport
         self._reducer = Reducer(transport)
-        make_optimizer = LayerOptimizer if emulation is None else emulation.optimizer
+        self._rule = make_rule(job.optimizer)
         self.optimizers = {
-            layer.name: make_optimizer(layer, job.optimizer)
+            layer.name: self._rule.optimizer(layer)
+            if emulation is None
+            else emulation.optimizer(layer, rule=self._rule)
             for stage in self._stages.values()
             for layer in stage.layers
         }
@@ -301,7 +303,7 @@ class PipelineStep:
         if ahead:
             for optimizer in self.optimizers.values():
                 optimizer.save()
-            self._eager_rate = learning_rate(step, self._job.optimizer)
+            self._eager_rate = self._rule.rate(step)
         self.executor.run_step(step)
         self._eager_rate = None
         reducing = time.perf_counter()
@@ -319,7 +321,7 @@ class PipelineStep:
         own = self._row(take_wishes(), totals, step_s=exchanging - began)
         exchange = self._transport.start_all_gather(own)
         if ahead:
-            self._update(learning_rate(step, self._job.optimizer))
+            self._update(self._rule.rate(step))
             self._update_s = time.perf_counter() - exchanging
         self.ready = True
         if ahead:
@@ -529,7 +531,7 @@ class PipelineStep:
         result = StepResult(
             loss=loss,
             grad_norm=grad_norm,
-            learning_rate=learning_rate(step, self._job.optimizer),
+            learning_rate=self._rule.rate(step),
             wishes=wishes,
             times=tuple(
                 RankTimes(

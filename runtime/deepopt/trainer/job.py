@@ -11,13 +11,14 @@ import torch
 
 from deepopt.carried.model import dump_model
 from deepopt.carried.objects import dump_object
-from deepopt.config import JobConfig, OptimizerConfig
+from deepopt.config import JobConfig
 from deepopt.convert import describe
 from deepopt.errors import InputError, PlanError
 from deepopt.job_file import make_job
 from deepopt.run_directory import RunDirectory
 from deepopt.trainer.data import Data
 from deepopt.trainer.device_map import Device, read_device_map
+from deepopt.trainer.optimizers import optimizer_fields
 
 _ELB_KEYS = ("alpha", "monitor_freq")
 
@@ -32,7 +33,10 @@ class Settings:
         placement: of the stages.
         elb: checked.
         loss_fn: of (output, targets).
-        optimizer: see there.
+        optimizer: of any kind.
+        optimizer_kwargs: of its class or function.
+        lr_scheduler: a class or function.
+        lr_scheduler_kwargs: of it.
         grad_clip: largest global norm.
         groups: of gradients.
         name: of the job.
@@ -47,6 +51,9 @@ class Settings:
     elb: Mapping[str, Any]
     loss_fn: Any
     optimizer: Any
+    optimizer_kwargs: Mapping[str, Any] | None
+    lr_scheduler: Any
+    lr_scheduler_kwargs: Mapping[str, Any] | None
     grad_clip: float | None
     groups: int | None
     name: str
@@ -178,7 +185,14 @@ def _fields(
             "groups": settings.groups,
             "grad_clip": settings.grad_clip,
         },
-        "optimizer": _optimizer_fields(settings.optimizer),
+        "optimizer": optimizer_fields(
+            settings.optimizer,
+            kwargs=settings.optimizer_kwargs,
+            scheduler=settings.lr_scheduler,
+            scheduler_kwargs=settings.lr_scheduler_kwargs,
+            model=model,
+            folder=run.carried,
+        ),
         "pipeline": {"placement": settings.placement},
         "worker": {"count": settings.workers},
         "cluster": {
@@ -212,19 +226,6 @@ def _loss_fields(loss_fn: Any, *, run: RunDirectory) -> dict[str, Any]:
         )
     kwargs = dump_object(loss_fn, run.carried / "loss.pkl", what="loss_fn")
     return {"loss": "deepopt.carried:loss", "loss_kwargs": kwargs}
-
-
-def _optimizer_fields(optimizer: Any) -> dict[str, Any]:
-    if optimizer is None:
-        return {}
-    if isinstance(optimizer, OptimizerConfig):
-        return optimizer.model_dump()
-    if isinstance(optimizer, Mapping):
-        return dict(optimizer)
-    raise InputError(
-        f"optimizer is a {type(optimizer).__name__}",
-        remedy="give an OptimizerConfig or a mapping of its fields",
-    )
 
 
 def _checked(fields: dict[str, Any]) -> JobConfig:

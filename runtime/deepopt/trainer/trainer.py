@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from deepopt.checkpoint.store import CheckpointStore
-from deepopt.config import JobConfig, OptimizerConfig
+from deepopt.config import JobConfig
 from deepopt.convert import DeepModel
 from deepopt.errors import CheckpointError, InputError
 from deepopt.launch.run_files import new_run_path
@@ -60,8 +60,13 @@ class DeepTrainer:
         elb_config: `{"alpha": 0.3, "monitor_freq": 100}`: how MoE routers are balanced.
         loss_fn: maps (output, targets) to a scalar mean; None: the model's own `loss`, what it
             returned as `loss`, or the cross-entropy of its logits.
-        optimizer: an `OptimizerConfig`, or a mapping of its fields: AdamW with warm-up; None: its
-            defaults.
+        optimizer: a class of `torch.optim` with `optimizer_kwargs`; a function of a layer's (name,
+            parameter) pairs; an optimizer over the model's parameters, which is read and not used; an
+            `OptimizerConfig` or a mapping of its fields: AdamW with warm-up; None: its defaults.
+        optimizer_kwargs: of the class or function.
+        lr_scheduler: a class of `torch.optim.lr_scheduler` with `lr_scheduler_kwargs`, or a function
+            of an optimizer; stepped once a step. None: constant rates.
+        lr_scheduler_kwargs: of the class or function.
         grad_clip: largest global L2 norm of the gradients; None: no clipping.
         batch_size: samples of a step; None: the dataset's own, else 32, or all where there are less.
         microbatches: that a step is cut into; None: as many as divide it, at most 8.
@@ -92,7 +97,10 @@ class DeepTrainer:
         placement: str | None = None,
         elb_config: Mapping[str, Any] | None = None,
         loss_fn: Any = None,
-        optimizer: OptimizerConfig | Mapping[str, Any] | None = None,
+        optimizer: Any = None,
+        optimizer_kwargs: Mapping[str, Any] | None = None,
+        lr_scheduler: Any = None,
+        lr_scheduler_kwargs: Mapping[str, Any] | None = None,
         grad_clip: float | None = None,
         batch_size: int | None = None,
         microbatches: int | None = None,
@@ -124,6 +132,9 @@ class DeepTrainer:
             elb=check_elb(elb_config),
             loss_fn=loss_fn,
             optimizer=optimizer,
+            optimizer_kwargs=optimizer_kwargs,
+            lr_scheduler=lr_scheduler,
+            lr_scheduler_kwargs=lr_scheduler_kwargs,
             grad_clip=grad_clip,
             groups=groups,
             name=name,

@@ -20,8 +20,8 @@ import torch
 from deepopt.config import JobConfig
 from deepopt.pipeline.emulated_clock import sharpen_timer, wait_until
 from deepopt.pipeline.gradients import StageGradients
-from deepopt.pipeline.optimizer import LayerOptimizer
 from deepopt.pipeline.stage import Layer, Loss, Stage, Tensors
+from deepopt.pipeline.update_rule import make_rule
 
 T = TypeVar("T")
 
@@ -160,7 +160,7 @@ def try_layer(
         loss=loss,
         defer_weights=True,
     )
-    optimizer = LayerOptimizer(layer, job.optimizer)
+    optimizer = make_rule(job.optimizer).optimizer(layer)
     weights = {p.untyped_storage().data_ptr() for p in layer.parameters.values()}
     kept: dict[int, int] = {}
 

@@ -29,10 +29,10 @@ from deepopt.checkpoint.layer_files import read_manifest
 from deepopt.convert import build_layers, describe
 from deepopt.datasets.batch_source import BatchSource, build_batch_source
 from deepopt.errors import DeepoptError, TransportError
-from deepopt.pipeline.optimizer import LayerOptimizer
 from deepopt.pipeline.spans import Span
 from deepopt.pipeline.step import Agreement, PipelineStep, StepResult, Wish
 from deepopt.pipeline.transport import Transport
+from deepopt.pipeline.update_rule import make_rule
 from deepopt.planner.orders import load_schedule
 from deepopt.planner.skeleton import ModelSkeleton
 from deepopt.run_directory import RunDirectory
@@ -276,7 +276,7 @@ class StageWorker:
         ]
         layers, _ = build_layers(self._job, indices, device=self._device)
         for layer in layers:
-            fresh = LayerOptimizer(layer, self._job.optimizer)
+            fresh = make_rule(self._job.optimizer).optimizer(layer)
             self._pipeline.optimizers[layer.name].load_state(fresh.export_state())
 
     def run(self) -> RunEnded:
