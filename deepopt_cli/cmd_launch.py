@@ -50,6 +50,10 @@ def launch(
         Path | None,
         typer.Option(metavar="PLAN.yaml", help="Stages, order and costs of `deepopt profile`."),
     ] = None,
+    spares: Annotated[
+        int | None,
+        typer.Option(min=0, metavar="N", help="Warm processes kept for lost workers."),
+    ] = None,
     json: JsonOption = False,
     detach: DetachOption = False,
     dry_run: Annotated[
@@ -66,6 +70,7 @@ def launch(
       deepopt launch job.yaml --workers 4 --set training.seed=1
       deepopt launch job.yaml --dry-run
       deepopt launch job.yaml --detach --run-dir runs/first
+      deepopt launch job.yaml --spares 1
       deepopt launch job.yaml --hostfile hosts --json > metrics.jsonl
       deepopt launch job.yaml --plan plan.yaml
     """
@@ -80,6 +85,7 @@ def launch(
         ("training.steps", steps),
         ("cluster.hostfile", None if hostfile is None else str(hostfile)),
         ("cluster.address", address),
+        ("faults.spares", spares),
     ):
         if value is not None:
             wanted.append(f"{key}={json_text.dumps(value)}")

@@ -633,6 +633,10 @@ class FaultsConfig(Section):
     setup_timeout_s: Seconds = Field(
         default=180.0, description="Longest start of a worker group, in seconds."
     )
+    spares: Index = Field(
+        default=0,
+        description="Processes that wait, with everything imported, to take a lost worker's place.",
+    )
     survivor_timeout_s: Seconds = Field(
         default=10.0,
         description="Longest time, in seconds, that a healthy worker may take to leave its group when "

@@ -134,6 +134,10 @@ class RunDirectory:
         """Where checkpoints go: `checkpoint.directory` of the job, else in here."""
         return self.checkpoints if directory is None else Path(directory)
 
+    def spare_log(self, number: int) -> Path:
+        """What a spare process prints before it takes a rank's place."""
+        return self.logs / f"spare-{number}.log"
+
     def rank_log(self, rank: int) -> Path:
         """The log file of one worker, by its rank."""
         return self.logs / f"rank-{rank}.log"

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from deepopt.job_file import load_job
 from support import launcher
+from support.worker_processes import losses_of, make_plan
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -66,6 +68,44 @@ def test_a_worker_killed_in_mid_run_changes_no_loss(unbroken: Path, tmp_path: Pa
         if event["kind"] == "worker_lost" and event["failure"] == "death"
     ]
     assert [event["rank"] for event in lost] == [2]
+
+
+def test_a_spare_takes_a_killed_workers_place_and_no_step_is_repeated(tmp_path: Path) -> None:
+    job = launcher.write_job(tmp_path, training={"steps": 100_000}, checkpoint={"every": 0})
+    run_dir = tmp_path / "run"
+    arguments = ("--workers", 4, "--set", "pipeline.placement=mirror", "--spares", 1)
+    launched = launcher.run("launch", job, *arguments, "--run-dir", run_dir, "--detach")
+    assert launched.returncode == 0, launched.stdout + launched.stderr
+    content = launcher.wait_for_file(
+        run_dir, lambda content: content.get("warm_spares") == 1 and content["step"] >= 2
+    )
+    pids = [worker["pid"] for worker in content["workers"]]
+    os.kill(pids[2], signal.SIGKILL)
+    killed_at = content["step"]
+    content = launcher.wait_for_file(
+        run_dir,
+        lambda content: content["generation"] == 2 and content["step"] >= killed_at + 5,
+    )
+    after = [worker["pid"] for worker in content["workers"]]
+    assert [before == now for before, now in zip(pids, after, strict=True)] == [
+        True,
+        True,
+        False,
+        True,
+    ]
+    # The next spare is on its way.
+    launcher.wait_for_file(run_dir, lambda content: content["warm_spares"] == 1)
+    assert launcher.run("stop", run_dir).returncode == 0
+    steps = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    last_step = len(steps)
+    assert [line["step"] for line in steps] == [*range(1, last_step + 1)]
+    events = [*map(json.loads, (run_dir / "events.jsonl").read_text().splitlines())]
+    formed = [event for event in events if event["kind"] == "generation"]
+    assert (formed[1]["source"], formed[1]["kept"]) == ("copies", [0, 1, 3])
+    alone = load_job(run_dir / "job.yaml")
+    losses = losses_of(alone, make_plan(alone), run_dir=tmp_path, last_step=last_step)
+    assert [line["loss"] for line in steps] == losses
+    assert launcher.processes_of(run_dir) == []
 
 
 def test_a_stopped_job_resumes_on_fewer_workers_with_the_same_losses(

@@ -73,6 +73,8 @@ class FakeGroup:
     assignments: list[Assignment] = field(default_factory=list)
     immortal: bool = False
     watched: list[int] = field(default_factory=list)
+    spares: int = 0
+    warm_spares: int = 0
     kept: dict[int, int] = field(default_factory=dict)
 
     def prepare(
@@ -80,6 +82,9 @@ class FakeGroup:
     ) -> None:
         self.calls.append(("prepare", generation, num_workers))
         self.kept = dict(kept or {})
+
+    def keep_spares(self, count: int) -> None:
+        self.spares = count
 
     def interrupt(self) -> None:
         self.calls.append(("interrupt",))

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from deepopt.config import JobConfig
 from deepopt.errors import DeepoptError, TransportError
 from deepopt.run_directory import RunDirectory
 from deepopt.schedule.ir import Action, Op
@@ -35,7 +36,9 @@ from deepopt.worker.messages import (
 class FakeStageWorker:
     """As `StageWorker`, see there."""
 
-    def __init__(self, assignment: Assignment, *, report: Callable[[Any], None]) -> None:
+    def __init__(
+        self, assignment: Assignment, *, report: Callable[[Any], None], warmth: None = None
+    ) -> None:
         self._assignment = assignment
         self._sender = assignment.sender
         self._report = report
@@ -49,6 +52,10 @@ class FakeStageWorker:
         self.is_set_up = False  # it cannot go on in another generation
 
         self._interrupted = False
+
+    @staticmethod
+    def warm(job: JobConfig, run_dir: Path) -> None:
+        """Nothing takes long here."""
 
     def interrupt(self, generation: int) -> None:
         self._interrupted = True

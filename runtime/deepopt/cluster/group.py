@@ -133,6 +133,15 @@ class WorkerGroup(Protocol):
         """
         ...
 
+    def keep_spares(self, count: int) -> None:
+        """Begin to start processes that wait for a place, until there are so many."""
+        ...
+
+    @property
+    def warm_spares(self) -> int:
+        """Processes that can take a place at once."""
+        ...
+
     def launch(self, assignments: Sequence[Assignment]) -> None:
         """Let each worker set up and run; assignments are in the order of ranks."""
         ...

@@ -34,6 +34,7 @@ from deepopt.cluster.group import (
 from deepopt.cluster.node_agents import NodeAgents
 from deepopt.cluster.process_table import Process, find_process
 from deepopt.cluster.slots import Slots
+from deepopt.config import JobConfig
 from deepopt.errors import ClusterError
 from deepopt.run_directory import RunDirectory
 from deepopt.worker.actor import REQUESTS, Whereabouts, WorkerActor
@@ -55,6 +56,7 @@ class _Worker:
     node_id: str = ""
     agent: Any = None
     ended: bool = False  # its actor is gone, says Ray
+    warm: bool = False  # of a spare: it has everything ready
 
 
 @dataclass(slots=True, kw_only=True)
@@ -72,6 +74,7 @@ class RayWorkerGroup:
         run: the run directory.
         head: handle of the head actor; workers send it messages.
         tell: takes events, from any thread.
+        job: the resolved job.
         lease_s: time after which a host without a head ends its workers.
         stage_worker: import path of the class that does the work.
     """
@@ -83,6 +86,7 @@ class RayWorkerGroup:
         run: RunDirectory,
         head: Any,
         tell: Callable[[HeadEvent], None],
+        job: JobConfig,
         lease_s: float,
         stage_worker: str = STAGE_WORKER,
     ) -> None:
@@ -91,7 +95,11 @@ class RayWorkerGroup:
         self._head = head
         self._tell = tell
         self._stage_worker = stage_worker
+        self._job = job
         self._members = _Members(generation=0, workers=[])
+        self._spares: list[_Worker] = []
+        self._num_spares_made = 0
+        self._gpus: dict[int, tuple[str, ...]] = {}  # of each place, by rank
         self._agents = NodeAgents(head=head, lease_s=lease_s)
         # Ray unpickles a class by its import path: workers need deepopt, not this process.
         as_actor: Any = ray.remote  # its annotations lack concurrency groups
@@ -125,10 +133,10 @@ class RayWorkerGroup:
                 worker.log_size = self._log_size(rank)
                 workers.append(worker)
             else:
-                workers.append(self._start(rank))
+                workers.append(self._take_spare(rank) or self._start(rank))
         self._members = members = _Members(generation=generation, workers=workers)
         for rank, worker in enumerate(workers):
-            if rank in kept:
+            if worker.pid:  # it runs already
                 self._tell_up(members, rank)
                 continue
             self._watch(
@@ -138,6 +146,16 @@ class RayWorkerGroup:
                 partial(self._on_gone, members, rank),
             )
             members.references.append(worker.actor.warm_up.remote())
+
+    def keep_spares(self, count: int) -> None:
+        """Begin to start processes that wait for a place, until there are so many."""
+        while len(self._spares) < count:
+            self._start_spare()
+
+    @property
+    def warm_spares(self) -> int:
+        """Processes that can take a place at once."""
+        return sum(spare.warm for spare in self._spares)
 
     def launch(self, assignments: Sequence[Assignment]) -> None:
         """Let each worker set up and run."""
@@ -217,6 +235,9 @@ class RayWorkerGroup:
         """
         until_s = time.monotonic() + timeout_s
         doomed = [w for rank, w in enumerate(self._members.workers) if rank not in but]
+        if not but:
+            doomed += self._spares
+            self._spares = []
         left = [worker for worker in doomed if not self._is_gone(worker)]
         for worker in left:
             self._kill(worker)
@@ -234,20 +255,73 @@ class RayWorkerGroup:
     # --- inside --------------------------------------------------------------------------
 
     def _start(self, rank: int) -> _Worker:
-        actor = self._actor_class.options(**self._options(rank)).remote(
-            rank, run_dir=str(self._run.root), stage_worker=self._stage_worker
+        log, gpus = self._run.rank_log(rank), self._gpus.get(rank)
+        worker = _Worker(
+            actor=self._actor_class.options(**self._options(rank, owns=gpus is None)).remote(
+                log=str(log), run_dir=str(self._run.root), stage_worker=self._stage_worker
+            ),
+            log_size=self._log_size(rank),
         )
-        return _Worker(actor=actor, log_size=self._log_size(rank))
+        if gpus:
+            worker.actor.use_gpus.remote(gpus)
+        return worker
+
+    def _start_spare(self) -> None:
+        number = self._num_spares_made
+        self._num_spares_made += 1
+        rank = number % len(self._slots.places)  # all hosts in turn
+        spare = _Worker(
+            actor=self._actor_class.options(**self._options(rank, owns=False)).remote(
+                log=str(self._run.spare_log(number)),
+                run_dir=str(self._run.root),
+                stage_worker=self._stage_worker,
+            ),
+            log_size=0,
+        )
+        self._spares.append(spare)
+
+        def is_gone(error: BaseException) -> None:
+            logger.warning("a spare is gone: %s", error)
+            if spare in self._spares:
+                self._spares.remove(spare)
+
+        self._watch(
+            self._members,
+            spare.actor.whereabouts.remote(),
+            lambda found: self._place(spare, found),
+            is_gone,
+        )
+
+        def is_warm(_: None) -> None:
+            spare.warm = True
+
+        self._watch(
+            self._members, spare.actor.wait_as_spare.remote(self._job), is_warm, is_gone
+        )
+
+    def _take_spare(self, rank: int) -> _Worker | None:
+        """A spare for a rank's place, the readiest; on the host of its GPU, if it has one."""
+        host = self._slots.places[rank].node_id
+        for spare in sorted(self._spares, key=lambda s: (not s.warm, not s.pid)):
+            near = host is None or spare.node_id == host
+            if near or not self._slots.use_gpus:
+                self._spares.remove(spare)
+                spare.log_size = self._log_size(rank)
+                if gpus := self._gpus.get(rank):
+                    spare.actor.use_gpus.remote(gpus)
+                return spare
+        return None
 
     def _log_size(self, rank: int) -> int:
         log = self._run.rank_log(rank)
         return log.stat().st_size if log.exists() else 0
 
-    def _options(self, rank: int) -> dict[str, Any]:
+    def _options(self, rank: int, *, owns: bool = True) -> dict[str, Any]:
+        """Of an actor for a rank's place; one that does not own it is given what another had."""
         slots, place = self._slots, self._slots.places[rank]
         options: dict[str, Any] = {
-            "num_cpus": 0 if slots.use_gpus else 1,
-            "num_gpus": 1 if slots.use_gpus else 0,
+            "num_cpus": int(owns and not slots.use_gpus),
+            "num_gpus": int(owns and slots.use_gpus),
             "max_restarts": 0,  # the head restarts; so a death is heard of at once
             "max_task_retries": 0,
         }
@@ -286,12 +360,16 @@ class RayWorkerGroup:
         reference.future().add_done_callback(settle)
 
     def _on_up(self, members: _Members, rank: int, found: Whereabouts) -> None:
-        worker = members.workers[rank]
-        worker.pid, worker.host = found.pid, found.host
+        self._place(members.workers[rank], found)
+        if found.gpus:
+            self._gpus[rank] = found.gpus
+        self._tell_up(members, rank)
+
+    def _place(self, worker: _Worker, found: Whereabouts) -> None:
+        worker.host, worker.node_id = found.host, found.node_id
         if found.node_id == self._slots.head_node_id:
             worker.process = find_process(found.pid)
-        worker.node_id = found.node_id
-        self._tell_up(members, rank)
+        worker.pid = found.pid  # last: it says that the others are there
 
     def _tell_up(self, members: _Members, rank: int) -> None:
         worker = members.workers[rank]

@@ -112,6 +112,7 @@ class HeadActor:
             head=ray.get_runtime_context().current_actor,
             tell=self._inbox.put,
             lease_s=job.faults.lease_s,
+            job=job,
             stage_worker=arguments.stage_worker,
         )
         # First of all: the processes take longest, and import torch while this one does.

@@ -681,6 +681,7 @@ class Controller:
                     m.ready.setup_s.get("load", 0.0) for m in generation.members if m.ready
                 )
             self._move(JobState.RUNNING)
+            self._group.keep_spares(self.job.faults.spares)
 
     def _has_the_data(self, generation: Generation, message: WorkerReady) -> bool:
         """Whether a worker reads the data that the others and the checkpoint know; else fail."""
@@ -897,6 +898,7 @@ class Controller:
                 error=self._error,
                 faults=self.faults.to_json(self.plan),
                 now_s=now_s,
+                warm_spares=self._group.warm_spares,
             )
 
         self._board.show(status, now_s=now_s, force=force)

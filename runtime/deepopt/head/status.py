@@ -66,6 +66,7 @@ def status_of(
     error: Mapping[str, Any] | None,
     faults: Sequence[Mapping[str, Any]],
     now_s: float,
+    warm_spares: int,
 ) -> dict[str, Any]:
     """The job as it is now.
 
@@ -79,6 +80,7 @@ def status_of(
         error: what `error_of` made; None when nothing failed.
         faults: what `FaultLog` shows.
         now_s: the time on the head's monotonic clock.
+        warm_spares: processes that can take a lost worker's place at once.
     """
     report, figures = progress.report, progress.figures
     return {
@@ -102,6 +104,7 @@ def status_of(
         else {str(rank): busy for rank, busy in enumerate(figures.stage_busy)},
         "bubble": None if figures is None else figures.bubble,
         "restarts": progress.restarts,
+        "warm_spares": warm_spares,
         "faults": list(faults),
         "checkpoint_step": progress.checkpoint_step,
         "placement": str(plan.placement),

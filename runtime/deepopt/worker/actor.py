@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from deepopt.config import JobConfig
 from deepopt.run_directory import RunDirectory
 from deepopt.worker.mailbox import Mailbox
 from deepopt.worker.messages import Assignment, Failure, Preempted, RunEnded
@@ -39,24 +40,29 @@ class Whereabouts:
         pid: process id on its host.
         host: host name.
         node_id: Ray's id of the host.
+        gpus: ids of the GPUs that Ray gave it.
     """
 
     pid: int
     host: str
     node_id: str
+    gpus: tuple[str, ...] = ()
 
 
 class WorkerActor:
     """The process of one rank, in one generation after the other.
 
     Args:
-        rank: the rank.
-        run_dir: the run directory, for the log.
+        log: file for what it prints until it has a rank.
+        run_dir: the run directory.
         stage_worker: import path of the class that does the work.
     """
 
-    def __init__(self, rank: int, *, run_dir: str, stage_worker: str) -> None:
-        redirect_output(RunDirectory(Path(run_dir)).rank_log(rank))
+    def __init__(self, *, log: str, run_dir: str, stage_worker: str) -> None:
+        self._log = Path(log)
+        self._run = RunDirectory(Path(run_dir))
+        redirect_output(self._log)
+        self._warmth: Any = None
         self._stage_worker = stage_worker
         self._worker: Any = None
         self._mailbox: Mailbox | None = None
@@ -73,7 +79,16 @@ class WorkerActor:
             pid=os.getpid(),
             host=socket.gethostname(),
             node_id=ray.get_runtime_context().get_node_id(),
+            gpus=tuple(_ray.get_runtime_context().get_accelerator_ids().get("GPU", ())),
         )
+
+    def use_gpus(self, ids: tuple[str, ...]) -> None:
+        """Take the GPUs of the worker whose place this process takes; before it touches any.
+
+        Args:
+            ids: as `whereabouts` of that worker told them.
+        """
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(ids)
 
     def warm_up(self) -> None:
         """Import what the work needs, while the head is still busy; errors come up in `work`."""
@@ -81,6 +96,17 @@ class WorkerActor:
             self._load_class()
         except Exception:  # said again, and reported, by `work`
             logger.exception("importing %s failed", self._stage_worker)
+
+    def wait_as_spare(self, job: JobConfig) -> None:
+        """Get everything ready that does not depend on the rank.
+
+        Args:
+            job: the resolved job.
+        """
+        try:
+            self._warmth = self._load_class().warm(job, self._run.root)
+        except Exception:  # said again, and reported, by `work`
+            logger.exception("getting ready failed")
 
     def work(self, assignment: Assignment, head: Any) -> RunEnded | Failure:
         """Set up and train; every error becomes a `Failure`. After one that names what the worker
@@ -92,6 +118,10 @@ class WorkerActor:
         """
         assignment = replace(assignment, node_ip=str(_ray.util.get_node_ip_address()))
         sender = assignment.sender
+        log = self._run.rank_log(sender.rank)
+        if log != self._log:
+            self._log = log
+            redirect_output(log)
         logger.info(
             "generation %d, rank %d, pid %d", sender.generation, sender.rank, os.getpid()
         )
@@ -108,7 +138,8 @@ class WorkerActor:
             if goes_on:
                 worker.reassign(assignment)
             else:
-                worker = self._load_class()(assignment, report=mailbox.post)
+                warmth, self._warmth = self._warmth, None
+                worker = self._load_class()(assignment, report=mailbox.post, warmth=warmth)
                 self._adopt(worker)
             threading.Thread(
                 target=_beat,

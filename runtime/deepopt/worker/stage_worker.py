@@ -19,13 +19,14 @@ import traceback
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from deepopt.checkpoint.export import export_weights
 from deepopt.checkpoint.layer_files import read_manifest
+from deepopt.config import JobConfig
 from deepopt.convert import build_layers, describe
 from deepopt.datasets.batch_source import BatchSource, build_batch_source
 from deepopt.errors import DeepoptError, TransportError
@@ -66,16 +67,33 @@ _TIMES_KEPT = 1000  # of each operation, the newest: the median of a run without
 _WARM_UP_STEPS = 2  # left out of the measured times of operations: caches and allocators fill
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Warmth:
+    """What a process can have ready before it knows its rank.
+
+    Args:
+        skeleton: the model.
+        batches: the data.
+    """
+
+    skeleton: ModelSkeleton
+    batches: BatchSource
+
+
 class StageWorker:
-    """The worker of one rank in one generation.
+    """The worker of one rank, in one generation after the other.
 
     Args:
         assignment: who it is and what it shall do.
         report: takes messages for the head; called from the training thread and from the
             checkpoint writer's thread, must not block for long.
+        warmth: what `warm` made in this process; None: nothing is ready.
     """
 
-    def __init__(self, assignment: Assignment, *, report: Report) -> None:
+    def __init__(
+        self, assignment: Assignment, *, report: Report, warmth: Warmth | None = None
+    ) -> None:
+        self._warmth = warmth
         self._assignment = assignment
         self._sender = assignment.sender
         self._job = assignment.job
@@ -99,6 +117,21 @@ class StageWorker:
         self._checkpointer: LayerCheckpointer | None = None
         self._ready: WorkerReady | None = None
 
+    @staticmethod
+    def warm(job: JobConfig, run_dir: Path) -> Warmth:
+        """Do what does not depend on the rank: for a spare.
+
+        Args:
+            job: the resolved job.
+            run_dir: the run directory.
+
+        Raises:
+            InputError: model or data cannot be built here.
+        """
+        torch.set_num_threads(job.worker.threads)
+        (torch.ones(8, 8, requires_grad=True) @ torch.ones(8, 8)).sum().backward()  # type: ignore[no-untyped-call]
+        return Warmth(skeleton=describe(job), batches=build_batch_source(job, run_dir=run_dir))
+
     @property
     def is_set_up(self) -> bool:
         """Whether it has layers that it can join another generation with."""
@@ -118,10 +151,15 @@ class StageWorker:
         with _timed(times, "build"):
             self._device = choose_device(job)
             self._transport = rendezvous.make_transport(assignment, device=self._device)
-            self._skeleton = describe(job)
+            warmth = self._warmth
+            self._skeleton = describe(job) if warmth is None else warmth.skeleton
             stages = plan.held_stages(rank)
             if 0 in stages or plan.num_stages - 1 in stages:  # others never see a batch
-                self._batches = build_batch_source(job, run_dir=self._run_directory.root)
+                self._batches = (
+                    build_batch_source(job, run_dir=self._run_directory.root)
+                    if warmth is None
+                    else warmth.batches
+                )
                 self._reads_stream = self._batches.state_dict() is not None
             indices = [i for stage in stages for i in plan.stage_layers(stage)]
             layers, loss = build_layers(job, indices, device=self._device)
