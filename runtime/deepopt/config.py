@@ -637,6 +637,17 @@ class FaultsConfig(Section):
         default=0,
         description="Processes that wait, with everything imported, to take a lost worker's place.",
     )
+    replicas: Literal["auto", "peer", "none"] = Field(
+        default="auto",
+        description="Copies of layers in the memory of peers, made while training goes on: `auto` "
+        "where a stage has no second holder, `peer` always, `none` never. Each worker then keeps two "
+        "copies of its own weights and moments and two of a peer's, in host memory.",
+    )
+    replica_share: Annotated[float, Strict(), Field(gt=0, le=1)] = Field(
+        default=0.05,
+        description="Share of the time in which such copies may be made and sent; what was done since "
+        "the last one is repeated after a fault.",
+    )
     survivor_timeout_s: Seconds = Field(
         default=10.0,
         description="Longest time, in seconds, that a healthy worker may take to leave its group when "

@@ -78,10 +78,46 @@ def test_steps_that_overlap_are_taken_back_to_the_last_one_agreed_on(
     assert [r and r.source for r in story.restorations] == ["copies", "copies"]
 
 
-def test_a_stage_without_a_copy_comes_from_the_disk_and_survivors_keep_their_processes(
+@pytest.mark.parametrize(
+    "where",
+    [
+        pytest.param({"boundaries": (0, 2, 5), "pipeline_size": 3}, id="line-3"),
+        pytest.param(
+            {
+                "placement": "v",
+                "schedule": "zb_v",
+                "boundaries": (0, 2, 4, 6),
+                "pipeline_size": 2,
+            },
+            id="v-2",
+        ),
+    ],
+)
+@pytest.mark.parametrize("overlap", [False, True], ids=["waiting", "overlapping"])
+def test_a_stage_without_a_second_holder_comes_from_a_peers_memory(
+    where: dict[str, Any], overlap: bool, undisturbed: list[float], tmp_path: Path
+) -> None:
+    faults = {**kills((1, 4, "F"), (0, 6, None)), "replica_share": 1.0}
+    job = job_of(pipeline={"overlap_steps": overlap}, faults=faults)
+    story = play(job, tmp_path, **where)
+    assert story.loss_of_each_step == undisturbed
+    assert [r and r.source for r in story.restorations] == ["replicas", "replicas"]
+
+
+def test_a_stage_and_the_peer_that_keeps_its_copy_come_from_the_disk(
     undisturbed: list[float], tmp_path: Path
 ) -> None:
-    job = tiny_job(checkpoint={"every": 0}, faults=kills((1, 3, "B")))
+    both = [{"kill": {"rank": rank, "step": 5}} for rank in (0, 1)]
+    job = tiny_job(checkpoint={"every": 2}, faults={"inject": both})
+    story = play(job, tmp_path, boundaries=(0, 4), pipeline_size=2)
+    assert story.loss_of_each_step == undisturbed
+    assert story.restorations == [None]
+
+
+def test_without_copies_survivors_keep_their_processes_and_load_what_is_on_the_disk(
+    undisturbed: list[float], tmp_path: Path
+) -> None:
+    job = tiny_job(checkpoint={"every": 0}, faults={**kills((1, 3, "B")), "replicas": "none"})
     story = play(job, tmp_path, boundaries=(0, 4), pipeline_size=2)
     assert story.loss_of_each_step == undisturbed
     assert story.restorations == [None]

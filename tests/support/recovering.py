@@ -28,13 +28,14 @@ from deepopt.worker.messages import (
     InPlace,
     RunEnded,
     Sender,
+    ShardsWritten,
     Standing,
     StepReport,
     WorkerReady,
 )
 from deepopt.worker.rendezvous import serve_store
 from deepopt.worker.stage_worker import StageWorker
-from support.worker_processes import _context
+from support.worker_processes import Outcome, _context, commit
 
 TIMEOUT_S = 90.0
 
@@ -98,6 +99,7 @@ class Drama:
         self._workers = {rank: Worker() for rank in range(plan.world_size)}
         self._spares = [Worker() for _ in range(spares)]
         self._died_s: float | None = None
+        self._parts: dict[tuple[int, int], list[ShardsWritten]] = {}
         self.story = Story()
 
     def play(self) -> Story:
@@ -200,6 +202,15 @@ class Drama:
             return None
         return standings
 
+    def _commit(self, message: ShardsWritten) -> None:
+        """Commit a checkpoint when all have written their part of it."""
+        key = (message.sender.generation, message.step)
+        parts = self._parts.setdefault(key, [])
+        parts.append(message)
+        if len(parts) == self._plan.world_size:
+            outcome = Outcome(shards=parts)
+            commit(outcome, self._job, self._plan, run_dir=self._run_dir)
+
     def _interrupt(self, *, but: set[int]) -> None:
         for rank, worker in self._workers.items():
             if rank not in but:
@@ -207,6 +218,8 @@ class Drama:
 
     def _take(self, message: Any) -> None:
         self.story.messages.append(message)
+        if isinstance(message, ShardsWritten):
+            self._commit(message)
         if isinstance(message, StepReport):
             self.story.losses.setdefault(message.step, set()).add(message.loss)
             if self._died_s is not None:
@@ -246,8 +259,8 @@ def _serve(inbox: Any, outbox: Any) -> None:
             tell(worker.run())
         except Exception as error:  # noqa: BLE001 - the process's edge
             traceback.print_exc()
-            failure = worker.describe_failure(error)
             worker.let_go()
+            failure = worker.describe_failure(error)
             tell(replace(failure, traceback=failure.traceback[-2000:]))
 
 

@@ -40,6 +40,13 @@ class BufferHistory:
         _copy(kept, now)
         self._kept[step] = kept
 
+    def as_of(self, step: int) -> dict[int, torch.Tensor]:
+        """The copies of a step by `id` of the buffer; empty when there are none."""
+        kept = self._kept.get(step)
+        if kept is None:
+            return {}
+        return {id(live): copy for live, copy in zip(self._live(), kept, strict=True)}
+
     def restore(self, step: int) -> None:
         """Make the buffers what they were after a step; nothing if no later forward has begun."""
         kept = self._kept.get(step)

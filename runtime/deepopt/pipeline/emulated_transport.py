@@ -19,6 +19,7 @@ from deepopt.pipeline.emulated_clock import wait_until
 from deepopt.pipeline.transport import (
     Channel,
     Kind,
+    Pending,
     PendingGather,
     PendingReceive,
     Store,
@@ -100,6 +101,14 @@ class EmulatedTransport:
     def finish_sends(self) -> None:
         """Block until every posted send is out of this process; its route may still carry it."""
         self._inner.finish_sends()
+
+    def send_apart(self, channel: Channel, message: int, tensor: torch.Tensor) -> Pending:
+        """Send on the real way."""
+        return self._inner.send_apart(channel, message, tensor)
+
+    def receive_into(self, channel: Channel, message: int, tensor: torch.Tensor) -> Pending:
+        """Receive on the real way."""
+        return self._inner.receive_into(channel, message, tensor)
 
     def start_all_gather(self, values: Sequence[float]) -> PendingGather:
         """Post an exchange that ends one latency after the last rank has posted it."""

@@ -45,6 +45,7 @@ class Wish(enum.IntFlag):
     NONE = 0
     STOP = 1
     CHECKPOINT = 2
+    BUSY = 8  # copies for peers are still under way
     WAIT = 4  # do not run ahead: this worker's data cannot be asked for twice
 
 
@@ -123,6 +124,7 @@ class PipelineStep:
         ready: whether the gradients of the step after `version` are whole here, so that the rows
             of its exchange are all that its update still needs.
         agreement: the exchange of the last update made here; None before the first.
+        before_update: called before weights and moments change.
     """
 
     def __init__(
@@ -150,6 +152,7 @@ class PipelineStep:
         self._eager_rate: float | None = None  # learning rate of updates that do not wait
         self._updated: set[str] = set()  # layers updated in the step in work
         self._is_eager = False  # the step in work updates before it is agreed on
+        self.before_update: Callable[[], None] = lambda: None
         self.version = 0
         self.ready = False
         self.agreement: Agreement | None = None
@@ -253,6 +256,23 @@ class PipelineStep:
             if eager:
                 self._restore_optimizers()
         self._buffers.restore(to)
+
+    def export(self) -> dict[str, dict[str, torch.Tensor]]:
+        """The states of the layers as after step `version`, by layer and key of `LayerState`.
+
+        Nothing of it changes before the next call of `before_update`, so that another thread may
+        read it while a step computes.
+        """
+        if not self.executor.is_ahead:
+            self._buffers.keep(self.version)
+        kept = self._buffers.as_of(self.version)
+        return {
+            name: {
+                k: kept.get(id(tensor), tensor)
+                for k, tensor in optimizer.export_state().items()
+            }
+            for name, optimizer in self.optimizers.items()
+        }
 
     def join(self, store: Store, *, generation: int) -> None:
         """Form the group of a later generation with the same plan.
@@ -365,6 +385,7 @@ class PipelineStep:
             self._update_layers(index, layers, rate)
 
     def _update_layers(self, stage: int, layers: Sequence[Layer], rate: float) -> None:
+        self.before_update()
         grads = self._stages[stage].gradients.totals()
         for layer in layers:
             self.optimizers[layer.name].step(grads, rate)

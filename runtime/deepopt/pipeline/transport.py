@@ -95,10 +95,19 @@ class PendingGather(Protocol):
         ...
 
 
+class Pending(Protocol):
+    """Something posted."""
+
+    def wait(self) -> None:
+        """Block until it is done."""
+        ...
+
+
 class Transport(Protocol):
     """How a worker talks to its peers.
 
-    Args of the constructor are the backend's own. All calls come from the training thread.
+    Args of the constructor are the backend's own. All calls come from the training thread, but for
+    `interrupt`, `send_apart` and `receive_into`.
     """
 
     @property
@@ -127,6 +136,14 @@ class Transport(Protocol):
 
     def finish_sends(self) -> None:
         """Block until every posted send is out."""
+        ...
+
+    def send_apart(self, channel: Channel, message: int, tensor: torch.Tensor) -> Pending:
+        """Post a send of a CPU tensor that `finish_sends` does not wait for. From any thread."""
+        ...
+
+    def receive_into(self, channel: Channel, message: int, tensor: torch.Tensor) -> Pending:
+        """Post a receive into a contiguous CPU tensor. From any thread."""
         ...
 
     def start_all_gather(self, values: Sequence[float]) -> PendingGather:
@@ -189,6 +206,14 @@ class LoneTransport:
 
     def finish_sends(self) -> None:
         """Nothing to wait for."""
+
+    def send_apart(self, channel: Channel, message: int, tensor: torch.Tensor) -> Pending:
+        """Never called: one worker has no peer."""
+        raise AssertionError(f"a lone worker sent {message} on {channel}")
+
+    def receive_into(self, channel: Channel, message: int, tensor: torch.Tensor) -> Pending:
+        """Never called: one worker has no peer."""
+        raise AssertionError(f"a lone worker received {message} on {channel}")
 
     def start_all_gather(self, values: Sequence[float]) -> PendingGather:
         """The caller's own values."""
@@ -313,6 +338,20 @@ class ProcessGroupTransport:
             while self._sends:
                 work, _ = self._sends.popleft()
                 work.wait()
+
+    def send_apart(self, channel: Channel, message: int, tensor: torch.Tensor) -> Pending:
+        """Post a send of a CPU tensor that `finish_sends` does not wait for. From any thread."""
+        road, tag = self._road(channel), _tag(channel, message)
+        with _as_transport_error(f"send to rank {channel.target}"):
+            work = road.group.send([tensor], road.peer, tag)
+        return _Posted(f"send to rank {channel.target}", work, tensor)
+
+    def receive_into(self, channel: Channel, message: int, tensor: torch.Tensor) -> Pending:
+        """Post a receive into a contiguous CPU tensor. From any thread."""
+        road, tag = self._road(channel), _tag(channel, message)
+        with _as_transport_error(f"receive from rank {channel.source}"):
+            work = road.group.recv([tensor], road.peer, tag)
+        return _Posted(f"receive from rank {channel.source}", work, tensor)
 
     def start_all_gather(self, values: Sequence[float]) -> PendingGather:
         """Post an exchange of every rank's values and return at once; all give the same number
@@ -449,6 +488,17 @@ class _OwnValues:
 
     def wait(self) -> list[list[float]]:
         return [self._values]
+
+
+class _Posted:
+    def __init__(self, what: str, work: dist.Work, tensor: torch.Tensor) -> None:
+        self._what = what
+        self._work = work
+        self._tensor = tensor  # must live until it is done
+
+    def wait(self) -> None:
+        with _as_transport_error(self._what):
+            self._work.wait()
 
 
 class _Gather:

@@ -151,8 +151,8 @@ class WorkerActor:
             ended: RunEnded | Failure = worker.run()
         except BaseException as error:  # the process's edge: SystemExit of a model's code too
             logger.exception("rank %d failed", sender.rank)
+            self._let_go()  # first: its peers wait for it
             ended = self._describe(error, assignment)
-            self._let_go()  # at once: its peers wait for it
         finally:
             done.set()
         if not mailbox.flush(timeout_s=FLUSH_TIMEOUT_S):

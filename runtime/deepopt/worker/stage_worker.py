@@ -57,6 +57,7 @@ from deepopt.worker.messages import (
     WorkerReady,
     WorkerTimes,
 )
+from deepopt.worker.replicas import ReplicaKeeper, keeps_replicas, layers_without_copy
 from deepopt.worker.state_transfer import transfer
 
 logger = logging.getLogger(__name__)
@@ -116,6 +117,7 @@ class StageWorker:
         self._pipeline: PipelineStep | None = None
         self._checkpointer: LayerCheckpointer | None = None
         self._ready: WorkerReady | None = None
+        self._keeper: ReplicaKeeper | None = None
 
     @staticmethod
     def warm(job: JobConfig, run_dir: Path) -> Warmth:
@@ -184,6 +186,15 @@ class StageWorker:
                     folder=self._run_directory.schedules,
                 ),
             )
+            if keeps_replicas(plan, job.faults.replicas):
+                self._keeper = ReplicaKeeper(
+                    transport=self._transport,
+                    export=self._pipeline.export,
+                    sent=layers_without_copy(plan, rank),
+                    device=self._device,
+                    share=job.faults.replica_share,
+                )
+                self._pipeline.before_update = self._keeper.wait_until_copied
             self._begin_generation()
             self._load()
         with _timed(times, "peak"):
@@ -246,6 +257,13 @@ class StageWorker:
     def _roll(self, in_place: InPlace, *, to: int) -> None:
         """Make the layers those after a step, with its exchange from another worker if needed."""
         assert self._pipeline is not None, "a roll before setup()"
+        if to < self._pipeline.version:
+            assert self._keeper is not None, f"from step {self._pipeline.version} to {to}"
+            copy = self._keeper.own(to)
+            for name, optimizer in self._pipeline.optimizers.items():
+                optimizer.load_state(copy.states[name])
+            self._pipeline.begin_at(to)
+            return
         agreement = None
         if to > self._pipeline.version:
             agreement = self._find_agreement(in_place, to)
@@ -290,12 +308,14 @@ class StageWorker:
             elif self._is_set_up:
                 self._initialise()
             self._pipeline.begin_at(assignment.start_step)
+            self._begin_copies(fresh=True)
             return
+        copies = None if self._keeper is None else self._keeper.ward(assignment.start_step)
         transfer(
             in_place.transfers,
             transport=self._transport,
             optimizers=self._pipeline.optimizers,
-            replicas={},
+            replicas={} if copies is None else copies.states,
         )
         if not self._is_set_up:
             if self._reads_stream and checkpoint is not None:  # spares reading it all again
@@ -303,6 +323,17 @@ class StageWorker:
                 if data_state is not None and self._batches is not None:
                     self._batches.load_state_dict(data_state)
             self._pipeline.begin_at(assignment.start_step)
+        self._begin_copies(fresh=False)
+
+    def _begin_copies(self, *, fresh: bool) -> None:
+        if self._keeper is not None:
+            store = rendezvous.open_store(self._assignment)
+            self._keeper.begin(
+                store,
+                step=self._assignment.start_step,
+                fresh=fresh,
+                timeout_s=self._job.faults.survivor_timeout_s,
+            )
 
     def _initialise(self) -> None:
         """Give the layers the values that they began with."""
@@ -335,6 +366,8 @@ class StageWorker:
                 self._step, take_wishes=self._take_wishes, go_on=self._may_go_on()
             )
             self._taken = Wish.NONE
+            if self._keeper is not None and not result.wishes & Wish.BUSY:
+                self._keeper.take(self._step)
             began, ended = ended, time.perf_counter()
             self._account(result, step_time_s=ended - began)
             stop = bool(result.wishes & Wish.STOP)
@@ -371,8 +404,13 @@ class StageWorker:
         pipeline = self._pipeline
         if pipeline is None or not self._is_set_up:
             return None
+        keeper = self._keeper
         return Standing(
-            version=pipeline.version, ready=pipeline.ready, layers=tuple(pipeline.optimizers)
+            version=pipeline.version,
+            ready=pipeline.ready,
+            layers=tuple(pipeline.optimizers),
+            replicas={} if keeper is None else keeper.replicas,
+            held=() if keeper is None else keeper.held,
         )
 
     def let_go(self) -> None:
@@ -382,6 +420,8 @@ class StageWorker:
             TransportError: the store does not answer.
         """
         self.interrupt(self._sender.generation)
+        if self._keeper is not None:
+            self._keeper.settle(timeout_s=self._job.faults.survivor_timeout_s)
         if self._pipeline is not None and self._pipeline.agreement is not None:
             store = rendezvous.open_store(self._assignment)
             agreements.tell(store, self._pipeline.agreement)
@@ -460,6 +500,8 @@ class StageWorker:
         with self._wishes_lock:
             self._taken, self._wishes = self._wishes, Wish.NONE
         wishes = self._taken
+        if self._keeper is not None and self._keeper.busy:
+            wishes |= Wish.BUSY
         # A stream's position cannot go back to the end of the step before.
         return wishes | Wish.WAIT if self._reads_stream else wishes
 
