@@ -68,7 +68,11 @@ class ProfileWorker:
         report: takes messages for the head; a profile has none.
     """
 
-    def __init__(self, assignment: Assignment, *, report: Callable[[Any], None]) -> None:
+    is_set_up = False  # it has nothing to go on with in another generation
+
+    def __init__(
+        self, assignment: Assignment, *, report: Callable[[Any], None], warmth: None = None
+    ) -> None:
         self._assignment = assignment
         self._sender = assignment.sender
         self._job = assignment.job
@@ -98,6 +102,15 @@ class ProfileWorker:
             peak_flops=0.0,
             peak_source="",
         )
+
+    def interrupt(self, generation: int) -> None:
+        """End all waits for peers in a generation. From any thread."""
+        if self._transport is not None:
+            self._transport.interrupt(generation)
+
+    def let_go(self) -> None:
+        """Leave the group, so that peers notice."""
+        self.interrupt(self._sender.generation)
 
     def run(self) -> RunEnded:
         """Measure, and write down what was found.

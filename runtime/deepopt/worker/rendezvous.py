@@ -75,6 +75,21 @@ def make_transport(assignment: Assignment, *, device: torch.device) -> Transport
     )
 
 
+def join(assignment: Assignment, *, device: torch.device) -> Transport:
+    """Join the group of an assignment's generation; blocks until all workers are there.
+
+    Args:
+        assignment: names the store, the rank and the generation.
+        device: where tensors live.
+
+    Raises:
+        TransportError: the store or a peer did not answer in time.
+    """
+    transport = make_transport(assignment, device=device)
+    transport.join(open_store(assignment), generation=assignment.sender.generation)
+    return transport
+
+
 def open_store(assignment: Assignment, *, generation: int | None = None) -> Store:
     """A connection of its own to the job's store, prefixed with a generation.
 
