@@ -48,6 +48,7 @@ class LiveView:
         self._record: Mapping[str, Any] = {}
         self._events: deque[str] = deque(maxlen=NUM_EVENTS)
         self._note = "Ctrl-C stops the job with a checkpoint"
+        self._validated = ""  # what the last evaluation gave
         self._drawn_s = float("-inf")
         self._live = Live(self.render(), console=console, auto_refresh=False)
         self._live.start(refresh=True)
@@ -61,6 +62,8 @@ class LiveView:
     def step(self, record: Mapping[str, Any]) -> None:
         """Take the figures of the last step."""
         self._record = record
+        if isinstance(loss := record.get("val_loss"), int | float):
+            self._validated = f"val loss {loss:.4f} (step {record.get('step')})"
 
     def event(self, record: Mapping[str, Any]) -> None:
         """Take an event."""
@@ -128,6 +131,8 @@ class LiveView:
         loss = record.get("loss", status.get("loss"))
         if isinstance(loss, int | float):
             words.append(f"loss {loss:.4f}")
+        if self._validated:
+            words.append(self._validated)
         for key, name in (
             ("tokens_per_s", "tokens/s"),
             ("tokens_per_s_per_worker", "tokens/s a worker"),

@@ -31,6 +31,8 @@ def step_line(record: Mapping[str, Any], *, last_step: int | None, eta_s: float 
             parts.append(f"{name} {_number(record[key], form)}")
     if (rate := record.get("tokens_per_s")) is not None:
         parts.append(f"{human_count(rate)} tokens/s")
+    if record.get("val_loss") is not None:
+        parts.insert(2, f"val loss {_number(record['val_loss'], '.4f')}")
     if (share := record.get("mfu")) is not None:
         parts.append(f"MFU {100 * share:.1f} %")
     if (share := record.get("bubble")) is not None:

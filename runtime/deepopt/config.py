@@ -364,6 +364,52 @@ class ParallelConfig(Section):
         return self
 
 
+class EvaluationConfig(Section):
+    """A validation set: forwards through the same pipeline, in eval mode."""
+
+    files: tuple[Text, ...] = Field(
+        default=(),
+        description="Text files and globs of the validation set, read as `data.files` are.",
+    )
+    dataset: ImportPath | None = Field(
+        default=None,
+        description="Import path of a dataset factory, as `data.dataset`; not of a stream. "
+        "Neither this nor `files`: no validation.",
+    )
+    kwargs: dict[str, JsonValue] = Field(
+        default_factory=dict, description="Keyword arguments for the dataset factory."
+    )
+    every: Index = Field(
+        default=0, description="Steps between evaluations; 0: only after the last step."
+    )
+    microbatches: Count | None = Field(
+        default=None,
+        description="Micro-batches to evaluate at most, each of `training.microbatch_size`; null: "
+        "all whole ones that the data has.",
+    )
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether there is a validation set."""
+        return bool(self.files) or self.dataset is not None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if self.dataset is not None and self.files:
+            refuse(
+                f"evaluation.dataset ({self.dataset}) and evaluation.files are both set",
+                remedy="set one of them",
+                fields=("files", "dataset"),
+            )
+        if not self.is_wanted and (self.every or self.kwargs or self.microbatches):
+            refuse(
+                "evaluation has neither files nor a dataset",
+                remedy="name the validation set in evaluation.files or evaluation.dataset",
+                fields=("every", "kwargs", "microbatches"),
+            )
+        return self
+
+
 class PrecisionConfig(Section):
     """Number formats."""
 
@@ -691,6 +737,7 @@ class JobConfig(Section):
     pipeline: PipelineConfig = _defaults_of(PipelineConfig)
     elb: ElbConfig = _defaults_of(ElbConfig)
     parallel: ParallelConfig = _defaults_of(ParallelConfig)
+    evaluation: EvaluationConfig = _defaults_of(EvaluationConfig)
     precision: PrecisionConfig = _defaults_of(PrecisionConfig)
     checkpoint: CheckpointConfig = _defaults_of(CheckpointConfig)
     logging: LoggingConfig = _defaults_of(LoggingConfig)

@@ -13,9 +13,10 @@ from deepopt.convert.chain import (
     ChainLayer,
     chain_of_named,
     chain_of_recorded,
+    evaluate_recorded,
     named_layers,
 )
-from deepopt.convert.example import Example, example_of
+from deepopt.convert.example import example_of
 from deepopt.convert.factory import build_model
 from deepopt.convert.loss import find_loss
 from deepopt.convert.programs import record_as_trained
@@ -67,14 +68,7 @@ def build_chain(job: JobConfig, *, device: str) -> Chain:
     layers = named_layers(model)
     if layers is not None:
         return chain_of_named(model, layers)
-    example = example_of(job)
-    try:
-        programs = _programs(job, model, example)
-    except InputError:
-        if device != "meta":
-            raise
-        programs = _programs(job, build_model(job, device="cpu"), example)
-    chain = chain_of_recorded(model, programs)
+    chain = chain_of_recorded(model, _programs(job, model, training=True))
     _freeze_unused(chain)
     return chain
 
@@ -102,6 +96,8 @@ def build_layers(
     else:
         torch.manual_seed(job.training.seed)
         chain = _real_chain(job, meta)
+        if job.evaluation.is_wanted and chain.programs is not None:
+            evaluate_recorded(chain, _programs(job, meta.model, training=False))
         modules = {i: own_module(chain, i) for i in indices}
         for module in modules.values():
             module.to(device)
@@ -121,11 +117,27 @@ def _real_chain(job: JobConfig, meta: Chain) -> Chain:
 
 
 def _programs(
-    job: JobConfig, model: torch.nn.Module, example: Example
+    job: JobConfig, model: torch.nn.Module, *, training: bool
 ) -> tuple[LayerProgram, ...]:
-    dtype = torch.bfloat16 if job.precision.dtype == "bfloat16" else None
-    recording = record_as_trained(model, args=example.args, kwargs=example.kwargs, dtype=dtype)
-    return split(recording)
+    """What the layers of a model do; one that cannot run without memory is built once for it."""
+    example = example_of(job)
+
+    def recorded(recordable: torch.nn.Module) -> tuple[LayerProgram, ...]:
+        recording = record_as_trained(
+            recordable,
+            args=example.args,
+            kwargs=example.kwargs,
+            dtype=torch.bfloat16 if job.precision.dtype == "bfloat16" else None,
+            training=training,
+        )
+        return split(recording)
+
+    try:
+        return recorded(model)
+    except InputError:
+        if not any(p.is_meta for p in model.parameters()):
+            raise
+        return recorded(build_model(job, device="cpu"))
 
 
 def _freeze_unused(chain: Chain) -> None:

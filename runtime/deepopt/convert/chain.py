@@ -179,6 +179,29 @@ def chain_of_recorded(model: torch.nn.Module, programs: Sequence[LayerProgram]) 
     return _chain(model, layers, programs=tuple(programs), unused=unused)
 
 
+def evaluate_recorded(chain: Chain, programs: Sequence[LayerProgram]) -> None:
+    """Tell the layers of a recorded model what they do in eval mode.
+
+    Args:
+        chain: of the model.
+        programs: of its layers in eval mode.
+
+    Raises:
+        InputError: in eval mode the model calls other layers than in train mode.
+    """
+    found, expected = [p.name for p in programs], [layer.name for layer in chain.layers]
+    if found != expected:
+        odd = sorted(set(found) ^ set(expected)) or expected
+        raise InputError(
+            f"in eval mode the forward of {type(chain.model).__name__} calls other layers than in "
+            f"train mode: {odd[0]}",
+            remedy="let both modes call the same modules, or leave evaluation out",
+        )
+    for layer, program in zip(chain.layers, programs, strict=True):
+        assert isinstance(layer.module, RecordedLayer), "a recorded model has recorded layers"
+        layer.module.evaluate_with(program, chain.model)
+
+
 def _left_over(
     model: torch.nn.Module, programs: Sequence[LayerProgram]
 ) -> tuple[dict[int, tuple[str, ...]], tuple[str, ...]]:

@@ -22,8 +22,9 @@ def record_as_trained(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     dtype: torch.dtype | None = None,
+    training: bool = True,
 ) -> Recording:
-    """Record a forward in train mode. The model is left as it was.
+    """Record a forward in train or in eval mode. The model is left as it was.
 
     A forward that can keep a cache (`use_cache`, as an argument or in a module's `config`) is told
     not to: it would carry tensors past the layers, and training has no use for one.
@@ -33,6 +34,7 @@ def record_as_trained(
         args: of the forward.
         kwargs: of the forward.
         dtype: that parameters have in training; None: as they are.
+        training: the mode.
 
     Raises:
         InputError: the forward raised, or does what a chain of layers cannot do.
@@ -40,17 +42,23 @@ def record_as_trained(
     named = dict(kwargs)
     if "use_cache" in inspect.signature(model.forward).parameters:
         named.setdefault("use_cache", False)
-    with _as_trained(model, dtype), _without_cache(model), _restored_buffers(model) as written:
+    with (
+        _as_trained(model, dtype, training=training),
+        _without_cache(model),
+        _restored_buffers(model) as written,
+    ):
         recording = record(model, whole=modules_kept_whole(model), args=args, kwargs=named)
     return replace(recording, written=frozenset(written))
 
 
 @contextmanager
-def _as_trained(model: torch.nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+def _as_trained(
+    model: torch.nn.Module, dtype: torch.dtype | None, *, training: bool
+) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     values = [(parameter, parameter.data) for parameter in model.parameters()]
     try:
-        model.train()
+        model.train(training)
         if dtype is not None:
             for parameter, value in values:
                 if value.is_floating_point():

@@ -16,7 +16,7 @@ from deepopt.convert.capture import captured
 from deepopt.convert.graph import Constant, HereRef, Node, StateRef, ValueRef
 from deepopt.convert.split import LayerProgram
 from deepopt.convert.structure import leaves, put_together
-from deepopt.errors import TrainingError
+from deepopt.errors import InputError, TrainingError
 
 
 class RecordedLayer(torch.nn.Module):
@@ -33,12 +33,37 @@ class RecordedLayer(torch.nn.Module):
     ) -> None:
         super().__init__()
         self._program = program
+        self._evaluation = program  # in eval mode; see evaluate_with
         self._extra: dict[str, Any] = {}  # tensors that are neither parameter nor buffer
         paths = [node.module for node in program.nodes if node.module is not None]
         for path in dict.fromkeys((*paths, *extra)):
             self._hold(model, path)
         for name in dict.fromkeys(name for node in program.nodes for name in node.states_in()):
             self._hold(model, name)
+
+    def evaluate_with(self, program: LayerProgram, model: torch.nn.Module) -> None:
+        """Do something else in eval mode: what is computed between layers may differ.
+
+        Args:
+            program: of this layer in eval mode.
+            model: as for the constructor.
+
+        Raises:
+            InputError: it would use parameters of another layer.
+        """
+        held = {name for name, _ in self.named_parameters(remove_duplicate=False)}
+        paths = [node.module for node in program.nodes if node.module is not None]
+        states = [name for node in program.nodes for name in node.states_in()]
+        for path in dict.fromkeys((*paths, *states)):
+            self._hold(model, path)
+        for name, _ in self.named_parameters(remove_duplicate=False):
+            if name not in held:
+                raise InputError(
+                    f"in eval mode layer {program.name} uses {name}, which in train mode belongs to "
+                    "another layer",
+                    remedy="let both modes call the same modules, or leave evaluation out",
+                )
+        self._evaluation = program
 
     def forward(self, *tensors: torch.Tensor) -> Any:
         """The values alive at the cut before to those alive at the cut behind.
@@ -53,7 +78,7 @@ class RecordedLayer(torch.nn.Module):
         Raises:
             TrainingError: the forward would have gone another way than when it was recorded.
         """
-        program = self._program
+        program = self._program if self.training else self._evaluation
         assert len(tensors) == len(program.takes), f"{len(tensors)} tensors for {program.takes}"
         values: dict[int, Any] = dict(zip(program.takes, tensors, strict=True))
         here = self._device(tensors)

@@ -63,6 +63,11 @@ class IndexedSource:
         where = f"{self._name}: step {step}, micro-batch {microbatch}, samples {indices}"
         return stack([self._get_sample(index) for index in indices], where=where)
 
+    @property
+    def num_microbatches(self) -> int:
+        """Whole micro-batches of one epoch."""
+        return self._num_samples // self._training.microbatch_size
+
     def state_dict(self) -> None:
         """Nothing: the step says it all."""
 

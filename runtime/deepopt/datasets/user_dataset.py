@@ -52,6 +52,7 @@ class OwnBatches:
         self.tokens_per_microbatch: int = getattr(
             dataset, "tokens_per_microbatch", default_tokens
         )
+        self.num_microbatches: int | None = getattr(dataset, "num_microbatches", None)
         self._dataset = dataset
         self._name = name
 

@@ -66,7 +66,12 @@ def import_from(roots: Sequence[Path], *, job: JobConfig) -> None:
         roots: absolute folders, the first one first.
         job: names the factories.
     """
-    paths = (job.model.factory, job.model.loss, job.data.dataset)
+    paths = (
+        job.model.factory,
+        job.model.loss,
+        job.data.dataset,
+        job.evaluation.dataset,
+    )
     if all(path is None or _is_own(path) for path in paths):
         return
     new = [str(root) for root in dict.fromkeys(roots) if str(root) not in sys.path]
@@ -88,6 +93,7 @@ def with_absolute_paths(job: JobConfig) -> JobConfig:
 
     update: dict[str, dict[str, Any]] = {
         "data": {"files": tuple(map(absolute, job.data.files))},
+        "evaluation": {"files": tuple(map(absolute, job.evaluation.files))},
         "checkpoint": {
             "directory": job.checkpoint.directory and absolute(job.checkpoint.directory)
         },
@@ -160,7 +166,11 @@ def prepare(
     """
     if find_spec("ray") is None:
         raise ClusterError("ray is not installed", remedy="pip install ray")
-    source = _check_data(job)
+    source = _check_data(job, field="data")
+    if job.evaluation.is_wanted:
+        from deepopt.datasets.evaluation import with_evaluation_data
+
+        _check_data(with_evaluation_data(job), field="evaluation")
 
     from deepopt.convert import describe
     from deepopt.planner.decide import make_plan
@@ -239,13 +249,13 @@ def _updated(job: JobConfig, update: dict[str, dict[str, Any]]) -> JobConfig:
     return job.model_copy(update=sections)
 
 
-def _check_data(job: JobConfig) -> str:
+def _check_data(job: JobConfig, *, field: str) -> str:
     """Find out cheaply whether there is data; the data in words."""
     data = job.data
     if data.dataset is not None:
         from deepopt.import_path import import_object
 
-        import_object(data.dataset, field="data.dataset")
+        import_object(data.dataset, field=f"{field}.dataset")
         return data.dataset
     if not data.files:
         return "sources of the Python standard library"
@@ -254,7 +264,7 @@ def _check_data(job: JobConfig) -> str:
         matches = [name for name in _matches(pattern) if Path(name).is_file()]
         if not matches:
             raise InputError(
-                f"data.files: {pattern!r} matches no file",
+                f"{field}.files: {pattern!r} matches no file",
                 remedy="check the path; a folder needs a glob, for example folder/**/*.txt",
             )
         found.update(matches)

@@ -7,7 +7,8 @@ know ranks, schedules or transports.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -144,6 +145,29 @@ class Stage:
                 if hasattr(module, "loss_scale"):  # losses that a layer adds on its own
                     module.loss_scale = 1.0 / num_microbatches  # type: ignore[assignment]
         self._runs = self._cut_into_runs()
+        self._is_evaluating = False
+        self._take_output: Callable[[int, Any], None] | None = None
+
+    @contextmanager
+    def evaluating(
+        self, *, take_output: Callable[[int, Any], None] | None = None
+    ) -> Iterator[None]:
+        """While this is open, F runs in eval mode and keeps nothing for a backward.
+
+        Args:
+            take_output: of the last stage: takes (micro-batch, the model's output) instead of a
+                loss being computed.
+        """
+        modules = [layer.module for layer in self.layers]
+        self._is_evaluating, self._take_output = True, take_output
+        try:
+            for module in modules:
+                module.eval()
+            yield
+        finally:
+            for module in modules:
+                module.train()
+            self._is_evaluating, self._take_output = False, None
 
     def begin_step(self, step: int) -> None:
         """Forget the last step's losses; its gradients stay until somebody zeroes them."""
@@ -169,6 +193,8 @@ class Stage:
         flight = []
         values = tuple(t.to(self._device) for t in inputs)
         targets = None if targets is None else targets.to(self._device)
+        if self._is_evaluating:
+            return self._evaluate(microbatch, values, targets)
         unprobed = self._defer_weights and not self.verdicts
         for layers in self._runs:
             if unprobed:
@@ -188,6 +214,20 @@ class Stage:
         if self._loss is not None:
             return ()
         return tuple(v.detach().requires_grad_(v.requires_grad) for v in values)
+
+    @torch.no_grad()
+    def _evaluate(
+        self, microbatch: int, values: Tensors, targets: torch.Tensor | None
+    ) -> Tensors:
+        outputs = self._apply(self.layers, values, microbatch)
+        if self._loss is None:
+            return outputs
+        if self._take_output is not None:
+            self._take_output(microbatch, outputs[0])
+            return ()
+        assert targets is not None, "the last stage was given no targets"
+        self.losses[microbatch] = self._loss(outputs[0], targets)
+        return ()
 
     def prepare(self, microbatch: int) -> None:
         """R: run again, with gradients, what F did not keep; nothing if it all is there."""

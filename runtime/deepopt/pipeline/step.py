@@ -23,6 +23,7 @@ from deepopt.errors import TrainingError
 from deepopt.pipeline.buffer_history import BufferHistory
 from deepopt.pipeline.clip_forecast import ClipForecast
 from deepopt.pipeline.emulated import Emulation
+from deepopt.pipeline.evaluation import Evaluator
 from deepopt.pipeline.executor import Batches, Executor
 from deepopt.pipeline.gradients import StageGradients
 from deepopt.pipeline.optimizer import clip_coefficient
@@ -158,6 +159,7 @@ class PipelineStep:
         self.agreement: Agreement | None = None
         self._trainable = _TrainableParameters(plan, skeleton)
 
+        self._wire = transport
         data_index, pipeline_rank = divmod(rank, plan.pipeline_size)
         placement = plan.make_placement()
         schedule = schedule or build(
@@ -293,6 +295,25 @@ class PipelineStep:
             agreement: of this plan's workers.
         """
         return self._agree(agreement.step, agreement.rows, [])[0]
+
+    def make_evaluator(self, batches: Batches | None, *, num_microbatches: int) -> Evaluator:
+        """Evaluations of these layers; not emulated where training is.
+
+        Args:
+            batches: of the validation set; None on a worker that holds neither the first nor the
+                last stage.
+            num_microbatches: of it; the same on all workers.
+        """
+        return Evaluator(
+            plan=self._plan,
+            rank=self._rank,
+            stages=self._stages,
+            transport=self._wire,
+            batches=batches,
+            num_microbatches=num_microbatches,
+            device=self._device,
+            lookahead=self._job.pipeline.receive_lookahead,
+        )
 
     def run(
         self,

@@ -17,7 +17,7 @@ import threading
 import time
 import traceback
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +29,7 @@ from deepopt.checkpoint.layer_files import read_manifest
 from deepopt.config import JobConfig
 from deepopt.convert import build_layers, describe
 from deepopt.datasets.batch_source import BatchSource, build_batch_source
+from deepopt.datasets.evaluation import evaluation_batches
 from deepopt.errors import DeepoptError, TransportError
 from deepopt.pipeline.spans import Span
 from deepopt.pipeline.step import Agreement, PipelineStep, StepResult, Wish
@@ -59,6 +60,7 @@ from deepopt.worker.messages import (
 )
 from deepopt.worker.replicas import ReplicaKeeper, keeps_replicas, layers_without_copy
 from deepopt.worker.state_transfer import transfer
+from deepopt.worker.validation import Validation
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +118,7 @@ class StageWorker:
         self._reads_stream = False
         self._pipeline: PipelineStep | None = None
         self._checkpointer: LayerCheckpointer | None = None
+        self._validation: Validation | None = None
         self._ready: WorkerReady | None = None
         self._keeper: ReplicaKeeper | None = None
 
@@ -281,6 +284,7 @@ class StageWorker:
             self._job.faults.inject, rank=rank, generation=self._sender.generation
         )
         script.check(self._pipeline.executor.program)
+        self._validation = self._make_validation()
         self._pipeline.executor.before_action = script if script else None
         if self._checkpointer is not None:  # what it still writes is nobody's any more
             self._checkpointer.abandon()
@@ -291,6 +295,22 @@ class StageWorker:
             sender=self._sender,
             optimizers=self._pipeline.optimizers,
             report=self._report,
+        )
+
+    def _make_validation(self) -> Validation | None:
+        if not self._job.evaluation.is_wanted:
+            return None
+        assert self._pipeline is not None, "a validation before setup()"
+        assert self._transport is not None, "a validation before setup()"
+        batches = None if self._validation is None else self._validation.batches
+        if batches is None and self._batches is not None:
+            batches = evaluation_batches(self._job, run_dir=self._run_directory.root)
+        return Validation(
+            self._job,
+            pipeline=self._pipeline,
+            transport=self._transport,
+            batches=batches,
+            last_step=self._assignment.last_step,
         )
 
     def _load(self) -> None:
@@ -369,8 +389,10 @@ class StageWorker:
             if self._keeper is not None and not result.wishes & Wish.BUSY:
                 self._keeper.take(self._step)
             began, ended = ended, time.perf_counter()
-            self._account(result, step_time_s=ended - began)
             stop = bool(result.wishes & Wish.STOP)
+            scalars = {} if stop else self._evaluate_if_due()
+            self._account(result, step_time_s=ended - began, scalars=scalars)
+            ended += scalars.get("val_time_s", 0.0)
             if self._checkpoint_is_due(stop=stop, asked=bool(result.wishes & Wish.CHECKPOINT)):
                 self._save()
             if stop:
@@ -392,12 +414,21 @@ class StageWorker:
         in_place = self._assignment.in_place
         if in_place is None:
             return
+        scalars = self._evaluate_if_due() if in_place.report else {}
         if in_place.report and self._sender.rank == 0:
             agreement = self._pipeline.agreement or self._find_agreement(in_place, self._step)
             result = self._pipeline.result_of(agreement)
-            self._report(self._step_report(result, step_time_s=result.times[0].step_s))
+            step_time_s = result.times[0].step_s
+            self._report(self._step_report(result, step_time_s=step_time_s, scalars=scalars))
         if in_place.save:
             self._save()
+
+    def _evaluate_if_due(self) -> dict[str, float]:
+        """Figures of the validation set after the step done; none where it is not due."""
+        validation = self._validation
+        if validation is None or not validation.is_due(self._step):
+            return {}
+        return validation.run()
 
     def standing(self) -> Standing | None:
         """What this worker can go on with in another generation; None before it was set up."""
@@ -438,12 +469,14 @@ class StageWorker:
 
     def heartbeat(self) -> Heartbeat:
         """Where this worker is. From any thread."""
-        executor = None if self._pipeline is None else self._pipeline.executor
-        action = None if executor is None else executor.action
+        executors = [] if self._pipeline is None else [self._pipeline.executor]
+        if self._validation is not None:
+            executors.append(self._validation.evaluator.executor)
+        action = next((e.action for e in executors if e.action is not None), None)
         return Heartbeat(
             sender=self._sender,
             step=self._step,
-            progress=0 if executor is None else executor.progress,
+            progress=sum(executor.progress for executor in executors),
             action="" if action is None else str(action),
         )
 
@@ -508,11 +541,13 @@ class StageWorker:
     def _may_go_on(self) -> bool:
         """Whether the next step may begin before this one is agreed on: nothing is saved between
         them."""
-        return self._job.pipeline.overlap_steps and not self._checkpoint_is_due(
-            stop=False, asked=False
-        )
+        evaluates = self._validation is not None and self._validation.is_due(self._step)
+        saves = self._checkpoint_is_due(stop=False, asked=False)
+        return self._job.pipeline.overlap_steps and not saves and not evaluates
 
-    def _account(self, result: StepResult, *, step_time_s: float) -> None:
+    def _account(
+        self, result: StepResult, *, step_time_s: float, scalars: Mapping[str, float]
+    ) -> None:
         done = self._step - self._assignment.start_step
         if done > _WARM_UP_STEPS:
             for span in result.spans:
@@ -525,7 +560,7 @@ class StageWorker:
             self._told_weight_work = True
             self._report_weight_work()
         if self._sender.rank == 0:
-            self._report(self._step_report(result, step_time_s=step_time_s))
+            self._report(self._step_report(result, step_time_s=step_time_s, scalars=scalars))
 
     def _report_weight_work(self) -> None:
         assert self._pipeline is not None, "a step before setup()"
@@ -535,7 +570,9 @@ class StageWorker:
         if notes:
             self._report(WeightWork(sender=self._sender, notes=tuple(notes)))
 
-    def _step_report(self, result: StepResult, *, step_time_s: float) -> StepReport:
+    def _step_report(
+        self, result: StepResult, *, step_time_s: float, scalars: Mapping[str, float]
+    ) -> StepReport:
         assert self._batches is not None, "rank 0 holds the first stage"
         return StepReport(
             sender=self._sender,
@@ -557,13 +594,16 @@ class StageWorker:
                 )
                 for rank, times in enumerate(result.times)
             ),
-            scalars={
-                "ran_ahead": float(result.ran_ahead),
-                "rolled_back": float(result.rolled_back),
-            }
-            if self._job.pipeline.overlap_steps
-            else {},
+            scalars={**scalars, **self._overlap_scalars(result)},
         )
+
+    def _overlap_scalars(self, result: StepResult) -> dict[str, float]:
+        if not self._job.pipeline.overlap_steps:
+            return {}
+        return {
+            "ran_ahead": float(result.ran_ahead),
+            "rolled_back": float(result.rolled_back),
+        }
 
     def _write_trace(self, spans: list[Span]) -> None:
         path = self._run_directory.traces / f"step-{self._step}.rank-{self._sender.rank}.json"

@@ -1,0 +1,190 @@
+"""A validation set through the pipeline: forwards alone, by the same executor and the same stages.
+
+The loss is the mean over the micro-batches, each computed as it would be in one process, and added
+exactly: so it has the same bits wherever the layers are.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from deepopt.pipeline.executor import Batches, Executor
+from deepopt.pipeline.reduction import Reducer
+from deepopt.pipeline.spans import SpanRecorder
+from deepopt.pipeline.stage import Stage
+from deepopt.pipeline.transport import (
+    Channel,
+    PendingGather,
+    PendingReceive,
+    TensorSpec,
+    Transport,
+)
+from deepopt.planner.plan import Plan
+from deepopt.schedule.forward_only import forward_only
+from deepopt.schedule.lowering import lower
+from deepopt.schedule.run_ahead import RunAhead
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """What every worker knows after an evaluation.
+
+    Args:
+        loss: mean over the micro-batches; None where their outputs were taken instead.
+        time_s: it took, on this worker.
+    """
+
+    loss: float | None
+    time_s: float
+
+
+class Evaluator:
+    """This worker's part in evaluations.
+
+    Args:
+        plan: who holds what.
+        rank: of this worker.
+        stages: that it holds, by index.
+        transport: to the other workers, its channels open.
+        batches: of the validation set, as micro-batches 0, 1, ... of step 1; None where neither the
+            first nor the last stage is held.
+        num_microbatches: of the validation set; the same on all workers.
+        device: where the layers are.
+        lookahead: receives posted ahead.
+
+    Attributes:
+        executor: of the forwards; for who asks how far it is.
+    """
+
+    def __init__(
+        self,
+        *,
+        plan: Plan,
+        rank: int,
+        stages: Mapping[int, Stage],
+        transport: Transport,
+        batches: Batches | None,
+        num_microbatches: int,
+        device: torch.device,
+        lookahead: int,
+    ) -> None:
+        self._stages = stages
+        self._transport = transport
+        self._spans = SpanRecorder(device)
+        self._last_stage = plan.num_stages - 1
+        placement = plan.make_placement()
+        data_index, pipeline_rank = divmod(rank, plan.pipeline_size)
+        # Each replica has a contiguous share.
+        edges = [num_microbatches * d // plan.data_size for d in range(plan.data_size + 1)]
+        schedules = [
+            forward_only(placement, num_microbatches=end - start)
+            for start, end in itertools.pairwise(edges)
+        ]
+        self._owners = [  # of each micro-batch: the rank that has its output
+            replica * plan.pipeline_size + placement.rank_of(self._last_stage, direction)
+            for replica, schedule in enumerate(schedules)
+            for direction in schedule.directions
+        ]
+        own = schedules[data_index]
+        rows = lower(own, reduce=False)
+        self.executor = Executor(
+            rows[pipeline_rank],
+            ahead=RunAhead(num_actions=0, arriving=()),
+            placement=placement,
+            directions=own.directions,
+            stages=stages,
+            buckets={},
+            transport=_OwnShapes(transport),
+            reducer=Reducer(transport),
+            batches=batches,
+            first_rank=data_index * plan.pipeline_size,
+            first_microbatch=edges[data_index],
+            lookahead=lookahead,
+            spans=self._spans,
+            on_whole=lambda stage: None,
+        )
+
+    def run(self, *, take_output: Callable[[int, Any], None] | None = None) -> Evaluation:
+        """Evaluate the layers as they are. Nothing may be in flight.
+
+        Args:
+            take_output: takes (micro-batch, the model's output), on the workers that hold the last
+                stage, instead of a loss being computed.
+
+        Raises:
+            TransportError: a peer is gone.
+        """
+        began = time.perf_counter()
+        with ExitStack() as stack:
+            for stage in self._stages.values():
+                stack.enter_context(stage.evaluating(take_output=take_output))
+            self.executor.run_step(1)
+        self._transport.finish_sends()
+        self._spans.take()
+        losses = [0.0] * len(self._owners)
+        last = self._stages.get(self._last_stage)
+        if last is not None:
+            for microbatch, value in last.losses.items():
+                losses[microbatch] = float(value)
+            last.losses.clear()
+        rows = self._transport.start_all_gather(losses).wait()
+        loss = None
+        if take_output is None:
+            own = [rows[owner][index] for index, owner in enumerate(self._owners)]
+            loss = math.fsum(own) / len(own)
+        return Evaluation(loss=loss, time_s=time.perf_counter() - began)
+
+
+class _OwnShapes:
+    """The transport, with the shapes at the cuts told apart from those of training."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    @property
+    def rank(self) -> int:
+        return self._transport.rank
+
+    @property
+    def world_size(self) -> int:
+        return self._transport.world_size
+
+    def open(self, channels: Any) -> None:
+        self._transport.open(channels)
+
+    def receive(
+        self, channel: Channel, message: int, specs: Sequence[TensorSpec]
+    ) -> PendingReceive:
+        return self._transport.receive(channel, message, specs)
+
+    def send(self, channel: Channel, message: int, tensors: Sequence[torch.Tensor]) -> None:
+        self._transport.send(channel, message, tensors)
+
+    def finish_sends(self) -> None:
+        self._transport.finish_sends()
+
+    def start_all_gather(self, values: Sequence[float]) -> PendingGather:
+        return self._transport.start_all_gather(values)
+
+    def publish(self, key: str, specs: Sequence[TensorSpec]) -> None:
+        self._transport.publish(f"evaluation/{key}", specs)
+
+    def look_up(self, key: str) -> tuple[TensorSpec, ...]:
+        return self._transport.look_up(f"evaluation/{key}")
+
+    def join(self, store: Any, *, generation: int) -> None:
+        self._transport.join(store, generation=generation)
+
+    def interrupt(self, generation: int) -> None:
+        self._transport.interrupt(generation)
+
+    def close(self) -> None:
+        self._transport.close()
