@@ -111,7 +111,7 @@ def test_anchors_and_merges_work() -> None:
         (
             "data:\n  every: 3\n",
             "job.yaml:2: data.every: unknown key",
-            "did you mean checkpoint.every or logging.every?",
+            "did you mean evaluation.every or checkpoint.every or logging.every?",
         ),
         (
             "learning_rat: 3\n",
