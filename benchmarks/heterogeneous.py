@@ -16,8 +16,9 @@ from _peer_emulated import PEERS, PeerRank
 from _processes import end_cleanly_on_signals
 from _report import progress, ratio_line, say, table
 
+from deepopt.planner.cut import NO_FREEDOM, cuts
 from deepopt.planner.emulated_costs import emulated_costs
-from deepopt.planner.shapes import Shape, fit_boundaries
+from deepopt.planner.shapes import Shape
 from deepopt.schedule.ir import PlacementKind, place
 from deepopt.worker.rehearsal import RehearsalGroup
 
@@ -136,7 +137,13 @@ def _rehearsals(
             costs,
             kind=shape.kind,
             stages_per_rank=shape.stages_per_rank,
-            boundaries=fit_boundaries(layer_costs, shape, num_ranks=RANKS),
+            boundaries=cuts(
+                layer_costs,
+                shape,
+                num_ranks=RANKS,
+                num_microbatches=microbatches,
+                freedom=NO_FREEDOM,
+            )[0].boundaries,
             **common,
         )
     for name in list(found)[1:]:

@@ -32,6 +32,7 @@ def plan_lines(prepared: Prepared) -> list[str]:
         f"plan        {plan.pipeline_size} ranks{replicas}, placement {plan.placement}, schedule "
         f"{prepared.planned.schedules[0].name}, predicted bubble "
         f"{human_percent(prepared.timeline.bubble)} ({prepared.planned.costs.source} costs)",
+        f"split       {_split_words(prepared)}",
         f"cluster     {_cluster_words(job)}",
         "",
         stage_table(plan, skeleton),
@@ -91,6 +92,24 @@ def stage_table(plan: Plan, skeleton: ModelSkeleton) -> str:
             )
         )
     return table(("stage", "layers", "from .. to", "parameters", "ranks"), rows)
+
+
+def _split_words(prepared: Prepared) -> str:
+    """How good the cut is, and what else was decided with it."""
+    plan, gap = prepared.plan, prepared.planned.gap
+    words = [
+        f"the busiest rank has at most {human_percent(gap)} more to do than the best split gives it"
+        if gap > 1e-6  # less is rounding
+        else "no other gives the busiest rank less to do"
+    ]
+    if prepared.job.pipeline.boundaries is not None:
+        words = ["as pipeline.boundaries says"]
+    if plan.order:
+        words.append(f"ranks in the order {' '.join(map(str, plan.order))}")
+    if plan.recompute is not None:
+        count = len(plan.recompute)
+        words.append(f"{count} of {len(plan.layer_names)} layers run again for their backward")
+    return "; ".join(words)
 
 
 def _cluster_words(job: JobConfig) -> str:

@@ -6,18 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deepopt.errors import InputError, ScheduleError
-from deepopt.planner.choose import (
-    SEARCHED,
-    Candidate,
-    Misfit,
-    Outcome,
-    compare,
-    evaluate,
-    judge,
-    searches,
-    yardstick,
-)
+from deepopt.planner.choose import compare, evaluate, searches, yardstick
 from deepopt.planner.order_files import find_order_fault, read_order
+from deepopt.planner.outcome import SEARCHED, Candidate, Misfit, Outcome, judge
 from deepopt.planner.shapes import SHAPES, Shape
 from deepopt.planner.sketch import Pipeline, stage_cap, two_groups
 from deepopt.schedule.builders import BUILDERS
@@ -237,7 +228,7 @@ def _table(pipeline: Pipeline, order: Schedule) -> CostTable:
     placement = order.placement
     lanes = placement.num_stages // placement.num_ranks
     shape = Shape(kind=placement.kind, stages_per_rank=lanes)
-    return pipeline.table(pipeline.cut(shape), placement=placement)
+    return pipeline.table(pipeline.cuts(shape)[0], placement=placement)
 
 
 def _of_plan(source: Path, options: PipelineOptions) -> Shown:

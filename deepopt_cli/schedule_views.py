@@ -10,7 +10,8 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from deepopt.planner.choose import SEARCHED, YARDSTICK, Candidate, Comparison, Outcome
+from deepopt.planner.choose import YARDSTICK, Comparison
+from deepopt.planner.outcome import SEARCHED, Candidate, Outcome
 from deepopt_cli.output import table
 
 if TYPE_CHECKING:

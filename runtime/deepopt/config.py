@@ -237,10 +237,11 @@ class PipelineConfig(Section):
         default=None,
         description="Index of the first layer of each stage, starting with 0; null: planned.",
     )
-    recompute: Literal["none", "full"] = Field(
+    recompute: Literal["none", "full", "auto"] = Field(
         default="none",
         description="`full` keeps only the inputs of the layers and repeats the forward for "
-        "the backward: less memory, more time, the same numbers.",
+        "the backward: less memory, more time, the same numbers. `auto`: of as few layers as the "
+        "memory of their rank needs, where that is known.",
     )
     overlap_steps: Annotated[bool, Strict()] = Field(
         default=False,

@@ -63,6 +63,37 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
         pytest.param(
             {"boundaries": (0, 4), "pipeline_size": 2, "data_size": 2}, id="two-replicas"
         ),
+        pytest.param(
+            {
+                "boundaries": (0, 2, 5),
+                "pipeline_size": 3,
+                "order": (2, 1, 0),
+                "recompute": (1, 2, 5),
+            },
+            id="1f1b-3-other-ranks-some-recomputed",
+        ),
+        pytest.param(
+            {
+                "placement": "v",
+                "schedule": "zb_v",
+                "boundaries": (0, 1, 2, 4, 5, 6),
+                "pipeline_size": 3,
+                "order": (0, 2, 1),
+                "recompute": (0, 6),
+            },
+            id="zb-v-3-other-ranks-some-recomputed",
+        ),
+        pytest.param(
+            {
+                "placement": "mirror",
+                "schedule": "bi_stream",
+                "boundaries": (0, 2, 5),
+                "pipeline_size": 3,
+                "order": (1, 2, 0),
+                "recompute": (3,),
+            },
+            id="mirror-3-other-ranks-some-recomputed",
+        ),
     ],
 )
 def test_losses_equal_those_of_one_process(

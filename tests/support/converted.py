@@ -63,7 +63,7 @@ def in_stages(
                 device=CPU,
                 num_microbatches=1,
                 loss=loss if end == len(layers) else None,
-                recompute=recompute,
+                recompute=[layer.index for layer in held] if recompute else (),
             )
         )
     batch, targets = build_batch_source(job, run_dir=None).batch(1, 0)

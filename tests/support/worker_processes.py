@@ -94,6 +94,8 @@ def make_plan(
     pipeline_size: int = 1,
     data_size: int = 1,
     num_groups: int = 2,
+    order: tuple[int, ...] = (),
+    recompute: tuple[int, ...] | None = None,
 ) -> Plan:
     return Plan(
         plan_id=1,
@@ -105,6 +107,8 @@ def make_plan(
         data_size=data_size,
         num_microbatches=job.training.microbatches,
         num_groups=num_groups,
+        order=order,
+        recompute=recompute,
     )
 
 

@@ -9,14 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepopt.planner.choose import (
-    SEARCHED,
-    Candidate,
-    Misfit,
-    Outcome,
-    candidates,
-    evaluate,
-)
+from deepopt.planner.choose import candidates, evaluate
+from deepopt.planner.outcome import SEARCHED, Candidate, Misfit, Outcome
 from deepopt.planner.shapes import SHAPES, Shape
 from deepopt.planner.sketch import Pipeline, layers_of_ops, two_groups
 from deepopt.schedule.builders import BUILDERS

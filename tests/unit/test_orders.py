@@ -144,3 +144,25 @@ def test_a_plan_of_an_older_run_directory_names_no_orders(planned: Planned) -> N
     del fields["orders"]
     fields["schedule"] = "bi_stream"
     assert type(planned.plan).from_json(fields).orders == ()
+
+
+def test_an_order_on_ranks_in_other_places_comes_back_whole(tmp_path: Path) -> None:
+    job = JobConfig.model_validate(
+        {
+            "pipeline": {"placement": "line"},
+            "training": {"microbatches": 8},
+            "worker": {"device": "emulated"},
+            "emulation": {
+                "forward_ms": [4, 1, 1, 4],
+                "input_ms": [4, 1, 1, 4],
+                "weight_ms": [4, 1, 1, 4],
+                "rank_factor": [1, 1, 4],
+            },
+        }
+    )
+    found = make_plan(job, make_skeleton("abcd"), num_workers=3, plan_id=1, effort=20_000)
+    assert found.plan.order
+    write_orders(tmp_path, orders=found.orders)
+    known = known_orders(tmp_path)
+    assert {key: known(key) for key in found.orders} == found.orders
+    assert load_schedule(found.plan, data_index=0, folder=tmp_path) == found.schedules[0]

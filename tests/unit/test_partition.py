@@ -66,7 +66,10 @@ def test_among_equal_loads_the_evenest_stages_win(
     )
     folded = stage_costs(costs, partition_folded(costs, num_stages))
     least = min(map(folded_load, cuts))
-    assert max(folded) == min(max(cut) for cut in cuts if folded_load(cut) == least)
+    assert folded_load(folded) == least
+    assert sum(c * c for c in folded) == min(
+        sum(c * c for c in cut) for cut in cuts if folded_load(cut) == least
+    )
 
 
 def test_equal_layers_form_equal_stages() -> None:

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from deepopt.config import JobConfig
 from deepopt.errors import PlanError
-from deepopt.planner.choose import Candidate
 from deepopt.planner.decide import make_plan, resolve_groups
 from deepopt.planner.estimate import relative_costs
 from deepopt.planner.layer_costs import LayerCosts
+from deepopt.planner.outcome import Candidate
 from deepopt.planner.plan import Plan
 from deepopt.planner.shapes import Shape
 from deepopt.planner.skeleton import LayerSkeleton, ModelSkeleton, ParameterSkeleton
@@ -322,3 +322,50 @@ def test_every_plan_that_is_made_has_a_right_schedule_for_each_replica(
         if made.placement is MIRROR:
             assert set(directions) == set(Direction)
     assert seen == microbatches
+
+
+def emulated(**emulation: Any) -> dict[str, dict[str, Any]]:
+    return {
+        "worker": {"device": "emulated"},
+        "emulation": {
+            "forward_ms": 1,
+            "input_ms": 1,
+            "weight_ms": 1,
+            "output_mb": 1,
+            "activation_mb": 8,
+            "state_mb": 4,
+            **emulation,
+        },
+    }
+
+
+def test_a_slow_device_is_moved_to_where_the_light_layers_are() -> None:
+    heavy = [4, 4, 1, 1, 1, 1, 4, 4]
+    sections = emulated(
+        forward_ms=heavy, input_ms=heavy, weight_ms=heavy, rank_factor=[1, 1, 1, 4]
+    )
+    line = {"placement": "line", "schedule": "1f1b"}
+    moved = plan(4, pipeline=line, **sections)
+    assert moved.order[-1] != 3
+    assert moved.make_placement().down == moved.order
+    kept = plan(4, pipeline={**line, "boundaries": moved.boundaries}, **sections)
+    assert kept.order == ()
+
+
+def test_as_few_layers_run_again_as_the_memory_needs() -> None:
+    sections = emulated(memory_mb=[100, 100])
+    given = {"placement": "line", "schedule": "1f1b"}
+    made = plan(2, pipeline={**given, "recompute": "auto"}, **sections)
+    assert made.recompute == ()  # 2 x 32 + 16 fit
+    sections = emulated(memory_mb=[58, 58])
+    made = plan(2, pipeline={**given, "recompute": "auto"}, **sections)
+    assert made.recompute is not None
+    assert 0 < len(made.recompute) < 8
+    with pytest.raises(PlanError, match="1f1b does not fit"):
+        plan(2, pipeline=given, **sections)
+    assert Plan.from_json(made.to_json()) == made
+
+
+def test_a_model_that_fits_nowhere_is_told_how_much_memory_would_do() -> None:
+    with pytest.raises(PlanError, match="smallest memory that would do is"):
+        plan(2, **emulated(memory_mb=[30, 30]))

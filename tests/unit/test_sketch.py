@@ -32,7 +32,7 @@ def test_one_entry_is_a_ranks_share_on_every_placement(
     pipeline = sketch((2.0, 3.0, 1.0, 0.5), update_s=4.0, exchange_s=8.0, transfer_s=0.25)
     shape = Shape(kind=kind, stages_per_rank=per_rank)
     placement = pipeline.place(shape)
-    table = pipeline.table(pipeline.cut(shape), placement=placement)
+    table = pipeline.table(pipeline.cuts(shape)[0], placement=placement)
     stages_a_share = placement.num_stages // placement.num_ranks
     assert len(set(map(len, (table.forward_s, table.input_s, table.update_s)))) == 1
     for times, share in (
@@ -54,14 +54,14 @@ def test_an_entry_for_each_layer_is_cut_by_work() -> None:
     ops = [(1.0, 1.0, 1.0)] * 6 + [(3.0, 3.0, 3.0)]
     pipeline = sketch(*ops, ranks=3)
     line = SHAPES[0]
-    table = pipeline.table(pipeline.cut(line), placement=pipeline.place(line))
+    table = pipeline.table(pipeline.cuts(line)[0], placement=pipeline.place(line))
     assert table.forward_s == (3.0, 3.0, 3.0)
 
 
 def test_more_stages_than_layers_are_refused() -> None:
     pipeline = sketch(*[(1.0, 1.0, 1.0)] * 5)
     with pytest.raises(PlanError, match=r"8 stages \(2 a rank\) need at least 8 layers"):
-        pipeline.cut(Shape(kind=PlacementKind.V, stages_per_rank=2))
+        pipeline.cuts(Shape(kind=PlacementKind.V, stages_per_rank=2))
 
 
 def test_fewer_layers_than_ranks_are_refused() -> None:

@@ -21,7 +21,12 @@ MICROBATCHES = 3
 
 
 def make_stage(
-    modules: Sequence[nn.Module], *, first: int = 0, device: torch.device = CPU, **options: Any
+    modules: Sequence[nn.Module],
+    *,
+    first: int = 0,
+    device: torch.device = CPU,
+    recompute: bool = False,
+    **options: Any,
 ) -> Stage:
     layers = []
     for index, module in enumerate(modules, start=first):
@@ -36,6 +41,7 @@ def make_stage(
         seed=0,
         device=device,
         num_microbatches=MICROBATCHES,
+        recompute=[layer.index for layer in layers] if recompute else (),
         **options,
     )
     stage.begin_step(1)

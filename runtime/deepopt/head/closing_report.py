@@ -151,8 +151,8 @@ def make_report(controller: Controller) -> dict[str, Any]:
         }
     costs: CostTable | None
     if overruns:  # devices and links take what the job says
-        costs = emulated_costs(
-            controller.job, num_layers=len(controller.plan.layer_names)
+        costs = controller.plan.costs_of(
+            emulated_costs(controller.job, num_layers=len(controller.plan.layer_names))
         ).table(
             controller.plan.boundaries,
             placement=controller.plan.make_placement(),
@@ -182,7 +182,7 @@ def _against_1f1b(
 ) -> dict[str, float]:
     """What plain 1F1B would have taken in the costs of this run: simulated, not run."""
     plan = controller.plan
-    prior = estimated_costs(controller.job, controller.skeleton)
+    prior = plan.costs_of(estimated_costs(controller.job, controller.skeleton))
     costs: LayerCosts | None = prior
     if report["emulated"] is None:
         costs = measured_costs(

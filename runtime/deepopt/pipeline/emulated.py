@@ -39,7 +39,7 @@ class Emulation:
     def __init__(
         self, job: JobConfig, *, plan: Plan, rank: int, program: Sequence[Action]
     ) -> None:
-        self._costs = emulated_costs(job, num_layers=len(plan.layer_names))
+        self._costs = plan.costs_of(emulated_costs(job, num_layers=len(plan.layer_names)))
         self._pipeline_rank = rank % plan.pipeline_size
         self._plan = plan
         self._config = job.optimizer

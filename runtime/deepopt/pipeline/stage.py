@@ -7,7 +7,7 @@ know ranks, schedules or transports.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -93,7 +93,8 @@ class Stage:
         num_microbatches: micro-batches of one step over all replicas; each loss is divided by
             it.
         loss: makes the stage the last one; maps (output, targets) to a scalar mean.
-        recompute: keep only layer inputs in F and run the layers again for the backward.
+        recompute: indices of layers of which F keeps only the inputs; they run again for the
+            backward.
         defer_weights: compute weight gradients in W instead of with the input gradient, in
             layers where a probe at the first micro-batch finds that right and worth it.
 
@@ -117,7 +118,7 @@ class Stage:
         device: torch.device,
         num_microbatches: int,
         loss: Loss | None = None,
-        recompute: bool = False,
+        recompute: Collection[int] = (),
         defer_weights: bool = False,
     ) -> None:
         self.index = index
@@ -130,7 +131,7 @@ class Stage:
         self._device = device
         self._num_microbatches = num_microbatches
         self._loss = loss
-        self._recompute = recompute
+        self._recompute = frozenset(recompute)
         self._flights: dict[int, list[_Segment]] = {}
         self._habits: dict[int, _Habits] = {}  # of recomputed segments, by first layer
         self._writes_inputs: dict[int, bool] = {}  # of segments kept in F, by first layer
@@ -204,7 +205,8 @@ class Stage:
             flight.append(segment)
             # The last layer and the loss are kept: their backward comes next, nothing would be
             # saved.
-            if self._recompute and not (ends and self._loss is not None):
+            again = layers[0].index in self._recompute
+            if again and not (ends and self._loss is not None):
                 values = self._run_without_graph(segment, microbatch)
             else:
                 values = self._run(segment, microbatch)
@@ -327,7 +329,7 @@ class Stage:
 
     def _apply_to_leaves(self, segment: _Segment, microbatch: int) -> Tensors:
         key, leaves = segment.layers[0].index, segment.leaves
-        if self._recompute:
+        if key in self._recompute:
             habits = self._habits.get(key)
             if habits is not None and habits.writes_inputs:
                 values = tuple(leaf.clone() for leaf in leaves)
@@ -405,12 +407,11 @@ class Stage:
     def _cut_into_runs(self) -> list[tuple[Layer, ...]]:
         """Layers of one graph each: as many as possible together."""
         runs: list[tuple[Layer, ...]] = []
-        alone = self._recompute or (self._defer_weights and not self.verdicts)
+        unprobed = self._defer_weights and not self.verdicts
+        alone = self._recompute | self._split.keys()
         for layer in self.layers:
             joins = (
-                runs
-                and not alone
-                and self._split.keys().isdisjoint({layer.index, runs[-1][-1].index})
+                runs and not unprobed and alone.isdisjoint({layer.index, runs[-1][-1].index})
             )
             runs[-1:] = [(*runs[-1], layer)] if joins else [*runs[-1:], (layer,)]
         return runs

@@ -32,9 +32,9 @@ from deepopt.pipeline.spans import Span, SpanRecorder, Totals, total
 from deepopt.pipeline.stage import Layer, Loss, Stage
 from deepopt.pipeline.transport import Store, Transport
 from deepopt.pipeline.update_rule import make_rule
+from deepopt.planner.orders import built_order
 from deepopt.planner.plan import Plan
 from deepopt.planner.skeleton import ModelSkeleton
-from deepopt.schedule.builders import build
 from deepopt.schedule.ir import Action, Op, Schedule
 from deepopt.schedule.lowering import lower
 from deepopt.schedule.run_ahead import run_ahead
@@ -162,9 +162,7 @@ class PipelineStep:
         self._wire = transport
         data_index, pipeline_rank = divmod(rank, plan.pipeline_size)
         placement = plan.make_placement()
-        schedule = schedule or build(
-            plan.schedule, placement=placement, directions=plan.directions(data_index)
-        )
+        schedule = schedule or built_order(plan, data_index=data_index)
         rows = lower(schedule, reduce=True)
         program = rows[pipeline_rank]
         emulation, self.overruns = None, None  # None: devices are real
@@ -474,7 +472,9 @@ class PipelineStep:
             device=self._device,
             num_microbatches=plan.num_microbatches,
             loss=loss if index == plan.num_stages - 1 else None,
-            recompute=job.pipeline.recompute == "full",
+            recompute=plan.recomputed(
+                plan.stage_layers(index), all_of_them=job.pipeline.recompute == "full"
+            ),
             defer_weights=defer,
         )
 

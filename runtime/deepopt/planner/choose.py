@@ -10,114 +10,23 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
-from deepopt.errors import PlanError, ScheduleError
+from deepopt.errors import DeepoptError, PlanError, ScheduleError
+from deepopt.planner.cut import Cut
 from deepopt.planner.orders import KeptOrder, Known, input_key
+from deepopt.planner.outcome import SEARCHED, Candidate, Misfit, Outcome, judge
 from deepopt.planner.shapes import SHAPES, Shape, shapes
 from deepopt.planner.sketch import Pipeline
-from deepopt.schedule.bound import lower_bound_s
 from deepopt.schedule.builders import BUILDERS, build, misfit
 from deepopt.schedule.ir import Direction, PlacementKind, Schedule
-from deepopt.schedule.memory import Memory
-from deepopt.schedule.search import NAME, fits, search
-from deepopt.schedule.simulate import CostTable, Timeline, simulate
-from deepopt.schedule.verify import verify
+from deepopt.schedule.search import SearchResult, fits, search
+from deepopt.schedule.verify import peak_activations
 
 YARDSTICK = "1f1b"
-SEARCHED = NAME
-"""Stands for a search where a candidate names no builder."""
-
 LAUNCH_EFFORT = 200_000
 """Actions a placement: about two seconds for all of p=4, m=8 on one core."""
 
-_SEARCH_VERSION = 2  # +1 when the same inputs may give another order
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
-    """An order to try.
-
-    Args:
-        shape: placement.
-        schedule: a builder, or `searched`.
-    """
-
-    shape: Shape
-    schedule: str = SEARCHED
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """One order on one placement.
-
-    Args:
-        boundaries: index of the first layer of each stage; empty where stages are all that is known.
-        schedules: the order of each replica.
-        timeline: the order of the slowest replica in time; it sets the figures.
-        step_s: simulated step time; among others where steps overlap.
-        lower_bound_s: no order of this placement and memory is faster; None where ranks share
-            cores, which the bound does not know.
-        peak_activations: per rank, the most micro-batches in flight, in shares of a rank.
-        num_transfers: tensors sent between ranks in a step.
-        best_builder: for a searched order, the fastest builder that fits; None otherwise.
-        keys: of the searched orders, by replica (see `planner.orders`); empty for a builder's.
-    """
-
-    boundaries: tuple[int, ...]
-    schedules: tuple[Schedule, ...]
-    timeline: Timeline
-    step_s: float
-    lower_bound_s: float | None
-    peak_activations: tuple[float, ...]
-    num_transfers: int
-    best_builder: str | None = None
-    keys: tuple[str, ...] = ()
-
-    @property
-    def schedule(self) -> Schedule:
-        """The order of the slowest replica."""
-        return self.timeline.schedule
-
-    @property
-    def shape(self) -> Shape:
-        """The placement."""
-        placement = self.schedule.placement
-        return Shape(
-            kind=placement.kind, stages_per_rank=placement.num_stages // placement.num_ranks
-        )
-
-    @property
-    def weight_copies(self) -> int:
-        """Ranks that hold each stage's weights; with an odd mirror, all but the middle one's."""
-        placement = self.schedule.placement
-        return max(len(placement.copies_of(stage)) for stage in range(placement.num_stages))
-
-    @property
-    def gap(self) -> float | None:
-        """How much slower than the bound, as a share of it."""
-        if self.lower_bound_s is None:
-            return None
-        return self.step_s / self.lower_bound_s - 1 if self.lower_bound_s > 0 else 0.0
-
-    @property
-    def preference(self) -> tuple[float, int, float, int]:
-        """Orders sort by it: the faster first, then fewer copies, less memory, fewer messages."""
-        return (
-            float(f"{self.step_s:.9g}"),  # sums of floats differ below
-            self.weight_copies,
-            max(self.peak_activations),
-            self.num_transfers,
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Misfit:
-    """An order that cannot be had.
-
-    Args:
-        reason: in one sentence.
-    """
-
-    reason: str
+_TRIAL_SHARE = 20  # of the effort goes into the trial of each cut, where there are several
+_SEARCH_VERSION = 3  # +1 when the same inputs may give another order
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,7 +57,7 @@ class Comparison:
         return {
             key: KeptOrder(
                 schedule=schedule,
-                boundaries=outcome.boundaries,
+                cut=outcome.cut,
                 builder=outcome.best_builder,
             )
             for _, outcome in self.found
@@ -283,63 +192,23 @@ def yardstick(pipeline: Pipeline) -> Outcome | None:
     return None if isinstance(found, Misfit) else found
 
 
-def judge(
-    schedule: Schedule,
-    *,
-    costs: CostTable,
-    memory: Memory | None = None,
-    cores: int | None = None,
-    overlap: bool = False,
-) -> Outcome:
-    """What an order takes, whoever made it.
-
-    Args:
-        schedule: the order.
-        costs: of its stages.
-        memory: that it has to fit; None for any.
-        cores: host cores that the ranks share; None for a device each.
-        overlap: whether steps overlap.
-
-    Raises:
-        ScheduleError: the order is wrong, or the costs are made for other sizes.
-    """
-    placement = schedule.placement
-    report = verify(schedule)
-    timeline = simulate(schedule, costs, cores=cores)
-    bound_s = None
-    if cores is None:
-        bound_s = (
-            max(timeline.busy_s)
-            if overlap
-            else lower_bound_s(
-                placement, directions=schedule.directions, costs=costs, memory=memory
-            )
-        )
-    share = placement.num_ranks / placement.num_stages
-    return Outcome(
-        boundaries=(),
-        schedules=(schedule,),
-        timeline=timeline,
-        step_s=timeline.steady_s if overlap else timeline.makespan_s,
-        lower_bound_s=bound_s,
-        peak_activations=tuple(peak * share for peak in report.peak_activations),
-        num_transfers=report.num_transfers,
-    )
-
-
 def _none(key: str) -> None:
     """Nothing is known."""
 
 
 def _built(pipeline: Pipeline, candidate: Candidate) -> Outcome:
     placement = pipeline.place(candidate.shape)
-    boundaries = pipeline.cut(candidate.shape)
     ways = pipeline.directions(placement)
     orders = {
         directions: build(candidate.schedule, placement=placement, directions=directions)
         for directions in dict.fromkeys(ways)
     }
-    return _judged(pipeline, boundaries, [orders[directions] for directions in ways])
+    schedules = [orders[directions] for directions in ways]
+    outcomes = [_judged(pipeline, cut, schedules) for cut in pipeline.cuts(candidate.shape)]
+    found = [outcome for outcome in outcomes if outcome is not None]
+    if not found:
+        raise _too_many(pipeline, candidate.shape, schedules[0])
+    return min(found, key=lambda outcome: outcome.preference)
 
 
 def _searched(
@@ -351,14 +220,16 @@ def _searched(
         directions: _key(pipeline, shape, directions, effort=effort, seed=seed)
         for directions in dict.fromkeys(ways)
     }
-    kept = {directions: known(key) for directions, key in keys.items()}
-    found = [one for one in kept.values() if one is not None]
-    if len(found) < len(kept) or any(one.boundaries != found[0].boundaries for one in found):
-        found = _search_all(pipeline, shape, tuple(keys), effort=effort, seed=seed)
+    kept = [known(key) for key in keys.values()]
+    found = [one for one in kept if one is not None and one.cut is not None]
+    if len(found) < len(kept) or any(one.cut != found[0].cut for one in found):
+        found = _search_cuts(pipeline, shape, tuple(keys), effort=effort, seed=seed)
+    cut = found[0].cut
+    assert cut is not None, "a search is for a cut"
     orders = dict(zip(keys, found, strict=True))
-    outcome = _judged(
-        pipeline, found[0].boundaries, [orders[directions].schedule for directions in ways]
-    )
+    in_places = [_in_places(orders[directions].schedule, cut) for directions in ways]
+    outcome = _judged(pipeline, cut, in_places)
+    assert outcome is not None, "searches keep to the memory"
     return replace(
         outcome,
         keys=tuple(keys[directions] for directions in ways),
@@ -366,7 +237,15 @@ def _searched(
     )
 
 
-def _search_all(
+def _in_places(schedule: Schedule, cut: Cut) -> Schedule:
+    """A schedule by position, from one by rank."""
+    if not cut.order:
+        return schedule
+    position = sorted(range(len(cut.order)), key=lambda at: cut.order[at])
+    return schedule.on_ranks(position)
+
+
+def _search_cuts(
     pipeline: Pipeline,
     shape: Shape,
     ways: Sequence[tuple[Direction, ...]],
@@ -374,14 +253,52 @@ def _search_all(
     effort: int,
     seed: int,
 ) -> list[KeptOrder]:
-    """An order for each way that micro-batches go."""
+    """An order for each way that micro-batches go, on the cut that a short search likes best."""
+    cuts = pipeline.cuts(shape)
+    problems: list[DeepoptError] = []
+    tried: list[tuple[float, int, list[SearchResult]]] = []
+    if len(cuts) > 1:
+        for index, cut in enumerate(cuts):
+            try:
+                results = _search_all(
+                    pipeline, shape, cut, ways, effort=effort // _TRIAL_SHARE, seed=seed
+                )
+            except (PlanError, ScheduleError) as problem:
+                problems.append(problem)
+                continue
+            tried.append((max(r.makespan_s for r in results), index, results))
+        if not tried:
+            raise problems[0]
+        tried.sort(key=lambda entry: entry[:2])
+    chosen = tried[0][1] if tried else 0
+    results = _search_all(pipeline, shape, cuts[chosen], ways, effort=effort, seed=seed)
+    if tried and tried[0][0] < max(r.makespan_s for r in results):
+        results = tried[0][2]
+    order = cuts[chosen].order
+    return [
+        KeptOrder(
+            schedule=result.schedule.on_ranks(order) if order else result.schedule,
+            cut=cuts[chosen],
+            builder=result.builder,
+        )
+        for result in results
+    ]
+
+
+def _search_all(
+    pipeline: Pipeline,
+    shape: Shape,
+    cut: Cut,
+    ways: Sequence[tuple[Direction, ...]],
+    *,
+    effort: int,
+    seed: int,
+) -> list[SearchResult]:
     placement = pipeline.place(shape)
-    boundaries = pipeline.cut(shape)
-    table = pipeline.table(boundaries, placement=placement)
-    memory = pipeline.memory(boundaries, placement=placement)
-    found = []
-    for directions in ways:
-        result = search(
+    table = pipeline.table(cut, placement=placement)
+    memory = pipeline.memory(cut, placement=placement)
+    return [
+        search(
             placement,
             directions=directions,
             costs=table,
@@ -391,10 +308,8 @@ def _search_all(
             effort=effort,
             seed=seed,
         )
-        found.append(
-            KeptOrder(schedule=result.schedule, boundaries=boundaries, builder=result.builder)
-        )
-    return found
+        for directions in ways
+    ]
 
 
 def _key(
@@ -418,13 +333,27 @@ def _key(
     return input_key(inputs)
 
 
-def _judged(
-    pipeline: Pipeline, boundaries: tuple[int, ...], schedules: Sequence[Schedule]
-) -> Outcome:
-    """What the orders of all replicas take; the slowest one sets the figures."""
+def _judged(pipeline: Pipeline, cut: Cut, schedules: Sequence[Schedule]) -> Outcome | None:
+    """What the orders of all replicas, by position, take; the slowest one sets the figures.
+
+    None where one of them does not fit the memory.
+    """
     placement = schedules[0].placement
-    table = pipeline.table(boundaries, placement=placement)
-    memory = pipeline.memory(boundaries, placement=placement)
+    table = pipeline.table(cut, placement=placement)
+    memory = pipeline.memory(cut, placement=placement)
+    distinct = tuple(dict.fromkeys(schedules))
+    if not all(fits(order, memory) for order in distinct):
+        return None
+    if cut.order:
+        placement = placement.on_ranks(cut.order)
+        schedules = [order.on_ranks(cut.order) for order in schedules]
+        distinct = tuple(dict.fromkeys(schedules))
+        layers = pipeline.layers.recomputing(cut.again)
+        table = layers.table(
+            cut.boundaries, placement=placement, num_replicas=len(pipeline.replicas)
+        )
+        back = sorted(range(len(cut.order)), key=lambda at: cut.order[at])
+        memory = replace(memory, caps=tuple(memory.caps[at] for at in back))
     outcomes = [
         judge(
             order,
@@ -433,22 +362,19 @@ def _judged(
             cores=pipeline.cores_of_a_replica,
             overlap=pipeline.overlap,
         )
-        for order in dict.fromkeys(schedules)
+        for order in distinct
     ]
     slowest = max(outcomes, key=lambda outcome: outcome.step_s)
-    _refuse_too_many(slowest, pipeline, memory)
-    return replace(slowest, boundaries=boundaries, schedules=tuple(schedules))
+    return replace(slowest, cut=cut, schedules=tuple(schedules))
 
 
-def _refuse_too_many(outcome: Outcome, pipeline: Pipeline, memory: Memory) -> None:
-    if fits(outcome.schedule, memory):
-        return
-    held = max(outcome.peak_activations)
+def _too_many(pipeline: Pipeline, shape: Shape, schedule: Schedule) -> ScheduleError:
+    """A built order holds more than a rank can."""
+    placement = pipeline.place(shape)
+    share = placement.num_ranks / placement.num_stages
+    held = max(peak_activations(schedule)) * share
+    words = f"holds activations of {held:g} micro-batches on a rank"
     if pipeline.layers.knows_memory:
-        raise ScheduleError(
-            f"holds activations of {held:g} micro-batches on a rank, which its memory does not"
-        )
-    cap = max(memory.caps) * len(memory.caps) / len(memory.kept)
-    raise ScheduleError(
-        f"holds activations of {held:g} micro-batches on a rank, the cap is {cap:g}"
-    )
+        return ScheduleError(f"{words}, which its memory does not")
+    memory = pipeline.memory(pipeline.cuts(shape)[0], placement=placement)
+    return ScheduleError(f"{words}, the cap is {max(memory.caps) * share:g}")

@@ -14,21 +14,23 @@ from deepopt.config import JobConfig
 from deepopt.errors import PlanError
 from deepopt.planner.choose import (
     LAUNCH_EFFORT,
-    SEARCHED,
-    Candidate,
+    YARDSTICK,
     Comparison,
     compare,
+    evaluate,
     searches,
 )
+from deepopt.planner.cut import Freedom
 from deepopt.planner.estimate import estimated_costs
 from deepopt.planner.layer_costs import LayerCosts
 from deepopt.planner.orders import KeptOrder, Known, input_key
+from deepopt.planner.outcome import SEARCHED, Candidate, Outcome
 from deepopt.planner.plan import Plan
-from deepopt.planner.shapes import SHAPES, Shape, fit_boundaries
+from deepopt.planner.shapes import SHAPES, Shape, check_layers
 from deepopt.planner.skeleton import ModelSkeleton
 from deepopt.planner.sketch import Pipeline
-from deepopt.schedule.builders import BUILDERS, build, misfit
-from deepopt.schedule.ir import Direction, PlacementKind, Schedule
+from deepopt.schedule.builders import BUILDERS, misfit
+from deepopt.schedule.ir import Direction, PlacementKind, Schedule, group_bounds
 
 _AUTO = "auto"
 FILE = "file:"
@@ -48,6 +50,8 @@ class Planned:
             there is one rank.
         orders: by key, the orders that no builder makes from their name: those of the plan, and what
             else was searched for it.
+        gap: how far the busiest rank's work may be above the least of any cut of this placement, as
+            a share of it; 0 where the cut is the best there is.
     """
 
     plan: Plan
@@ -55,6 +59,7 @@ class Planned:
     costs: LayerCosts
     comparison: Comparison | None
     orders: Mapping[str, KeptOrder] = field(default_factory=dict)
+    gap: float = 0.0
 
 
 def make_plan(
@@ -96,47 +101,99 @@ def make_plan(
         return _given(job, skeleton, given, costs=costs, ranks=pipeline_size, plan_id=plan_id)
     name = _named_schedule(job)
     problems: list[tuple[Shape, PlanError]] = []
-    plans: list[tuple[Shape, Plan]] = []
+    shapes: list[Shape] = []
     for shape in _shapes(job, name, pipeline_size):
         try:
             _check_groups(shape.kind, num_groups, job.parallel.data)
-            boundaries = _boundaries(job, costs, shape, pipeline_size)
-            plan = Plan(
-                plan_id=plan_id,
-                layer_names=tuple(layer.name for layer in skeleton.layers),
-                boundaries=boundaries,
-                placement=shape.kind,
-                schedule=name or SEARCHED,
-                pipeline_size=pipeline_size,
-                data_size=job.parallel.data,
-                num_microbatches=job.training.microbatches,
-                num_groups=num_groups,
-            )
-            if name and (problem := misfit(name, placement=plan.make_placement())):
+            check_layers(costs, shape, num_ranks=pipeline_size)
+            placement = shape.place(pipeline_size)
+            if job.pipeline.boundaries is not None:
+                _check_explicit(
+                    job.pipeline.boundaries, shape.kind, pipeline_size, costs.num_layers
+                )
+            if name and (problem := misfit(name, placement=placement)):
                 raise PlanError(problem[0], remedy=problem[1])
         except PlanError as problem:
             problems.append((shape, problem))
             continue
-        if name is not None:
-            return _built(plan, costs)
-        plans.append((shape, plan))
-    if not plans:
+        shapes.append(shape)
+    if not shapes:
         raise problems[-1][1]
-    planned = _searched(job, plans, costs=costs, cores=cores, effort=effort, known=known)
-    if planned.comparison is None:
-        return planned
-    unfit = tuple((Candidate(shape=shape), problem.message) for shape, problem in problems)
-    left_out = unfit + planned.comparison.left_out
-    return replace(planned, comparison=replace(planned.comparison, left_out=left_out))
-
-
-def _built(plan: Plan, costs: LayerCosts) -> Planned:
-    placement = plan.make_placement()
-    schedules = tuple(
-        build(plan.schedule, placement=placement, directions=plan.directions(index))
-        for index in range(plan.data_size)
+    single = pipeline_size == 1 and shapes[0] == SHAPES[0]
+    if name is None and single:  # one rank does the same work in any order
+        name = YARDSTICK
+    pipeline = Pipeline(
+        num_ranks=pipeline_size,
+        replicas=_replicas(job.training.microbatches, num_groups, job.parallel.data),
+        layers=costs,
+        capped_as_1f1b=name is None,
+        boundaries=job.pipeline.boundaries,
+        freedom=Freedom(
+            recompute=job.pipeline.recompute == _AUTO, order=job.pipeline.boundaries is None
+        ),
+        cores=cores,
+        overlap=job.pipeline.overlap_steps,
     )
-    return Planned(plan=plan, schedules=schedules, costs=costs, comparison=None)
+
+    def planned(outcome: Outcome, comparison: Comparison | None) -> Planned:
+        cut, names = outcome.cut, {schedule.name for schedule in outcome.schedules}
+        assert cut is not None, "orders of a job have a cut"
+        searched = SEARCHED in names or len(names) > 1
+        plan = Plan(
+            plan_id=plan_id,
+            layer_names=tuple(layer.name for layer in skeleton.layers),
+            boundaries=cut.boundaries,
+            placement=outcome.shape.kind,
+            schedule=SEARCHED if searched else outcome.schedule.name,
+            pipeline_size=pipeline_size,
+            data_size=job.parallel.data,
+            num_microbatches=job.training.microbatches,
+            num_groups=num_groups,
+            orders=outcome.keys if searched else (),
+            order=cut.order,
+            recompute=cut.again if pipeline.freedom.recompute else None,
+        )
+        return Planned(
+            plan=plan,
+            schedules=outcome.schedules,
+            costs=pipeline.layers.recomputing(cut.again),
+            comparison=comparison,
+            orders={} if comparison is None else comparison.orders,
+            gap=max(0.0, cut.gap),
+        )
+
+    if name is not None:
+        return planned(_named(pipeline, shapes, name), None)
+    comparison = compare(pipeline, tried=searches(shapes), effort=effort, known=known)
+    unfit = tuple((Candidate(shape=shape), problem.message) for shape, problem in problems)
+    comparison = replace(comparison, left_out=unfit + comparison.left_out)
+    return planned(comparison.best, comparison)
+
+
+def _named(pipeline: Pipeline, shapes: Sequence[Shape], name: str) -> Outcome:
+    """The order of a builder on the first placement that it fits on."""
+    problems = []
+    for shape in shapes:
+        found = evaluate(
+            pipeline, candidate=Candidate(shape=shape, schedule=name), effort=1, seed=0
+        )
+        if isinstance(found, Outcome):
+            return found
+        problems.append(f"{shape}: {found.reason}")
+    raise PlanError(
+        f"schedule {name} does not fit: {'; '.join(problems)}",
+        remedy="use smaller micro-batches, more memory or ranks, pipeline.recompute auto, or "
+        "pipeline.schedule auto",
+    )
+
+
+def _replicas(
+    num_microbatches: int, num_groups: int, num_replicas: int
+) -> tuple[tuple[int, ...], ...]:
+    """Micro-batches of each group, by replica."""
+    sizes = [end - start for start, end in group_bounds(num_microbatches, num_groups)]
+    each = num_groups // num_replicas
+    return tuple(tuple(sizes[r * each : (r + 1) * each]) for r in range(num_replicas))
 
 
 def _given(
@@ -173,13 +230,24 @@ def _given(
         )
     num_groups = resolve_groups(job)
     _check_groups(placement.kind, num_groups, job.parallel.data)
-    lanes = placement.num_stages // ranks
+    shape = Shape(kind=placement.kind, stages_per_rank=placement.num_stages // ranks)
+    check_layers(costs, shape, num_ranks=ranks)
+    if explicit is not None:
+        _check_explicit(explicit, shape.kind, ranks, costs.num_layers)
+    freedom = Freedom(recompute=job.pipeline.recompute == _AUTO)
+    pipeline = Pipeline(
+        num_ranks=ranks,
+        replicas=_replicas(job.training.microbatches, num_groups, job.parallel.data),
+        layers=costs,
+        boundaries=explicit,
+        freedom=freedom,
+    )
+    cut = pipeline.cuts(shape)[0]
     plan = Plan(
         plan_id=plan_id,
         layer_names=tuple(layer.name for layer in skeleton.layers),
-        boundaries=_boundaries(
-            job, costs, Shape(kind=placement.kind, stages_per_rank=lanes), ranks
-        ),
+        boundaries=cut.boundaries,
+        recompute=cut.again if freedom.recompute else None,
         placement=placement.kind,
         schedule=order.name,
         pipeline_size=ranks,
@@ -199,9 +267,10 @@ def _given(
     return Planned(
         plan=replace(plan, orders=(key,) * plan.data_size),
         schedules=(order,) * plan.data_size,
-        costs=costs,
+        costs=costs.recomputing(cut.again),
         comparison=None,
-        orders={key: KeptOrder(schedule=order, boundaries=plan.boundaries)},
+        orders={key: KeptOrder(schedule=order, cut=None)},
+        gap=max(0.0, cut.gap),
     )
 
 
@@ -211,53 +280,6 @@ def _ways(directions: Sequence[Direction]) -> str:
         return f"{len(directions)} micro-batches that go down"
     letters = "".join(direction[0] for direction in directions)
     return f"{len(directions)} micro-batches that go {letters} (d down, u up)"
-
-
-def _searched(
-    job: JobConfig,
-    plans: Sequence[tuple[Shape, Plan]],
-    *,
-    costs: LayerCosts,
-    cores: int | None,
-    effort: int,
-    known: Known | None,
-) -> Planned:
-    """The fastest of the placements that fit."""
-    first = plans[0][1]
-    if (
-        first.num_stages == 1 and first.placement is PlacementKind.LINE
-    ):  # one rank does the same work in any order
-        return _built(replace(first, schedule="1f1b"), costs)
-    pipeline = Pipeline(
-        num_ranks=first.pipeline_size,
-        replicas=tuple(
-            tuple(end - start for start, end in first.replica_groups(index))
-            for index in range(first.data_size)
-        ),
-        layers=costs,
-        capped_as_1f1b=True,
-        boundaries=job.pipeline.boundaries,
-        cores=cores,
-        overlap=job.pipeline.overlap_steps,
-    )
-    comparison = compare(
-        pipeline, tried=searches([shape for shape, _ in plans]), effort=effort, known=known
-    )
-    best = comparison.best
-    plan = next(plan for shape, plan in plans if shape == best.shape)
-    plan = replace(plan, boundaries=best.boundaries)
-    names = {schedule.name for schedule in best.schedules}
-    if len(names) == 1 and SEARCHED not in names:
-        plan = replace(plan, schedule=names.pop())
-    else:
-        plan = replace(plan, orders=best.keys)
-    return Planned(
-        plan=plan,
-        schedules=best.schedules,
-        costs=costs,
-        comparison=comparison,
-        orders=comparison.orders,
-    )
 
 
 def resolve_groups(job: JobConfig) -> int:
@@ -358,17 +380,6 @@ def _check_groups(kind: PlacementKind, num_groups: int, data: int) -> None:
             "many training.microbatches (groups are fixed at the first launch), or choose "
             "another pipeline.placement or parallel.data",
         )
-
-
-def _boundaries(
-    job: JobConfig, costs: LayerCosts, shape: Shape, pipeline_size: int
-) -> tuple[int, ...]:
-    """The first layer of each stage: as the job says, or by cost."""
-    explicit = job.pipeline.boundaries
-    if explicit is not None:
-        _check_explicit(explicit, shape.kind, pipeline_size, costs.num_layers)
-        return explicit
-    return fit_boundaries(costs, shape, num_ranks=pipeline_size)
 
 
 def _check_explicit(

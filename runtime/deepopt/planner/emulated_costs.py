@@ -21,7 +21,7 @@ def emulated_costs(job: JobConfig, *, num_layers: int) -> LayerCosts:
         PlanError: a list of another length.
     """
     section = job.emulation
-    recompute = job.pipeline.recompute == "full"
+    recompute = job.pipeline.recompute != "none"
 
     def figures(key: str, unit: float) -> tuple[float, ...]:
         value = getattr(section, key)

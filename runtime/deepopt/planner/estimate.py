@@ -50,7 +50,7 @@ def estimated_costs(job: JobConfig, skeleton: ModelSkeleton) -> LayerCosts:
         return emulated_costs(job, num_layers=len(skeleton.layers))
     tokens = job.training.microbatch_size * job.data.sequence_length
     forward = tuple(cost * tokens / ESTIMATED_FLOPS for cost in relative_costs(skeleton))
-    recompute = job.pipeline.recompute == "full"
+    recompute = job.pipeline.recompute != "none"
     return LayerCosts(
         forward_s=forward,
         input_s=tuple(time * _INPUT_PER_FORWARD for time in forward),

@@ -7,8 +7,9 @@ choose (`choose`).
 
 from __future__ import annotations
 
+import bisect
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -39,7 +40,7 @@ class LayerCosts:
         forward_s: F of each layer on one micro-batch, on a rank of factor 1.
         input_s: I of each layer.
         weight_s: W of each layer; 0 where it is computed in I.
-        prepare_s: R of each layer; empty where nothing is recomputed.
+        prepare_s: R of each layer, 0 of one that is not recomputed; empty where none is.
         update_s: optimizer update of each layer, once a step, by each of its holders.
         activation_bytes: of each layer, held for a micro-batch from F to the end of W; with
             recompute, from R on.
@@ -55,6 +56,7 @@ class LayerCosts:
         host_of: index of each pipeline rank's host; empty where all routes are alike.
         inter_host_latency_s: latency_s between ranks of different hosts.
         inter_host_bytes_per_s: bytes_per_s between ranks of different hosts.
+        ties: weights with two uses: the layers of both, and bytes of the gradient of one.
         action_s: what each action takes on top, whatever its stage: the price of small pieces.
         source: where the figures are from, in a word: measured, estimated, emulated, ...
     """
@@ -76,6 +78,7 @@ class LayerCosts:
     host_of: tuple[int, ...] = ()
     inter_host_latency_s: float = 0.0
     inter_host_bytes_per_s: float | None = None
+    ties: tuple[tuple[int, int, float], ...] = ()
     action_s: float = 0.0
     source: str
 
@@ -98,6 +101,13 @@ class LayerCosts:
         for name in ("latency_s", "inter_host_latency_s", "action_s"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise PlanError(f"{name} {getattr(self, name)} must be finite and not negative")
+        for first, second, size in self.ties:
+            if not (0 <= first < num_layers and 0 <= second < num_layers and size >= 0):
+                raise PlanError(
+                    f"layers {first} and {second} cannot share {size} bytes of weights in a chain "
+                    f"of {num_layers}",
+                    remedy="name two layers of the chain and the bytes of a gradient",
+                )
         for rate in (self.bytes_per_s, self.inter_host_bytes_per_s):
             if rate is not None and not 0 < rate < float("inf"):
                 raise PlanError(
@@ -119,6 +129,39 @@ class LayerCosts:
     def recomputes(self) -> bool:
         """Whether there is an R: some layer is run again for its backward."""
         return any(self.prepare_s)
+
+    @property
+    def kept_bytes(self) -> tuple[float, ...]:
+        """Of each layer, what F leaves of a micro-batch: its input, where it is recomputed."""
+        if not self.recomputes or not self.activation_bytes:
+            return self.activation_bytes
+        given_bytes = self.input_bytes or (0.0,) * self.num_layers
+        rows = zip(self.prepare_s, given_bytes, self.activation_bytes, strict=True)
+        return tuple(min(given, whole) if again else whole for again, given, whole in rows)
+
+    def recomputing(self, layers: Collection[int]) -> LayerCosts:
+        """The same chain where these of the layers that can be run again are, and no others.
+
+        Args:
+            layers: indices.
+        """
+        prepare_s = tuple(
+            again if index in layers else 0.0 for index, again in enumerate(self.prepare_s)
+        )
+        return replace(self, prepare_s=prepare_s if any(prepare_s) else ())
+
+    def on_ranks(self, order: Sequence[int]) -> LayerCosts:
+        """The same layers with the ranks in another order.
+
+        Args:
+            order: the rank at each position.
+        """
+        changed: dict[str, Any] = {
+            name: tuple(getattr(self, name)[rank] for rank in order)
+            for name in _PER_RANK
+            if getattr(self, name)
+        }
+        return replace(self, **changed)
 
     @property
     def knows_memory(self) -> bool:
@@ -151,15 +194,17 @@ class LayerCosts:
             PlanError: boundaries, placement and costs are of other sizes.
         """
         self._check_cut(boundaries, placement)
-        reduce_s: tuple[float, ...] = ()
         held_by = [placement.copies_of(stage) for stage in range(len(boundaries))]
-        if self.gradient_bytes and max(map(len, held_by)) * num_replicas > 1:
-            reduce_s = tuple(
-                self._exchange_s(num_bytes, ranks=ranks, num_replicas=num_replicas)
-                for ranks, num_bytes in zip(
-                    held_by, self.per_stage(self.gradient_bytes, boundaries), strict=True
-                )
-            )
+        reduce_s = [0.0] * len(boundaries)
+        if self.gradient_bytes:
+            sizes = self.per_stage(self.gradient_bytes, boundaries)
+            for stage, (ranks, size) in enumerate(zip(held_by, sizes, strict=True)):
+                reduce_s[stage] = self._exchange_s(size, ranks=ranks, num_replicas=num_replicas)
+        for first, second, size in self.ties:
+            uses = {bisect.bisect_right(boundaries, layer) - 1 for layer in (first, second)}
+            holders = sorted({rank for stage in uses for rank in held_by[stage]})
+            for stage in uses if len(holders) > 1 else ():
+                reduce_s[stage] += self._exchange_s(size, ranks=holders, num_replicas=1)
         cuts = [self.output_bytes[first - 1] for first in boundaries[1:] if self.output_bytes]
         largest = max(cuts, default=0.0)
 
@@ -171,14 +216,18 @@ class LayerCosts:
             input_s=stages(self.input_s, extra=self.action_s),
             # A weight gradient that is computed in I has no action of its own.
             weight_s=stages(self.weight_s, extra=self.action_s if any(self.weight_s) else 0.0),
-            prepare_s=stages(self.prepare_s, extra=self.action_s) if self.recomputes else (),
+            prepare_s=tuple(
+                again + self.action_s if again else 0.0 for again in stages(self.prepare_s)
+            )
+            if self.recomputes
+            else (),
             rank_factor=self.rank_factor,
             latency_s=self.latency_s if placement.num_ranks > 1 else 0.0,
             transfer_s=_route_s(largest, self.bytes_per_s),
             host_of=self.host_of,
             inter_host_latency_s=self.inter_host_latency_s,
             inter_host_transfer_s=_route_s(largest, self.inter_host_bytes_per_s),
-            reduce_s=reduce_s,
+            reduce_s=tuple(reduce_s) if any(reduce_s) else (),
             update_s=stages(self.update_s) if self.update_s else (),
         )
 
@@ -233,6 +282,7 @@ class LayerCosts:
             name: tuple(value) if isinstance(value, list) else value
             for name, value in fields.items()
         }
+        values["ties"] = tuple(map(tuple, fields.get("ties", ())))
         return cls(**values)
 
     def _exchange_s(

@@ -10,11 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from deepopt.errors import DeepoptError, PlanError
+from deepopt.planner.cut import Cut
 from deepopt.planner.plan import Plan
 from deepopt.schedule.builders import build
 from deepopt.schedule.ir import (
@@ -28,7 +29,7 @@ from deepopt.schedule.ir import (
 from deepopt.schedule.verify import verify
 from deepopt.telemetry.files import read_json, write_json_atomic
 
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,12 +38,12 @@ class KeptOrder:
 
     Args:
         schedule: the order.
-        boundaries: index of the first layer of each stage that it was searched for.
+        cut: of the layers, that it was searched for; None for an order that was brought along.
         builder: the fastest builder that fits; None where none does, or none was compared with.
     """
 
     schedule: Schedule
-    boundaries: tuple[int, ...]
+    cut: Cut | None
     builder: str | None = None
 
 
@@ -75,7 +76,7 @@ def write_orders(folder: Path, *, orders: Mapping[str, KeptOrder]) -> None:
             "name": schedule.name,
             "placement": schedule.placement.kind,
             "stages": schedule.placement.num_stages,
-            "boundaries": list(kept.boundaries),
+            "cut": None if kept.cut is None else asdict(kept.cut),
             "builder": kept.builder,
             "directions": list(schedule.directions),
             "rows": rows,
@@ -100,19 +101,29 @@ def known_orders(folder: Path) -> Known:
                 num_ranks=len(content["rows"]),
                 stages_per_rank=max(1, content["stages"] // len(content["rows"])),
             )
+            cut = Cut.from_json(content["cut"])
+            if cut.order:
+                placement = placement.on_ranks(cut.order)
             schedule = _parsed(content, placement)
-            boundaries = tuple(content["boundaries"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError, DeepoptError):
             return None
-        if len(boundaries) != placement.num_stages or not all(
-            isinstance(edge, int) for edge in boundaries
-        ):
+        if len(cut.boundaries) != placement.num_stages:
             return None
-        return KeptOrder(
-            schedule=schedule, boundaries=boundaries, builder=content.get("builder")
-        )
+        return KeptOrder(schedule=schedule, cut=cut, builder=content.get("builder"))
 
     return known
+
+
+def built_order(plan: Plan, *, data_index: int) -> Schedule:
+    """The order of a replica by the builder that a plan names.
+
+    Args:
+        plan: names it.
+        data_index: which replica.
+    """
+    in_places = replace(plan, order=()).make_placement()
+    order = build(plan.schedule, placement=in_places, directions=plan.directions(data_index))
+    return order.on_ranks(plan.order) if plan.order else order
 
 
 def load_schedule(plan: Plan, *, data_index: int, folder: Path) -> Schedule:
@@ -128,7 +139,7 @@ def load_schedule(plan: Plan, *, data_index: int, folder: Path) -> Schedule:
     """
     placement, directions = plan.make_placement(), plan.directions(data_index)
     if not plan.orders:
-        return build(plan.schedule, placement=placement, directions=directions)
+        return built_order(plan, data_index=data_index)
     path = folder / f"{plan.orders[data_index]}.json"
     try:
         content = read_json(path)

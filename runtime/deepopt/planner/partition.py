@@ -1,19 +1,42 @@
 """Cut a chain of layers into stages so that the busiest rank has as little to do as possible.
 
-Exact for the objective it states, in pure arithmetic. It knows costs only: what a layer costs
-is decided by `decide`, and which schedule runs on the stages by `schedule`.
+Exact for the objective it states, in pure arithmetic. It knows loads only: what a stage costs a rank, and
+whether it fits there, is decided by `stage_load`; which schedule runs on the stages by `schedule`.
+
+All solvers are dynamic programs under a cap on the load that starts at a lower bound and grows until a
+cut is found; what cannot be part of a cut below the cap is never looked at.
 """
 
 from __future__ import annotations
 
-import bisect
 import itertools
-from collections.abc import Callable, Sequence
-from operator import add, mul
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from operator import mul
 
 from deepopt.errors import PlanError
 
-_RELATIVE_STEP = 1e-12  # two loads closer than this are one: float sums differ by as much
+_SLACK = 1e-12  # two loads closer than this are one: float sums differ by as much
+_FIRST_STEP = 0.01  # of the bound: how far above it a cut is looked for first
+_INFINITE = float("inf")
+
+LineLoad = Callable[[int, int, int], float]
+"""Load of (position, first layer, end): grows with the layers; infinite where they do not fit."""
+FoldedLoad = Callable[[int, int, int, int, int], float]
+"""Load of (pair, first layer, end, first layer, end): the same for two ranges of one rank."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Division:
+    """Where a chain is cut.
+
+    Args:
+        boundaries: index of the first layer of each stage.
+        load: of the busiest position.
+    """
+
+    boundaries: tuple[int, ...]
+    load: float
 
 
 def partition(
@@ -35,14 +58,13 @@ def partition(
     Raises:
         PlanError: more stages than layers.
     """
-    sums = _sums(costs, num_stages)
+    sums = sums_of(costs, num_stages)
     scale = _factors(factors, num_stages)
-    cap = _least_cap(
-        lambda cap: _line(sums, scale, cap),
-        load=lambda edges: max(map(mul, scale, _stage_costs(sums, edges))),
-        total=sums[-1] * max(scale),
+    found = divide_line(
+        sums, scale, load=lambda stage, a, b: (sums[b] - sums[a]) * scale[stage]
     )
-    return _evenest_line(sums, scale, cap)
+    assert found is not None, "without a memory, every cut fits"
+    return found.boundaries
 
 
 def partition_folded(
@@ -53,9 +75,7 @@ def partition_folded(
     That is mirror placement (half of the micro-batches go through each of the two, so a rank's
     load is half of the pair's cost) and V placement (all go through both). The greatest pair
     cost is the smallest possible, with the middle stage of an odd number counted twice; among
-    the best, the costliest single stage is the smallest possible. Exact in both up to a relative
-    1e-12. What freedom is left goes into evening
-    out the stages, layer by layer, without a claim to the optimum.
+    the best, the sum of the squared stage costs.
 
     Args:
         costs: cost of each layer in chain order, each at least 0.
@@ -69,26 +89,128 @@ def partition_folded(
     Raises:
         PlanError: more stages than layers.
     """
-    sums = _sums(costs, num_stages)
+    sums = sums_of(costs, num_stages)
     scale = _factors(factors, -(-num_stages // 2))
-
-    def caps(cap: float) -> list[float]:
-        return [cap / factor for factor in scale]
-
-    load_cap = _least_cap(
-        lambda cap: _folded(sums, num_stages, pair_caps=caps(cap), stage_cap=sums[-1]),
-        load=lambda edges: folded_load(_stage_costs(sums, edges), factors=scale),
-        total=2 * sums[-1] * max(scale),
+    found = divide_folded(
+        sums,
+        scale,
+        num_stages=num_stages,
+        load=lambda pair, a, b, c, d: (sums[b] - sums[a] + sums[d] - sums[c]) * scale[pair],
     )
-    pair_caps = [cap * (1 + _RELATIVE_STEP) for cap in caps(load_cap)]
-    stage_cap = _least_cap(
-        lambda cap: _folded(sums, num_stages, pair_caps=pair_caps, stage_cap=cap),
-        load=lambda edges: max(_stage_costs(sums, edges)),
-        total=sums[-1],
+    assert found is not None, "without a memory, every cut fits"
+    return found.boundaries
+
+
+def divide_line(
+    sums: Sequence[float],
+    factors: Sequence[float],
+    *,
+    load: LineLoad,
+    crossing: Sequence[float] = (),
+    stretch: float = 1.0,
+) -> Division | None:
+    """The least greatest load of a line, then the least sum of squared loads.
+
+    Args:
+        sums: of the first n layers' work, for each n.
+        factors: least load of a unit of work at each position.
+        load: at least work x factor.
+        crossing: load of the route at a cut before each layer; empty for none.
+        stretch: at least 1: the sum of squares is sought among loads up to so many times the least.
+
+    Returns:
+        None where no cut fits.
+    """
+    least = _lowest(
+        lambda cap: _line(sums, factors, load, crossing, cap=cap, evenest=False),
+        bound=line_bound(sums, factors),
+        most=sums[-1] * max(factors),
     )
-    edges = _folded(sums, num_stages, pair_caps=pair_caps, stage_cap=stage_cap)
-    assert edges is not None, "the least caps that were reached can be reached again"
-    return _even_out(sums, edges, pair_caps=pair_caps, stage_cap=stage_cap)
+    if least is None:
+        return None
+    cap = max(least[0] * (1 + _SLACK), least[0] * stretch)
+    found = _line(sums, factors, load, crossing, cap=cap, evenest=True)
+    assert found is not None, "the least load that was reached can be reached"
+    edges = found[1]
+    ends = (*edges[1:], len(sums) - 1)
+    loads = [load(i, a, b) for i, (a, b) in enumerate(zip(edges, ends, strict=True))]
+    routes = [crossing[a] for a in edges[1:]] if crossing else []
+    return Division(boundaries=edges, load=max(*loads, *routes, 0.0))
+
+
+def divide_folded(
+    sums: Sequence[float],
+    factors: Sequence[float],
+    *,
+    num_stages: int,
+    load: FoldedLoad,
+    crossing: Sequence[float] = (),
+    turns: bool = True,
+    stretch: float = 1.0,
+) -> Division | None:
+    """As `divide_line`, for pairs of stages s and num_stages - 1 - s, from the outermost inwards.
+
+    Args:
+        sums: of the first n layers' work, for each n.
+        factors: least load of a unit of work of each pair.
+        num_stages: with an odd number, the middle stage is paired with itself.
+        load: at least work x factor.
+        crossing: load of the route at a cut before each layer; empty for none.
+        turns: whether the two middle stages are on one rank (V), so that no route lies between them.
+        stretch: as for `divide_line`.
+
+    Returns:
+        None where no cut fits.
+    """
+    least = _lowest(
+        lambda cap: _folded(
+            sums, factors, num_stages, load, crossing, turns, cap=cap, evenest=False
+        ),
+        bound=folded_bound(sums, factors, num_stages=num_stages),
+        most=2 * sums[-1] * max(factors),
+    )
+    if least is None:
+        return None
+    cap = max(least[0] * (1 + _SLACK), least[0] * stretch)
+    found = _folded(sums, factors, num_stages, load, crossing, turns, cap=cap, evenest=True)
+    assert found is not None, "the least load that was reached can be reached"
+    edges = found[1]
+    ends = (*edges[1:], len(sums) - 1)
+    loads = [
+        load(i, edges[i], ends[i], edges[-1 - i], ends[-1 - i]) for i in range(len(factors))
+    ]
+    middle = num_stages // 2 if turns and num_stages % 2 == 0 else 0
+    routes = (
+        [crossing[a] for i, a in enumerate(edges) if i not in (0, middle)] if crossing else []
+    )
+    return Division(boundaries=edges, load=max(*loads, *routes, 0.0))
+
+
+def line_bound(sums: Sequence[float], factors: Sequence[float]) -> float:
+    """No cut of a line has a smaller greatest load: all positions full, or one layer alone.
+
+    Args:
+        sums: of the first n layers' work, for each n.
+        factors: least load of a unit of work at each position.
+    """
+    speed = sum(1 / factor for factor in factors)
+    layers = [b - a for a, b in itertools.pairwise(sums)]
+    return max(sums[-1] / speed, max(layers) * min(factors))
+
+
+def folded_bound(sums: Sequence[float], factors: Sequence[float], *, num_stages: int) -> float:
+    """As `line_bound`, for pairs.
+
+    Args:
+        sums: of the first n layers' work, for each n.
+        factors: least load of a unit of work of each pair.
+        num_stages: with an odd number, the middle stage counts twice.
+    """
+    speed = sum(1 / factor for factor in factors)
+    if num_stages % 2:
+        speed -= 1 / factors[-1] / 2
+    layers = [b - a for a, b in itertools.pairwise(sums)]
+    return max(sums[-1] / speed, max(layers) * min(factors))
 
 
 def stage_costs(costs: Sequence[float], boundaries: Sequence[int]) -> tuple[float, ...]:
@@ -98,7 +220,9 @@ def stage_costs(costs: Sequence[float], boundaries: Sequence[int]) -> tuple[floa
         costs: cost of each layer.
         boundaries: index of the first layer of each stage.
     """
-    return tuple(_stage_costs([0.0, *itertools.accumulate(costs)], boundaries))
+    sums = [0.0, *itertools.accumulate(costs)]
+    ends = (*boundaries[1:], len(costs))
+    return tuple(sums[end] - sums[start] for start, end in zip(boundaries, ends, strict=True))
 
 
 def folded_load(stages: Sequence[float], *, factors: Sequence[float] = ()) -> float:
@@ -114,6 +238,25 @@ def folded_load(stages: Sequence[float], *, factors: Sequence[float] = ()) -> fl
     return load
 
 
+def sums_of(costs: Sequence[float], num_stages: int) -> list[float]:
+    """The work of the first n layers, for each n.
+
+    Args:
+        costs: cost of each layer, each at least 0.
+        num_stages: that the layers have to form.
+
+    Raises:
+        PlanError: more stages than layers.
+    """
+    if not 1 <= num_stages <= len(costs):
+        raise PlanError(
+            f"{len(costs)} layers cannot form {num_stages} stages",
+            remedy=f"choose between 1 and {len(costs)} stages: fewer workers or a deeper model",
+        )
+    assert all(cost >= 0 for cost in costs), f"a layer cost is negative: {list(costs)}"
+    return [0.0, *itertools.accumulate(costs)]
+
+
 def _factors(factors: Sequence[float], count: int) -> Sequence[float]:
     if not factors:
         return (1.0,) * count
@@ -125,163 +268,164 @@ def _factors(factors: Sequence[float], count: int) -> Sequence[float]:
     return factors
 
 
-def _sums(costs: Sequence[float], num_stages: int) -> list[float]:
-    if not 1 <= num_stages <= len(costs):
-        raise PlanError(
-            f"{len(costs)} layers cannot form {num_stages} stages",
-            remedy=f"choose between 1 and {len(costs)} stages: fewer workers or a deeper model",
-        )
-    assert all(cost >= 0 for cost in costs), f"a layer cost is negative: {list(costs)}"
-    return [0.0, *itertools.accumulate(costs)]
+_Cut = tuple[float, tuple[int, ...]]  # its greatest load, or its sum of squares, and its edges
 
 
-def _stage_costs(sums: Sequence[float], edges: Sequence[int]) -> list[float]:
-    ends = (*edges[1:], len(sums) - 1)
-    return [sums[end] - sums[start] for start, end in zip(edges, ends, strict=True)]
-
-
-def _least_cap(
-    cut: Callable[[float], tuple[int, ...] | None],
-    *,
-    load: Callable[[tuple[int, ...]], float],
-    total: float,
-) -> float:
-    """The least load that any cut has: bisect, and jump to loads that were reached."""
-    low, high = 0.0, total * (1 + _RELATIVE_STEP)
-    while high - low > _RELATIVE_STEP * total:
-        middle = (low + high) / 2
-        edges = cut(middle)
-        if edges is None:
-            low = middle
-        else:
-            high = min(middle, load(edges))
-    return high * (1 + _RELATIVE_STEP)  # so that the same sums, in another order, still fit
+def _lowest(cut: Callable[[float], _Cut | None], *, bound: float, most: float) -> _Cut | None:
+    """The best cut under the first cap that admits one; None where none does."""
+    step = _FIRST_STEP
+    while True:
+        cap = min(bound * (1 + step), most * (1 + _SLACK))
+        found = cut(cap)
+        if found is not None:
+            return found
+        if bound * (1 + step) > most:
+            return cut(_INFINITE)  # loads may exceed work x factor, by what is run again
+        step *= 2
 
 
 def _line(
-    sums: Sequence[float], factors: Sequence[float], cap: float
-) -> tuple[int, ...] | None:
-    """Stages up to the cap of their device: by every layer at which each stage can end.
-
-    With devices of one speed the longest stage would always do; a slow device after a fast one may
-    have to be given less than the fast one leaves.
-    """
-    num_layers = len(sums) - 1
-    ends: list[list[int]] = [[0]]  # ascending
-    for stage, factor in enumerate(factors):
-        last = num_layers - (len(factors) - 1 - stage)  # a layer for each stage to come
-        reached: list[int] = []
-        for start in ends[-1]:
-            end = min(bisect.bisect_right(sums, sums[start] + cap / factor) - 1, last)
-            first = max(start, reached[-1] if reached else 0) + 1
-            reached.extend(range(first, end + 1))
-        if not reached:
-            return None
-        ends.append(reached)
-    if ends[-1][-1] != num_layers:
-        return None
-    edges = [num_layers]
-    for stage in reversed(range(len(factors))):
-        room = cap / factors[stage]
-        edges.append(next(e for e in ends[stage] if sums[edges[-1]] <= sums[e] + room))
-    return tuple(reversed(edges[1:]))
-
-
-def _evenest_line(
-    sums: Sequence[float], factors: Sequence[float], cap: float
-) -> tuple[int, ...]:
-    """The smallest sum of squared stage costs with no stage above the cap."""
+    sums: Sequence[float],
+    factors: Sequence[float],
+    load: LineLoad,
+    crossing: Sequence[float],
+    *,
+    cap: float,
+    evenest: bool,
+) -> _Cut | None:
+    """The best cut with no load above the cap."""
     num_layers, num_stages = len(sums) - 1, len(factors)
-    best = [0.0] + [float("inf")] * num_layers  # of the first layers in the stages so far
+    needed = _needed(sums[-1], [cap / factor for factor in factors])
+    best = [0.0] + [_INFINITE] * num_layers  # of the first layers in the stages so far
     choices: list[list[int]] = []
     for stage in range(num_stages):
-        new = [float("inf")] * (num_layers + 1)
+        new = [_INFINITE] * (num_layers + 1)
         chosen = [0] * (num_layers + 1)
-        for end in range(stage + 1, num_layers - (num_stages - 1 - stage) + 1):
+        last = num_layers - (num_stages - 1 - stage)
+        for end in range(last, stage, -1):
+            if sums[end] < needed[stage + 1]:
+                break
             for start in range(end - 1, stage - 1, -1):
-                cost = (sums[end] - sums[start]) * factors[stage]
+                cost = load(stage, start, end)
                 if cost > cap:
                     break
-                if best[start] + cost * cost < new[end]:
-                    new[end] = best[start] + cost * cost
-                    chosen[end] = start
+                before = best[start]
+                if before == _INFINITE or (crossing and stage and crossing[start] > cap):
+                    continue
+                if evenest:
+                    value = before + cost * cost
+                else:
+                    value = max(before, cost, crossing[start] if crossing and stage else 0.0)
+                if value < new[end]:
+                    new[end], chosen[end] = value, start
         best = new
         choices.append(chosen)
-    assert best[num_layers] < float("inf"), "the least cap that was reached can be reached"
+    if best[num_layers] == _INFINITE:
+        return None
     edges = [num_layers]
     for chosen in reversed(choices):
         edges.append(chosen[edges[-1]])
-    return tuple(reversed(edges[1:]))
+    return best[num_layers], tuple(reversed(edges[1:]))
 
 
 def _folded(
-    sums: Sequence[float], num_stages: int, *, pair_caps: Sequence[float], stage_cap: float
-) -> tuple[int, ...] | None:
-    """Take pairs from both ends under the caps: depth first, the largest stages first.
-
-    A state that failed is not tried again, and one whose rest cannot fit into the pairs to come
-    is not entered, so both a loose and an impossible cap are decided early.
-    """
-    num_layers, num_pairs = len(sums) - 1, num_stages // 2
-    odd = num_stages % 2 == 1
-    failed: set[tuple[int, int, int]] = set()
-    paired = [*pair_caps[:num_pairs], 0.0]
-    room_from = list(itertools.accumulate(reversed(paired)))[::-1]  # of the pairs to come
-
-    def search(pair: int, front: int, behind: int) -> tuple[int, ...] | None:
-        rest = sums[behind] - sums[front]
-        if pair == num_pairs:
-            if odd:
-                fits = front < behind and rest <= stage_cap and 2 * rest <= pair_caps[pair]
-                return (front,) if fits else None
-            return () if front == behind else None
-        room = room_from[pair] + (min(stage_cap, pair_caps[-1] / 2) if odd else 0)
-        if rest > room * (1 + _RELATIVE_STEP) or (pair, front, behind) in failed:
-            return None
-        later = num_stages - 2 * (pair + 1)
-        pair_cap = pair_caps[pair]
-        cap = min(stage_cap, pair_cap)
-        last = min(bisect.bisect_right(sums, sums[front] + cap) - 1, behind - later - 1)
-        for end in range(last, front, -1):
-            room = min(stage_cap, pair_cap - (sums[end] - sums[front]))
-            first = max(bisect.bisect_left(sums, sums[behind] - room), end + later)
-            for start in range(first, behind):
-                inner = search(pair + 1, end, start)
-                if inner is not None:
-                    return (front, *inner, start)
-        failed.add((pair, front, behind))
-        return None
-
-    return search(0, 0, num_layers)
-
-
-def _even_out(
     sums: Sequence[float],
-    edges: tuple[int, ...],
+    factors: Sequence[float],
+    num_stages: int,
+    load: FoldedLoad,
+    crossing: Sequence[float],
+    turns: bool,
     *,
-    pair_caps: Sequence[float],
-    stage_cap: float,
-) -> tuple[int, ...]:
-    """Move single edges by one layer as long as the squares shrink and the caps hold."""
-
-    def squares(cut: Sequence[int]) -> float:
-        return sum(cost * cost for cost in _stage_costs(sums, cut))
-
-    best = list(edges)
-    moved = True
-    while moved:
-        moved = False
-        for index in range(1, len(best)):
-            after = best[index + 1] if index + 1 < len(best) else len(sums) - 1
-            for edge in (best[index] - 1, best[index] + 1):
-                if not best[index - 1] < edge < after:
-                    continue
-                cut = [*best[:index], edge, *best[index + 1 :]]
-                stages = _stage_costs(sums, cut)
-                pairs = map(add, stages, reversed(stages))
-                fits = max(stages) <= stage_cap and all(
-                    pair <= cap for pair, cap in zip(pairs, pair_caps, strict=False)
+    cap: float,
+    evenest: bool,
+) -> _Cut | None:
+    """The best cut with no pair above the cap: from both ends inwards, over (front, behind)."""
+    num_layers, num_pairs = len(sums) - 1, num_stages // 2
+    rooms = [cap / factor for factor in factors]
+    if num_stages % 2:
+        rooms[-1] /= 2
+    needed = _needed(sums[-1], rooms)
+    State = tuple[int, int]
+    best: dict[State, float] = {(0, num_layers): 0.0}
+    steps: list[dict[State, State]] = []
+    for pair in range(num_pairs):
+        inner = num_stages - 2 * (pair + 1)
+        new: dict[State, float] = {}
+        came: dict[State, State] = {}
+        for (front, behind), before in best.items():
+            for end, start, cost in _pairs(
+                sums, load, pair, front, behind, inner=inner, cap=cap, needed=needed[pair + 1]
+            ):
+                # The cut before `end` is the next pair's, or in the middle the same as this one.
+                route = max(
+                    crossing[front] if crossing and pair else 0.0,
+                    crossing[start] if crossing and (inner or not turns) else 0.0,
                 )
-                if fits and squares(cut) < squares(best):
-                    best, moved = cut, True
-    return tuple(best)
+                if route > cap:
+                    continue
+                if evenest:
+                    one, other = sums[end] - sums[front], sums[behind] - sums[start]
+                    value = before + factors[pair] ** 2 * (one * one + other * other)
+                else:
+                    value = max(before, cost, route)
+                if value < new.get((end, start), _INFINITE):
+                    new[end, start], came[end, start] = value, (front, behind)
+        best = new
+        steps.append(came)
+    final: tuple[float, State] | None = None
+    for (front, behind), before in best.items():
+        if num_stages % 2 == 0:
+            if front == behind and (final is None or before < final[0]):
+                final = before, (front, behind)
+            continue
+        if front >= behind:
+            continue
+        cost = load(num_pairs, front, behind, front, behind)
+        route = crossing[front] if crossing and num_pairs else 0.0
+        if max(cost, route) > cap:
+            continue
+        alone = (sums[behind] - sums[front]) * factors[-1]
+        value = before + alone * alone if evenest else max(before, cost, route)
+        if final is None or value < final[0]:
+            final = value, (front, behind)
+    if final is None:
+        return None
+    value, state = final
+    fronts, behinds = [], []
+    middle = [state[0]] if num_stages % 2 else []
+    for came in reversed(steps):
+        behinds.append(state[1])
+        state = came[state]
+        fronts.append(state[0])
+    return value, (*reversed(fronts), *middle, *behinds)
+
+
+def _pairs(
+    sums: Sequence[float],
+    load: FoldedLoad,
+    pair: int,
+    front: int,
+    behind: int,
+    *,
+    inner: int,
+    cap: float,
+    needed: float,
+) -> Iterator[tuple[int, int, float]]:
+    """Every (end, start) of a pair that takes [front, end) and [start, behind), with its load."""
+    taken = sums[front] + sums[-1] - sums[behind]
+    for end in range(front + 1, behind - inner):
+        if load(pair, front, end, behind - 1, behind) > cap:
+            return
+        for start in range(behind - 1, end + inner - 1, -1):
+            cost = load(pair, front, end, start, behind)
+            if cost > cap:
+                break
+            so_far = taken + sums[end] - sums[front] + sums[behind] - sums[start]
+            if so_far >= needed and (inner or start == end):
+                yield end, start, cost
+
+
+def _needed(total: float, rooms: Sequence[float]) -> list[float]:
+    """Work that has to be taken before each position, so that the rest has room."""
+    left = [0.0, *itertools.accumulate(reversed(rooms))]
+    return [total * (1 - _SLACK) - room * (1 + _SLACK) for room in reversed(left)]

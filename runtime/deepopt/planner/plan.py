@@ -8,11 +8,12 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from deepopt.errors import PlanError
+from deepopt.planner.layer_costs import LayerCosts
 from deepopt.schedule.ir import (
     Direction,
     Placement,
@@ -39,6 +40,9 @@ class Plan:
         num_groups: gradient groups of one step, over all replicas.
         orders: for each replica, the key of its searched order (see `planner.orders`); empty
             where a builder makes it.
+        order: the pipeline rank at each position of the placement; empty where it is the position.
+        recompute: layers that are run again for their backward; None where pipeline.recompute says
+            so of all.
     """
 
     plan_id: int
@@ -51,6 +55,8 @@ class Plan:
     num_microbatches: int
     num_groups: int
     orders: tuple[str, ...] = ()
+    order: tuple[int, ...] = ()
+    recompute: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         edges = (*self.boundaries, len(self.layer_names))
@@ -67,6 +73,17 @@ class Plan:
         if len(self.orders) not in (0, self.data_size):
             raise PlanError(
                 f"the plan names {len(self.orders)} searched orders for {self.data_size} replicas"
+            )
+        if self.order and sorted(self.order) != [*range(self.pipeline_size)]:
+            raise PlanError(
+                f"the plan orders ranks {list(self.order)}, a pipeline has {self.pipeline_size}",
+                remedy="name each rank of a pipeline once, or none",
+            )
+        if any(not 0 <= layer < len(self.layer_names) for layer in self.recompute or ()):
+            raise PlanError(
+                f"the plan recomputes layers {list(self.recompute or ())} of "
+                f"{len(self.layer_names)}",
+                remedy="name layers of the model",
             )
         copies = 2 if self.placement is PlacementKind.MIRROR and self.pipeline_size > 1 else 1
         if self.num_groups % (copies * self.data_size):
@@ -107,7 +124,26 @@ class Plan:
                 f"placement {self.placement} on {self.pipeline_size} ranks has "
                 f"{placement.num_stages} stages, the plan cuts {self.num_stages}"
             )
-        return placement
+        return placement.on_ranks(self.order) if self.order else placement
+
+    def recomputed(self, layers: Sequence[int], *, all_of_them: bool) -> frozenset[int]:
+        """Which of some layers are run again for their backward.
+
+        Args:
+            layers: indices.
+            all_of_them: what pipeline.recompute says where the plan does not.
+        """
+        if self.recompute is None:
+            return frozenset(layers if all_of_them else ())
+        return frozenset(layers) & frozenset(self.recompute)
+
+    def costs_of(self, layers: LayerCosts) -> LayerCosts:
+        """The same costs with only those layers run again that this plan says.
+
+        Args:
+            layers: costs of all layers of the model.
+        """
+        return layers if self.recompute is None else layers.recomputing(self.recompute)
 
     def replica_groups(self, data_index: int) -> tuple[tuple[int, int], ...]:
         """Global micro-batch ranges of the groups that one replica owns."""
@@ -159,6 +195,10 @@ class Plan:
                 "layer_names": tuple(fields["layer_names"]),
                 "boundaries": tuple(fields["boundaries"]),
                 "orders": tuple(fields.get("orders", ())),  # older plans know none
+                "order": tuple(fields.get("order", ())),
+                "recompute": None
+                if fields.get("recompute") is None
+                else tuple(fields["recompute"]),
                 "placement": PlacementKind(fields["placement"]),
             }
         )

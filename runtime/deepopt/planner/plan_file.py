@@ -6,6 +6,7 @@ whether it fits a job and the machines at hand.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from statistics import median
 from typing import Annotated, Any, Literal
 
@@ -14,7 +15,7 @@ from pydantic import Field
 from deepopt.config_fields import Count, Index, Section, Text
 from deepopt.errors import PlanError
 from deepopt.planner.layer_costs import LayerCosts
-from deepopt.planner.orders import input_key
+from deepopt.planner.orders import built_order, input_key
 from deepopt.planner.plan import Plan
 from deepopt.planner.profile import (
     MEGABYTE,
@@ -28,7 +29,7 @@ from deepopt.planner.profile import (
     PredictedSection,
     Source,
 )
-from deepopt.schedule.builders import BUILDERS, build
+from deepopt.schedule.builders import BUILDERS
 from deepopt.schedule.ir import PlacementKind, Schedule, parse_action
 from deepopt.schedule.verify import verify
 
@@ -44,6 +45,14 @@ class PipelineSection(Section):
     schedule: Text = Field(description="A builder, or the name of the order under `orders`.")
     microbatches: Count = Field(description="Of one step, over all replicas.")
     groups: Count = Field(description="Gradient groups of one step.")
+    order: tuple[Index, ...] = Field(
+        default=(), description="The rank at each position of the placement; none: 0, 1, 2, ..."
+    )
+    recompute: tuple[Text, ...] | None = Field(
+        default=None,
+        description="Names of the layers that run again for their backward; null: none or all of "
+        "them, as the job's pipeline.recompute says.",
+    )
 
 
 class StageSection(Section):
@@ -101,7 +110,7 @@ class PlanFile(Section):
             return tuple(sum(getattr(own, name) for name in names) * MEGABYTE for own in sizes)
 
         links: dict[str, Any] = _link_costs(self.hardware, self.pipeline.ranks)
-        return LayerCosts(
+        costs = LayerCosts(
             forward_s=seconds("forward"),
             input_s=seconds("input"),
             weight_s=seconds("weight"),
@@ -117,6 +126,10 @@ class PlanFile(Section):
             source=self.source,
             **links,
         )
+        if self.pipeline.recompute is None:
+            return costs
+        chosen = set(self.pipeline.recompute)
+        return costs.recomputing([i for i, one in enumerate(self.layers) if one.name in chosen])
 
     def plan(self, *, plan_id: int) -> Plan:
         """Who holds which layers.
@@ -140,6 +153,10 @@ class PlanFile(Section):
             num_microbatches=pipeline.microbatches,
             num_groups=pipeline.groups,
             orders=tuple(input_key({"rows": rows}) for rows in self.orders),
+            order=pipeline.order,
+            recompute=None
+            if pipeline.recompute is None
+            else tuple(_known(index, name) for name in pipeline.recompute),
         )
 
     def schedules(self) -> tuple[Schedule, ...]:
@@ -164,7 +181,7 @@ class PlanFile(Section):
                     ),
                 )
             elif plan.schedule in BUILDERS:
-                schedule = build(plan.schedule, placement=placement, directions=directions)
+                schedule = built_order(plan, data_index=replica)
             else:
                 raise PlanError(
                     f"pipeline.schedule {plan.schedule} is no builder, and the plan has no orders",
@@ -173,6 +190,15 @@ class PlanFile(Section):
             verify(schedule)
             found.append(schedule)
         return tuple(found)
+
+
+def _known(index: Mapping[str, int], name: str) -> int:
+    if name not in index:
+        raise PlanError(
+            f"pipeline.recompute names layer {name}, which the plan does not have",
+            remedy="name layers of the plan",
+        )
+    return index[name]
 
 
 def rank_factors(hardware: HardwareSection, *, ranks: int) -> tuple[float, ...]:

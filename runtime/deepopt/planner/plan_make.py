@@ -23,10 +23,11 @@ from deepopt.planner.profile import (
     PredictedSection,
     Source,
 )
+from deepopt.planner.shapes import sizes_of
 from deepopt.planner.skeleton import ModelSkeleton
 from deepopt.schedule.bound import lower_bound_s
 from deepopt.schedule.ir import Schedule
-from deepopt.schedule.memory import Memory, peaks
+from deepopt.schedule.memory import peaks
 from deepopt.schedule.simulate import CostTable, Timeline, simulate
 
 
@@ -103,6 +104,10 @@ def _written(measured: Measured, planned: Planned) -> PlanFile:
             schedule=planned.schedules[0].name if orders else plan.schedule,
             microbatches=plan.num_microbatches,
             groups=plan.num_groups,
+            order=plan.order,
+            recompute=None
+            if plan.recompute is None
+            else tuple(names[layer] for layer in plan.recompute),
         ),
         stages=tuple(
             StageSection(
@@ -181,11 +186,9 @@ def rank_bytes(costs: LayerCosts, plan: Plan, schedule: Schedule) -> tuple[float
     states = costs.rank_state_bytes(plan.boundaries, placement=placement)
     if not any(costs.activation_bytes):
         return states
-    full = costs.per_stage(costs.activation_bytes, plan.boundaries)
-    kept = full
-    if costs.recomputes:
-        kept = tuple(map(min, costs.per_stage(costs.input_bytes, plan.boundaries), full))
-    memory = Memory(kept=kept, full=full, caps=(float("inf"),) * placement.num_ranks)
+    memory = sizes_of(
+        costs, boundaries=plan.boundaries, caps=(float("inf"),) * placement.num_ranks
+    )
     return tuple(map(sum, zip(peaks(schedule, memory), states, strict=True)))
 
 

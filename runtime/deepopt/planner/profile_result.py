@@ -169,7 +169,7 @@ def layer_sections(
                     forward=_rounded(forward),
                     input=_rounded(middle("input_s")),
                     weight=_rounded(middle("weight_s")),
-                    prepare=_rounded(forward) if job.pipeline.recompute == "full" else 0.0,
+                    prepare=_rounded(forward) if job.pipeline.recompute != "none" else 0.0,
                     update=_rounded(middle("update_s")),
                     spread=round(_spread(trials[0]), 3),
                 ),

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from deepopt.errors import PlanError
 from deepopt.planner.layer_costs import LayerCosts
-from deepopt.planner.partition import partition, partition_folded
 from deepopt.schedule.ir import Placement, PlacementKind, place
 from deepopt.schedule.memory import Memory
 
@@ -58,8 +57,8 @@ def shapes(most_stages_per_rank: int = MOST_STAGES_PER_RANK) -> tuple[Shape, ...
 SHAPES = shapes()
 
 
-def fit_boundaries(costs: LayerCosts, shape: Shape, *, num_ranks: int) -> tuple[int, ...]:
-    """The cut that leaves the busiest rank as little to do as possible, by its own speed.
+def check_layers(costs: LayerCosts, shape: Shape, *, num_ranks: int) -> None:
+    """Check that the layers and figures suffice for the stages and ranks.
 
     Args:
         costs: of the layers and ranks.
@@ -67,10 +66,9 @@ def fit_boundaries(costs: LayerCosts, shape: Shape, *, num_ranks: int) -> tuple[
         num_ranks: of one pipeline.
 
     Raises:
-        PlanError: more stages than layers.
+        PlanError: more stages than layers, or figures of other ranks.
     """
-    placement = shape.place(num_ranks)
-    num_stages = placement.num_stages
+    num_stages = shape.place(num_ranks).num_stages
     if num_stages > costs.num_layers:
         per_rank = shape.stages_per_rank
         stages = f"{num_stages} stages" + (f" ({per_rank} a rank)" if per_rank > 1 else "")
@@ -79,25 +77,15 @@ def fit_boundaries(costs: LayerCosts, shape: Shape, *, num_ranks: int) -> tuple[
             remedy=f"use at most {costs.num_layers // per_rank or 1} worker(s) per pipeline, "
             "more replicas (parallel.data), or a deeper model",
         )
-    factors = costs.rank_factor or (1.0,) * num_ranks
-    if len(factors) != num_ranks:
-        raise PlanError(
-            f"the costs name {len(factors)} rank factors, a pipeline has {num_ranks} ranks",
-            remedy="give one factor for each rank, or none",
-        )
-    work = costs.work_s
-    if len(set(work)) == len(set(factors)) == 1 and len(work) % num_stages == 0:
-        # No search, so no rounding, where the answer is plain.
-        return tuple(range(0, len(work), len(work) // num_stages))
-    if shape.kind is PlacementKind.LINE:
-        by_stage = [factors[rank] for rank in placement.down]
-        return partition(work, num_stages, factors=by_stage)
-    num_pairs = -(-num_stages // 2)
-    if shape.kind is PlacementKind.V:
-        by_pair = list(factors)
-    else:
-        by_pair = [max(factors[r], factors[num_ranks - 1 - r]) for r in range(num_pairs)]
-    return partition_folded(work, num_stages, factors=by_pair)
+    for what, figures in (
+        ("rank factors", costs.rank_factor),
+        ("memories of ranks", costs.memory_bytes),
+    ):
+        if len(figures) not in (0, num_ranks):
+            raise PlanError(
+                f"the costs name {len(figures)} {what}, a pipeline has {num_ranks} ranks",
+                remedy="give one for each rank, or none",
+            )
 
 
 def memory_for(costs: LayerCosts, *, boundaries: Sequence[int], placement: Placement) -> Memory:
@@ -139,7 +127,5 @@ def sizes_of(costs: LayerCosts, *, boundaries: Sequence[int], caps: Sequence[flo
         caps: of each rank, without the layers' states.
     """
     full = costs.per_stage(costs.activation_bytes, boundaries)
-    kept = full
-    if costs.recomputes:
-        kept = tuple(map(min, costs.per_stage(costs.input_bytes, boundaries), full))
+    kept = tuple(map(min, costs.per_stage(costs.kept_bytes, boundaries), full))
     return Memory(kept=kept, full=full, caps=tuple(caps))

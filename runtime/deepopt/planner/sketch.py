@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from deepopt.errors import PlanError
+from deepopt.planner.cut import NO_FREEDOM, Cut, Freedom, cuts, given_cut
 from deepopt.planner.layer_costs import LayerCosts
-from deepopt.planner.shapes import Shape, fit_boundaries, memory_for
+from deepopt.planner.shapes import Shape, memory_for
 from deepopt.schedule.ir import Direction, Placement, directions_of, group_bounds
 from deepopt.schedule.memory import Memory
 from deepopt.schedule.simulate import CostTable
@@ -34,6 +35,7 @@ class Pipeline:
             for any.
         capped_as_1f1b: else, as many as 1F1B holds (p; p + 1 with mirror, whose two streams meet).
         boundaries: a cut to keep to; None to fit one to the costs.
+        freedom: what else may be chosen.
         cores: host cores that all ranks share; None where each has a device of its own.
         overlap: whether each rank begins the next step when it has ended this one.
     """
@@ -44,6 +46,7 @@ class Pipeline:
     memory_cap: float | None = None
     capped_as_1f1b: bool = False
     boundaries: tuple[int, ...] | None = None
+    freedom: Freedom = NO_FREEDOM
     cores: int | None = None
     overlap: bool = False
 
@@ -67,13 +70,13 @@ class Pipeline:
         return None if self.cores is None else max(1, self.cores // len(self.replicas))
 
     def place(self, shape: Shape) -> Placement:
-        """Stages on this pipeline's ranks.
+        """Stages on this pipeline's ranks in their own order.
 
         Args:
             shape: the placement.
 
         Raises:
-            PlanError: fewer layers than stages, or a given cut has another number.
+            PlanError: a given cut has another number of stages.
         """
         placement = shape.place(self.num_ranks)
         if self.boundaries is not None and len(self.boundaries) != placement.num_stages:
@@ -82,42 +85,68 @@ class Pipeline:
             )
         return placement
 
-    def cut(self, shape: Shape) -> tuple[int, ...]:
-        """The first layer of each stage: as given, or so that the busiest rank has least to do.
+    def cuts(self, shape: Shape) -> tuple[Cut, ...]:
+        """Cuts to look at: the given one, or those with the least for the busiest rank to do.
 
         Args:
             shape: the placement.
 
         Raises:
-            PlanError: more stages than layers.
+            PlanError: more stages than layers, or nothing fits the memory.
         """
+        most = max(map(sum, self.replicas))
         if self.boundaries is not None:
-            return self.boundaries
-        return fit_boundaries(self.layers, shape, num_ranks=self.num_ranks)
-
-    def table(self, boundaries: Sequence[int], *, placement: Placement) -> CostTable:
-        """The costs of the stages of a cut.
-
-        Args:
-            boundaries: index of the first layer of each stage.
-            placement: stages on ranks.
-        """
-        return self.layers.table(
-            boundaries, placement=placement, num_replicas=len(self.replicas)
+            cut = given_cut(
+                self.boundaries,
+                costs=self.layers,
+                shape=shape,
+                num_ranks=self.num_ranks,
+                num_microbatches=most,
+                freedom=self.freedom,
+            )
+            return (cut,)
+        return cuts(
+            self.layers,
+            shape,
+            num_ranks=self.num_ranks,
+            num_microbatches=most,
+            freedom=self.freedom,
         )
 
-    def memory(self, boundaries: Sequence[int], *, placement: Placement) -> Memory:
-        """What micro-batches hold and ranks can hold.
+    def layers_of(self, cut: Cut) -> LayerCosts:
+        """Costs of the layers in the places of a cut: position by position, with its repeats.
 
         Args:
-            boundaries: index of the first layer of each stage.
-            placement: stages on ranks.
+            cut: of this pipeline.
+        """
+        layers = self.layers.recomputing(cut.again) if self.layers.recomputes else self.layers
+        return layers.on_ranks(cut.order) if cut.order else layers
+
+    def table(self, cut: Cut, *, placement: Placement) -> CostTable:
+        """The costs of the stages of a cut, by position.
+
+        Args:
+            cut: of this pipeline.
+            placement: stages on positions.
+        """
+        return self.layers_of(cut).table(
+            cut.boundaries, placement=placement, num_replicas=len(self.replicas)
+        )
+
+    def memory(self, cut: Cut, *, placement: Placement) -> Memory:
+        """What micro-batches hold and ranks can hold, by position.
+
+        Args:
+            cut: of this pipeline.
+            placement: stages on positions.
 
         Raises:
             PlanError: the layers' states alone do not fit.
         """
         if self.layers.knows_memory or self.capped_as_1f1b:
-            return memory_for(self.layers, boundaries=boundaries, placement=placement)
+            return memory_for(
+                self.layers_of(cut), boundaries=cut.boundaries, placement=placement
+            )
         return Memory.counted(placement, cap=self.stage_cap(placement))
 
     def directions(self, placement: Placement) -> tuple[tuple[Direction, ...], ...]:

@@ -10,7 +10,7 @@ import enum
 import itertools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from deepopt.errors import ScheduleError
 
@@ -135,6 +135,18 @@ class Placement:
             return (self.down[stage],)
         return (self.down[stage], self.up[stage])
 
+    def on_ranks(self, order: Sequence[int]) -> Placement:
+        """The same stages with other ranks in its places.
+
+        Args:
+            order: the rank at each position.
+        """
+        return replace(
+            self,
+            down=tuple(order[rank] for rank in self.down),
+            up=None if self.up is None else tuple(order[rank] for rank in self.up),
+        )
+
     @property
     def num_directions(self) -> int:
         """1, or 2 with mirror placement: streams that need groups of their own."""
@@ -181,6 +193,17 @@ class Schedule:
     def num_microbatches(self) -> int:
         """Micro-batches of this replica in one step."""
         return len(self.directions)
+
+    def on_ranks(self, order: Sequence[int]) -> Schedule:
+        """The same order of work with other ranks in its places.
+
+        Args:
+            order: the rank at each position.
+        """
+        rows: list[tuple[Action, ...]] = [()] * len(self.actions)
+        for position, rank in enumerate(order):
+            rows[rank] = self.actions[position]
+        return replace(self, placement=self.placement.on_ranks(order), actions=tuple(rows))
 
     def rank_of(self, action: Action) -> int:
         """The rank that an action with a micro-batch belongs to."""

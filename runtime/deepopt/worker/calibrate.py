@@ -101,10 +101,10 @@ def _calibrate(
         forward_s=forward_s,
         input_s=tuple(median(trial.input_s) for trial in found),
         weight_s=tuple(median(trial.weight_s) for trial in found),
-        prepare_s=forward_s if job.pipeline.recompute == "full" else (),
+        prepare_s=forward_s if job.pipeline.recompute != "none" else (),
         update_s=tuple(median(trial.update_s) for trial in found),
         activation_bytes=tuple(trial.activation_bytes for trial in found),
-        input_bytes=tuple(sizes) if job.pipeline.recompute == "full" else (),
+        input_bytes=tuple(sizes) if job.pipeline.recompute != "none" else (),
         output_bytes=tuple(num_bytes(trial.outputs) for trial in found),
         source=MEASURED,
     )
