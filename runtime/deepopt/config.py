@@ -691,9 +691,20 @@ class FaultsConfig(Section):
         "copies of its own weights and moments and two of a peer's, in host memory.",
     )
     replica_share: Annotated[float, Strict(), Field(gt=0, le=1)] = Field(
-        default=0.05,
+        default=0.02,
         description="Share of the time in which such copies may be made and sent; what was done since "
         "the last one is repeated after a fault.",
+    )
+    bad_step: Literal["fail", "skip", "recompute"] = Field(
+        default="fail",
+        description="When the loss or the gradient norm is not finite, or the norm above "
+        "`faults.norm_limit`: end the job, leave the step's update out, or compute the step once more "
+        "and end the job if it comes out bad again.",
+    )
+    norm_limit: Positive | None = Field(
+        default=None,
+        description="Largest global gradient norm before clipping that is not bad; null: any that is "
+        "finite.",
     )
     survivor_timeout_s: Seconds = Field(
         default=10.0,

@@ -13,6 +13,7 @@ from deepopt.cluster.node_agent import AgentWord, ProcessEnded
 from deepopt.errors import DeepoptError
 from deepopt.worker.messages import (
     Assignment,
+    BadStep,
     CheckpointFailed,
     Failure,
     Heartbeat,
@@ -93,6 +94,7 @@ WorkerMessage = (
     WorkerReady
     | StepReport
     | WeightWork
+    | BadStep
     | ShardsWritten
     | CheckpointFailed
     | Heartbeat

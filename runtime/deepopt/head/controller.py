@@ -53,6 +53,7 @@ from deepopt.planner.skeleton import ModelSkeleton
 from deepopt.run_directory import RunDirectory
 from deepopt.telemetry import events
 from deepopt.worker.messages import (
+    BadStep,
     CheckpointFailed,
     Failure,
     Heartbeat,
@@ -634,6 +635,12 @@ class Controller:
             )
         elif isinstance(message, Preempted):
             self._on_preempted(generation, message)
+        elif isinstance(message, BadStep):
+            self._board.tell(
+                events.NumbersWereBad(
+                    step=message.step, what=message.what, skipped=message.skipped
+                )
+            )
         elif isinstance(message, RunEnded):
             generation.members[rank].ended = message
             generation.liveness.release(rank)

@@ -22,6 +22,7 @@ from deepopt.pipeline.spans import SpanRecorder
 from deepopt.pipeline.stage import Stage
 from deepopt.pipeline.transport import (
     Channel,
+    Pending,
     PendingGather,
     PendingReceive,
     TensorSpec,
@@ -170,6 +171,12 @@ class _OwnShapes:
 
     def finish_sends(self) -> None:
         self._transport.finish_sends()
+
+    def send_apart(self, channel: Channel, message: int, tensor: torch.Tensor) -> Pending:
+        return self._transport.send_apart(channel, message, tensor)
+
+    def receive_into(self, channel: Channel, message: int, tensor: torch.Tensor) -> Pending:
+        return self._transport.receive_into(channel, message, tensor)
 
     def start_all_gather(self, values: Sequence[float]) -> PendingGather:
         return self._transport.start_all_gather(values)

@@ -103,6 +103,8 @@ class Stage:
 
     Attributes:
         losses: by micro-batch, of this step.
+        looks_for_bad: whether forwards look for outputs that are not finite.
+        bad_layer: index of the first layer that had one in this step; -1 for none.
         verdicts: how each layer's weight gradients are computed, by name; filled by the first
             forward when `defer_weights`.
     """
@@ -125,6 +127,8 @@ class Stage:
         self.layers = tuple(layers)
         self.gradients = gradients
         self.losses: dict[int, torch.Tensor] = {}
+        self.looks_for_bad = False
+        self.bad_layer = -1
         self._group_of = group_of
         self._seed = seed
         self._step = 0
@@ -175,6 +179,7 @@ class Stage:
         assert not self._flights, f"micro-batches {sorted(self._flights)} are still in flight"
         self._step = step
         self.losses.clear()
+        self.bad_layer = -1
 
     def forward(
         self, microbatch: int, inputs: Tensors, targets: torch.Tensor | None = None
@@ -424,4 +429,10 @@ class Stage:
             seed_generators(seed, self._device)
             result = layer.module(*values)
             values = (result,) if isinstance(result, torch.Tensor) else tuple(result)
+            if self.looks_for_bad and self.bad_layer < 0 and not _all_finite(values):
+                self.bad_layer = layer.index
         return values
+
+
+def _all_finite(tensors: Tensors) -> bool:
+    return all(bool(t.isfinite().all()) for t in tensors if t.is_floating_point())

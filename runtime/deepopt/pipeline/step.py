@@ -64,6 +64,37 @@ class RankTimes:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BadNumbers:
+    """What is wrong with the numbers of a step.
+
+    Args:
+        step: the step.
+        what: the values, in words.
+        layer: the first layer whose output was not finite; None where all were, or nobody looked.
+        rank: the worker that has it.
+    """
+
+    step: int
+    what: str
+    layer: str | None = None
+    rank: int | None = None
+
+    def error(self, *, again: bool) -> TrainingError:
+        """The error that ends the job.
+
+        Args:
+            again: whether the step was computed twice, and both times came out so.
+        """
+        where = f", first in the output of layer {self.layer} on rank {self.rank}"
+        return TrainingError(
+            f"step {self.step}: {self.what}{where if self.layer else ''}; the update was not applied"
+            + (", and computing the step again came out bad as well" if again else ""),
+            remedy="lower optimizer.learning_rate, lengthen optimizer.warmup_steps, resume from a "
+            "checkpoint before this step, or set faults.bad_step to skip",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
     """What every worker knows after a step.
 
@@ -77,6 +108,8 @@ class StepResult:
         clipped: whether the gradients were scaled down.
         ran_ahead: whether the next step was begun before this one's norms were known.
         rolled_back: whether that was taken back, because the gradients had to be clipped.
+        bad: what was wrong with its numbers, where it was left out or computed again.
+        skipped: whether it was left out: no update was made.
     """
 
     loss: float
@@ -88,6 +121,8 @@ class StepResult:
     clipped: bool
     ran_ahead: bool = False
     rolled_back: bool = False
+    bad: BadNumbers | None = None
+    skipped: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,6 +188,7 @@ class PipelineStep:
         self._eager_rate: float | None = None  # learning rate of updates that do not wait
         self._updated: set[str] = set()  # layers updated in the step in work
         self._is_eager = False  # the step in work updates before it is agreed on
+        self._recomputes = False  # the step in work had bad numbers before
         self.before_update: Callable[[], None] = lambda: None
         self.version = 0
         self.ready = False
@@ -245,12 +281,15 @@ class PipelineStep:
             assert agreement is not None, f"nobody told the exchange of step {to}"
             assert agreement.step == to, f"the exchange of step {agreement.step}, not of {to}"
             result, coefficient = self._agree(to, agreement.rows, [])
-            if eager and coefficient < 1.0:
+            skipped = result.bad is not None  # or nobody would have gone beyond it
+            if eager and (skipped or coefficient < 1.0):
                 self._restore_optimizers()
-            if not eager or coefficient < 1.0:
+            if not skipped and (not eager or coefficient < 1.0):
                 self._scale(coefficient)
                 self._update(result.learning_rate)
             self.version, self.agreement = to, agreement
+            if skipped:
+                to -= 1  # its forwards left no trace either
         else:
             assert to == self.version, f"from step {self.version} to step {to}"
             if eager:
@@ -367,12 +406,11 @@ class PipelineStep:
             self._buffers.keep(step)
             self.executor.run_ahead(step + 1)
         agreement = Agreement(step=step, rows=tuple(map(tuple, exchange.wait())))
-        try:
-            result, coefficient = self._agree(step, agreement.rows, spans)
-        except TrainingError:
+        result, coefficient = self._agree(step, agreement.rows, spans)
+        if result.bad is not None:
             if ahead:
                 self._take_back(step)
-            raise
+            return self._treat_bad(result, agreement)
         if ahead:
             result = self._confirm(step, result, coefficient)
         else:
@@ -384,6 +422,29 @@ class PipelineStep:
         self._forecast = self._forecast.after(clipped=result.clipped)
         self._may_run_ahead = not result.wishes & Wish.WAIT and self._transport.world_size > 1
         return result
+
+    def _treat_bad(self, result: StepResult, agreement: Agreement) -> StepResult:
+        """Leave a step with bad numbers out, compute it again, or raise; all ranks do the same."""
+        bad, policy = result.bad, self._job.faults.bad_step
+        assert bad is not None, "good numbers need no treatment"
+        self._is_eager = self.ready = False
+        self._may_run_ahead = False
+        if policy == "fail" or self._recomputes:
+            raise bad.error(again=self._recomputes)
+        self._buffers.restore(bad.step - 1)
+        if policy == "skip":
+            self.version, self.agreement = bad.step, agreement
+            return replace(result, skipped=True)
+        self._recomputes = True
+        for stage in self._stages.values():
+            stage.looks_for_bad = True
+        try:
+            again = self.run(bad.step, take_wishes=lambda: result.wishes)
+        finally:
+            self._recomputes = False
+            for stage in self._stages.values():
+                stage.looks_for_bad = False
+        return replace(again, bad=bad)
 
     # The update, early or late. ----------------------------------------------------------------
 
@@ -530,7 +591,8 @@ class PipelineStep:
         norms = self._own_norms()
         norms += [0.0] * (self._trainable.most_norms - len(norms))
         times = [step_s, totals.compute_s, totals.wait_s, totals.send_s, totals.reduce_s]
-        return [float(wishes), *times, self._update_s, *losses, *norms]
+        bad = min((s.bad_layer for s in self._stages.values() if s.bad_layer >= 0), default=-1)
+        return [float(wishes), *times, self._update_s, *losses, *norms, float(bad)]
 
     def _own_norms(self) -> list[float]:
         names = self._trainable.by_reporter.get(self._rank, ())
@@ -568,8 +630,19 @@ class PipelineStep:
             ordered, max_norm=self._job.training.grad_clip
         )
         loss = math.fsum(losses) / num_losses
-        if not math.isfinite(loss) or not math.isfinite(grad_norm):
-            raise _not_finite(step, losses, norms, self._trainable.names)
+        limit = self._job.faults.norm_limit
+        bad = None
+        if not math.isfinite(loss + grad_norm) or (limit is not None and grad_norm > limit):
+            places = {int(row[-1]): rank for rank, row in enumerate(rows) if row[-1] >= 0}
+            first = min(places, default=None)
+            bad = BadNumbers(
+                step=step,
+                what=_what_is_bad(
+                    losses, norms, self._trainable.names, grad_norm=grad_norm, limit=limit
+                ),
+                layer=None if first is None else plan.layer_names[first],
+                rank=None if first is None else places[first],
+            )
         result = StepResult(
             loss=loss,
             grad_norm=grad_norm,
@@ -588,6 +661,7 @@ class PipelineStep:
             ),
             spans=spans,
             clipped=coefficient < 1.0,
+            bad=bad,
         )
         return result, coefficient
 
@@ -622,9 +696,14 @@ class _TrainableParameters:
         self.tied_names = {name for where in self.tied_uses for _, name in where}
 
 
-def _not_finite(
-    step: int, losses: Sequence[float], norms: Mapping[str, float], names: Sequence[str]
-) -> TrainingError:
+def _what_is_bad(
+    losses: Sequence[float],
+    norms: Mapping[str, float],
+    names: Sequence[str],
+    *,
+    grad_norm: float,
+    limit: float | None,
+) -> str:
     bad_losses = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
     bad_norms = [name for name in names if not math.isfinite(norms[name])]
     parts = []
@@ -634,8 +713,11 @@ def _not_finite(
         parts.append(f"the gradient of {bad_norms[0]} has norm {norms[bad_norms[0]]}")
         if len(bad_norms) > 1:
             parts[-1] += f" ({len(bad_norms)} of {len(names)} parameters are affected)"
-    return TrainingError(
-        f"step {step}: {' and '.join(parts)}; the update was not applied",
-        remedy="lower optimizer.learning_rate, lengthen optimizer.warmup_steps, or resume from "
-        "a checkpoint before this step",
-    )
+    if not parts:
+        largest = max(names, key=lambda name: norms[name])
+        above = "" if limit is None else f", above faults.norm_limit ({limit:g})"
+        parts.append(
+            f"the gradient norm is {grad_norm:g}{above}; that of {largest} alone is "
+            f"{norms[largest]:g}"
+        )
+    return " and ".join(parts)

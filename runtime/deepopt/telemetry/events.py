@@ -120,6 +120,29 @@ class WorkerBecameReady(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NumbersWereBad(Event):
+    """A step's loss or gradients were bad, and the job went on.
+
+    Args:
+        step: the step.
+        what: the values, in words.
+        skipped: whether its update was left out; else computing it again came out good, so a device
+            or a link is to be suspected.
+    """
+
+    kind: ClassVar[str] = "bad_numbers"
+    step: int
+    what: str
+    skipped: bool
+
+    def headline(self) -> str:
+        """The event in words."""
+        if self.skipped:
+            return f"step {self.step} left out: {self.what}"
+        return f"step {self.step} computed again, which came out good: {self.what}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WeightWorkChosen(Event):
     """A worker found out when the weight gradients of its layers are computed.
 
@@ -343,6 +366,7 @@ KINDS: dict[str, type[Event]] = {
     for event in (
         StateChanged,
         GenerationFormed,
+        NumbersWereBad,
         WorkerBecameReady,
         WeightWorkChosen,
         WorkerLost,

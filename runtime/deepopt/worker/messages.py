@@ -209,6 +209,22 @@ class WeightWork:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BadStep:
+    """The numbers of a step were bad and the job goes on; rank 0 alone sends it.
+
+    Args:
+        step: the step.
+        what: the values, in words.
+        skipped: whether its update was left out; else computing it again came out good.
+    """
+
+    sender: Sender
+    step: int
+    what: str
+    skipped: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ShardsWritten:
     """A worker's part of a checkpoint is on disk and fsynced.
 

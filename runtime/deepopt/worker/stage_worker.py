@@ -46,6 +46,7 @@ from deepopt.worker.fault_script import FaultScript
 from deepopt.worker.layer_checkpoint import LayerCheckpointer
 from deepopt.worker.messages import (
     Assignment,
+    BadStep,
     CheckpointFailed,
     Failure,
     Heartbeat,
@@ -64,7 +65,7 @@ from deepopt.worker.validation import Validation
 
 logger = logging.getLogger(__name__)
 
-Report = Callable[[StepReport | WeightWork | ShardsWritten | CheckpointFailed], None]
+Report = Callable[[StepReport | WeightWork | BadStep | ShardsWritten | CheckpointFailed], None]
 
 _TIMES_KEPT = 1000  # of each operation, the newest: the median of a run without end
 _WARM_UP_STEPS = 2  # left out of the measured times of operations: caches and allocators fill
@@ -560,6 +561,11 @@ class StageWorker:
             self._told_weight_work = True
             self._report_weight_work()
         if self._sender.rank == 0:
+            if result.bad is not None:
+                what, skipped = result.bad.what, result.skipped
+                self._report(
+                    BadStep(sender=self._sender, step=self._step, what=what, skipped=skipped)
+                )
             self._report(self._step_report(result, step_time_s=step_time_s, scalars=scalars))
 
     def _report_weight_work(self) -> None:

@@ -1,0 +1,239 @@
+"""Seconds from `kill -9` of a worker to the next step that was not done before.
+
+deepopt with a spare, with a new process, and from the disk (no second holder, no copies), against
+`torchrun --max-restarts` of the same training with a checkpoint every ten steps. In turns, several
+kills a run. Losses after each kill are compared with those of an undisturbed plain loop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from _contenders import pipelining
+from _machine import describe
+from _peer_loop import PlainLoop
+from _processes import StartedCommand, end_cleanly_on_signals, started
+from _report import progress, ratio_line, say, table
+
+from deepopt.config import JobConfig
+from deepopt.datasets.batch_source import build_batch_source
+from deepopt.job_file import dump_job, load_job
+
+LOOK_EVERY_S = 0.005
+AIM = 10.0
+WORKERS = 2  # of each side; a mirror of two holds every stage twice
+CHECKPOINT_EVERY = 10
+PEER, SPARE = "torchrun --max-restarts", "deepopt, mirror, spare"
+OURS = {
+    SPARE: ("pipeline.placement=mirror", "faults.spares=1"),
+    "deepopt, mirror, new process": ("pipeline.placement=mirror",),
+    "deepopt, V, copy in a peer's memory, spare": ("pipeline.placement=v", "faults.spares=1"),
+    "deepopt, line, disk, new process": ("pipeline.placement=line", "faults.replicas=none"),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kill:
+    """What one kill cost.
+
+    Args:
+        back_s: from the signal to the next step that was not done before.
+        repeated: steps that were done twice.
+    """
+
+    back_s: float
+    repeated: int
+
+
+def main() -> None:
+    """Kill workers of all contenders in turns and print the times and the ratio."""
+    options = _parse()
+    end_cleanly_on_signals()
+    say("\n".join(describe()))
+    job = load_job(
+        None,
+        [
+            "model.kwargs={num_blocks: 6, tie_embeddings: false, d_model: 64, expert_hidden: 64}",
+            "training.steps=100000",
+            f"checkpoint.every={CHECKPOINT_EVERY}",
+            "faults.max_restarts=1000",
+            "logging.tensorboard=false",
+            "logging.peak_flops=1e9",
+        ],
+    )
+    say(f"job:      {WORKERS} workers, built-in model {job.model.kwargs}")
+    say(f"measured: {options.rounds} run(s) each in turns, {options.kills} kill(s) a run\n")
+    kills: dict[str, list[Kill]] = {name: [] for name in (*OURS, PEER)}
+    losses: dict[int, float] = {}
+    with tempfile.TemporaryDirectory(prefix="deepopt-bench-") as folder:
+        job_file = Path(folder) / "job.yaml"
+        job_file.write_text(dump_job(job))
+        for number in range(options.rounds):
+            names = list(kills)
+            for name in names if number % 2 == 0 else reversed(names):
+                progress(f"round {number + 1}: {name}")
+                out = Path(folder) / f"{number}-{names.index(name)}"
+                if name == PEER:
+                    kills[name] += _peer_run(job_file, out, options)
+                else:
+                    found, said = _our_run(job_file, out, OURS[name], options)
+                    kills[name] += found
+                    losses |= said
+        _check_losses(job, losses)
+    say(
+        table(
+            ("", "median s", "worst s", "steps repeated"),
+            [_row(n, k) for n, k in kills.items()],
+        )
+    )
+    say(f"\nlosses of all {len(losses)} steps equal those of an undisturbed loop to 1e-4\n")
+    peer, ours = (statistics.median(k.back_s for k in kills[name]) for name in (PEER, SPARE))
+    say(ratio_line(peer / ours, aim=AIM))
+
+
+def _row(name: str, kills: list[Kill]) -> tuple[str, ...]:
+    times = [kill.back_s for kill in kills]
+    repeated = statistics.mean(kill.repeated for kill in kills)
+    return (name, f"{statistics.median(times):.2f}", f"{max(times):.2f}", f"{repeated:.1f}")
+
+
+def _our_run(
+    job_file: Path, run_dir: Path, settings: tuple[str, ...], options: argparse.Namespace
+) -> tuple[list[Kill], dict[int, float]]:
+    sets = [word for setting in settings for word in ("--set", setting)]
+    command = [str(Path(sys.executable).parent / "deepopt"), "launch", str(job_file), "--json"]
+    command += ["--workers", str(WORKERS), "--run-dir", str(run_dir), *sets]
+    spares = int("faults.spares=1" in settings)
+    metrics = run_dir / "metrics.jsonl"
+    kills = []
+    with started(command, log=run_dir.with_suffix(".log")) as running:
+        for number in range(options.kills):
+            seen = len(_lines(metrics))
+            status = _await(
+                lambda seen=seen: _ready(run_dir, spares=spares, after=seen), running, options
+            )
+            rank = number % WORKERS
+            pid = next(w["pid"] for w in status["workers"] if w["rank"] == rank)
+            kills.append(_kill(pid, metrics, "generation", running, options))
+        said = {line["step"]: line["loss"] for line in _lines(metrics)}
+    return kills, said
+
+
+def _ready(run_dir: Path, *, spares: int, after: int) -> dict[str, Any] | None:
+    """The status, once some steps were made and the spare waits."""
+    lines = _lines(run_dir / "metrics.jsonl")
+    if len(lines) < after + CHECKPOINT_EVERY + 5:
+        return None
+    status: dict[str, Any] = json.loads((run_dir / "status.json").read_text())
+    settled = status["state"] == "running" and status["warm_spares"] >= spares
+    return status if settled and status["checkpoint_step"] else None
+
+
+def _peer_run(job_file: Path, out: Path, options: argparse.Namespace) -> list[Kill]:
+    checkpoints = out.with_suffix(".checkpoints")
+    checkpoints.mkdir()
+    command = list(pipelining(job_file, workers=WORKERS, schedule="1f1b").arguments(out))
+    command[2:2] = ["--max-restarts", "1000"]
+    command += ["--checkpoints", str(checkpoints), "--every", str(CHECKPOINT_EVERY)]
+    kills = []
+    with started(command, log=out.with_suffix(".log")) as running:
+        for number in range(options.kills):
+            seen = len(_lines(out))
+            _await(
+                lambda seen=seen: len(_lines(out)) >= seen + CHECKPOINT_EVERY + 5,
+                running,
+                options,
+            )
+            pids = sorted(_ranks(str(out)))
+            kills.append(_kill(pids[number % WORKERS], out, "restart", running, options))
+    return kills
+
+
+def _ranks(mark: str) -> list[int]:
+    """Processes of the peer's ranks: Python on the script, but not torchrun itself."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                words = (entry / "cmdline").read_bytes().decode().split("\0")
+            except OSError:
+                continue
+            if mark in words and not any("torchrun" in word for word in words):
+                found.append(int(entry.name))
+    return found
+
+
+def _kill(
+    pid: int, steps: Path, group: str, running: StartedCommand, options: argparse.Namespace
+) -> Kill:
+    """Kill a process and wait for the first new step of the group that comes after."""
+    before = _lines(steps)
+    os.kill(pid, signal.SIGKILL)
+    began_s = time.monotonic()
+    number = before[-1][group]
+
+    def is_back() -> list[dict[str, Any]] | None:
+        lines = _lines(steps)
+        done = max(line["step"] for line in lines if line[group] == number)
+        return lines if any(x[group] > number and x["step"] > done for x in lines) else None
+
+    lines = _await(is_back, running, options)
+    back_s = time.monotonic() - began_s
+    all_steps = [line["step"] for line in lines[len(before) - 1 :]]
+    return Kill(back_s=back_s, repeated=len(all_steps) - len(set(all_steps)))
+
+
+def _await(
+    look: Callable[[], Any], running: StartedCommand, options: argparse.Namespace
+) -> Any:
+    deadline = time.monotonic() + options.timeout_s
+    while not (found := look()):
+        if running.check():
+            raise RuntimeError("the training ended early")
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"nothing after {options.timeout_s:.0f} s")
+        time.sleep(LOOK_EVERY_S)
+    return found
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    whole_lines = path.read_text(encoding="utf-8").rpartition("\n")[0].splitlines()
+    return [json.loads(line) for line in whole_lines]
+
+
+def _check_losses(job: JobConfig, losses: dict[int, float]) -> None:
+    """Compare what was said with a plain loop: it sums gradients in one group, so not bit for bit."""
+    loop = PlainLoop(job, build_batch_source(job, run_dir=None))
+    for step in range(1, min(60, max(losses)) + 1):
+        loss, _ = loop.step(step)
+        if step in losses and abs(losses[step] - loss) > 1e-4 * abs(loss):
+            raise ValueError(f"step {step}: loss {losses[step]}, undisturbed {loss}")
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--rounds", type=int, help="runs of each side [4, quick: 1]")
+    parser.add_argument("--kills", type=int, help="kills a run [5, quick: 2]")
+    parser.add_argument("--timeout-s", type=float, default=180.0, help="longest wait [180]")
+    parser.add_argument("--quick", action="store_true", help="short: does it run?")
+    options = parser.parse_args()
+    options.rounds = options.rounds or (1 if options.quick else 4)
+    options.kills = options.kills or (2 if options.quick else 5)
+    return options
+
+
+if __name__ == "__main__":
+    main()
