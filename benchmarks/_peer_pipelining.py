@@ -1,4 +1,4 @@
-"""The peer of `throughput.py` and `startup.py`: a job under torch.distributed.pipelining, by torchrun.
+"""The peer of `throughput.py`, `startup.py`, `recovery.py`: torch.distributed.pipelining, by torchrun.
 
 One process a rank, gloo, the schedule classes as torch ships them. Same model, initial values, cuts, batches,
 optimizer, global-norm clipping and learning rates as a deepopt run of the same job. It trains untied
@@ -98,6 +98,37 @@ class PipelinedLoop:
         self._optimizer.step()
         return loss, norm.item()
 
+    def save(self, step: int, folder: Path) -> None:
+        """Write this rank's part of a checkpoint; it counts once all ranks have renamed theirs."""
+        path = folder / f"{step}-{self._rank}.pt"
+        state = {
+            "parameters": [p.detach() for p in self._parameters],
+            "optimizer": self._optimizer.state_dict(),
+        }
+        torch.save(state, path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").rename(path)
+
+    def load(self, folder: Path) -> int:
+        """Load the newest checkpoint that all ranks have written.
+
+        Returns:
+            Its step; 0 without one.
+        """
+        ranks: dict[int, int] = {}
+        for path in folder.glob("*.pt"):
+            number = int(path.stem.partition("-")[0])
+            ranks[number] = ranks.get(number, 0) + 1
+        step = max(
+            (n for n, count in ranks.items() if count == dist.get_world_size()), default=0
+        )
+        if step:
+            state = torch.load(folder / f"{step}-{self._rank}.pt")
+            with torch.no_grad():
+                for parameter, value in zip(self._parameters, state["parameters"], strict=True):
+                    parameter.copy_(value)
+            self._optimizer.load_state_dict(state["optimizer"])
+        return step
+
     def _whole_batch(self, step: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The inputs where the first stage is, the targets where the last one is."""
         if not (self._is_first or self._is_last):
@@ -134,6 +165,8 @@ def main() -> None:
     parser.add_argument("--schedule", choices=CUTS, required=True, help="torch's schedule")
     parser.add_argument("--steps", type=int, required=True, help="steps to train")
     parser.add_argument("--out", type=Path, required=True, help="JSON lines, one a step")
+    parser.add_argument("--checkpoints", type=Path, help="folder; none: no checkpoints")
+    parser.add_argument("--every", type=int, default=10, help="steps between checkpoints")
     arguments = parser.parse_args()
     # Ends of the parts of a start, for `startup.py`.
     moments = {"torchrun: process, import": _process_start(), "ranks: import": time.time()}
@@ -145,10 +178,14 @@ def main() -> None:
     try:
         loop = PipelinedLoop(job, arguments.schedule)
         moments["ranks: build"] = time.time()
-        out = arguments.out.open("w", buffering=1) if dist.get_rank() == 0 else None
+        folder: Path | None = arguments.checkpoints
+        done = 0 if folder is None else loop.load(folder)
+        out = arguments.out.open("a", buffering=1) if dist.get_rank() == 0 else None
         ended = time.perf_counter()
-        for step in range(1, arguments.steps + 1):
+        for step in range(done + 1, arguments.steps + 1):
             loss, norm = loop.step(step)
+            if folder is not None and step % arguments.every == 0:
+                loop.save(step, folder)
             began, ended = ended, time.perf_counter()
             if not math.isfinite(loss):
                 raise SystemExit(f"step {step}: the loss is {loss}")
@@ -159,6 +196,7 @@ def main() -> None:
                 "loss": loss,
                 "grad_norm": norm,
                 "step_time_s": ended - began,
+                "restart": int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
             }
             if step == 1:
                 record["moments"] = {**moments, "first step": time.time()}
