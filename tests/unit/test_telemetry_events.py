@@ -51,6 +51,7 @@ EXAMPLES: list[events.Event] = [
     events.CheckpointCommitted(step=20, path="/run/checkpoints/20", size_bytes=1_500_000),
     events.CheckpointWasNotWritten(step=20, reason="disk full", rank=2),
     events.MessageRefused(rank=0, generation=1, current_generation=2, message="StepReport"),
+    events.NumbersWereBad(step=7, what="the loss of micro-batch 0 is nan", skipped=True),
     events.WeightWorkChosen(
         rank=1,
         generation=1,
