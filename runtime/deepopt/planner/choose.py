@@ -26,7 +26,7 @@ LAUNCH_EFFORT = 200_000
 """Actions a placement: about two seconds for all of p=4, m=8 on one core."""
 
 _TRIAL_SHARE = 20  # of the effort goes into the trial of each cut, where there are several
-_SEARCH_VERSION = 3  # +1 when the same inputs may give another order
+_SEARCH_VERSION = 4  # +1 when the same inputs may give another order
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

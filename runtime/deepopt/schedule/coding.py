@@ -60,6 +60,16 @@ class CodedProblem:
             for direction in self.directions:
                 self._add(stage, direction)
 
+        self.users: list[list[int]] = [[] for _ in self.rank]  # who needs what this code makes
+        for code, maker in enumerate(self.needs):
+            if maker >= 0 and self._is_used(code):
+                self.users[maker].append(code)
+
+    def _is_used(self, code: int) -> bool:
+        """Whether there is such an action: stages without R have none."""
+        stage = (code >> OP_BITS) // self.count
+        return code & OP_MASK != _R or self.has_prepare[stage]
+
     def _add(self, stage: int, direction: Direction) -> None:
         placement, costs = self.placement, self.costs
         rank = placement.rank_of(stage, direction)
@@ -166,6 +176,41 @@ class CodedProblem:
             left -= index - start_index
             at[rank], free[rank] = index, now
         return None if left else end
+
+    def tails(self, rows: Sequence[Sequence[int]], ends: Sequence[float]) -> list[float]:
+        """How long the step lasts after each action ends, by its code: its longest chain of followers.
+
+        Args:
+            rows: codes per rank, that run.
+            ends: of these rows, as `ends` gives them.
+        """
+        needs, hop, duration = self.needs, self.hop, self.duration
+        before = [-1] * len(duration)
+        place = [0] * len(duration)
+        for row in rows:
+            last = -1
+            for index, code in enumerate(row):
+                before[code], place[code] = last, index
+                last = code
+        tail = [0.0] * len(duration)
+        codes = [code for row in rows for code in row]
+        # Followers end later, or at the same time where they take none: then they start no earlier.
+        codes.sort(key=lambda code: (ends[code], ends[code] - duration[code], place[code]))
+        for code in reversed(codes):
+            rest = tail[code] + duration[code]
+            previous, maker = before[code], needs[code]
+            if previous >= 0 and rest > tail[previous]:
+                tail[previous] = rest
+            if maker >= 0 and rest + hop[code] > tail[maker]:
+                tail[maker] = rest + hop[code]
+        return tail
+
+    def data_tail(self, code: int, tails: Sequence[float]) -> float:
+        """The longest chain that follows an action through what it makes, not through its rank."""
+        tail = 0.0
+        for user in self.users[code]:
+            tail = max(tail, self.hop[user] + self.duration[user] + tails[user])
+        return tail
 
     def fits(self, row: Sequence[int], *, rank: int) -> bool:
         """Whether a rank stays within its memory.
