@@ -1,8 +1,10 @@
-"""`DeepTrainer` in scripts: real workers, the run directory of a launched job, weights back in the model."""
+"""`DeepTrainer` as docs/trainer.md shows it: real workers, the run directory of a launched job, weights back
+in the model, and going on."""
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,58 +16,46 @@ from support import launcher
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 
-# Without a guard, and with everything that is carried defined in it.
-SCRIPT = """
-import json, sys
-import torch
-from deepopt import convert_to_deepopt
-from deepopt.trainer import Callback, DeepTrainer
+DOCS = Path(__file__).parents[2] / "docs" / "trainer.md"
 
-class Pairs(torch.utils.data.Dataset):
-    def __len__(self):
-        return 24
-    def __getitem__(self, index):
-        generator = torch.Generator().manual_seed(index)
-        src, tgt = torch.randn(5, 16, generator=generator), torch.randn(4, 16, generator=generator)
-        return (src, tgt), tgt.flip(0)
+# The documented script, of a smaller width; then it goes on with another trainer and a new model.
+GOES_ON = """
+import json
+weights = float(sum(p.double().sum() for p in model.parameters()))
+first = {"state": result.state, "step": result.step, "losses": result.losses, "weights": weights}
 
-def mean_square(output, targets):
-    return (output - targets).square().mean()
-
+other = torch.nn.Transformer(48, 12, 4, 4, batch_first=True)
+epochs = []
 class Seen(Callback):
-    epochs, ended = [], None
     def on_epoch(self, trainer, epoch):
-        self.epochs.append(epoch)
-    def on_end(self, trainer, result):
-        self.ended = result.state
-
-torch.manual_seed(0)
-model = torch.nn.Transformer(16, 2, 4, 4, 32, dropout=0.0, batch_first=True)
-seen = Seen()
-trainer = DeepTrainer(
-    model=convert_to_deepopt(model, parallel_mode="bi_stream"),
-    elb_config={"alpha": 0.3, "monitor_freq": 100},
-    device_map={"cpu0": [0, 1], "cpu1": [3, 2], "cpu2": [4, 5], "cpu3": [6, 7]},
-    loss_fn=mean_square, batch_size=8, microbatches=8, grad_clip=0.5, callbacks=[seen],
-    run_dir=sys.argv[1], settings={"logging": {"peak_flops": 1e9}},
+        epochs.append(epoch)
+again = DeepTrainer(
+    other, workers=1, placement="line", loss_fn=mean_square, batch_size=16, optimizer=torch.optim.AdamW,
+    optimizer_kwargs={"lr": 1e-3}, callbacks=[Seen()], progress=False,
 )
-result = trainer.fit(Pairs(), epochs=2)
-
+more = again.fit(Reversed(), epochs=3, resume_from=result.run_dir)
+again.save("saved")
+loaded = DeepTrainer(model).load("saved")
+same = all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters()))
 print(json.dumps({
-    "state": result.state, "step": result.step, "losses": result.losses,
-    "epochs": seen.epochs, "ended": seen.ended,
-    "weights": float(sum(p.double().sum() for p in model.parameters())),
+    "first": first, "run": str(result.run_dir), "more": more.losses, "epochs": epochs,
+    "loaded": loaded, "same": same,
 }))
 """
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
-    """A script's fit over four workers: its run directory, what it said, and its stderr."""
+    """The script's run directory, what it said, and its stderr."""
     folder = tmp_path_factory.mktemp("trainer")
-    (folder / "train.py").write_text(SCRIPT)
+    match = re.search(r"```python\n(.*?)```", DOCS.read_text(), flags=re.DOTALL)
+    assert match is not None
+    example = (
+        match[1].replace("768", "48").replace("DeepTrainer\n", "Callback, DeepTrainer\n", 1)
+    )
+    (folder / "train.py").write_text(example + GOES_ON)
     result = subprocess.run(
-        [sys.executable, "train.py", "run"],
+        [sys.executable, "train.py"],
         cwd=folder,
         capture_output=True,
         text=True,
@@ -73,43 +63,35 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
         check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    return folder / "run", json.loads(result.stdout.splitlines()[-1]), result.stderr
+    said = json.loads(result.stdout.splitlines()[-1])
+    return Path(said["run"]), said, result.stderr
 
 
-def test_fit_trains_and_tells_its_callbacks(trained: Any) -> None:
+def test_fit_trains_and_shows_its_progress(trained: Any) -> None:
     run, said, stderr = trained
-    assert (said["state"], said["step"], said["ended"]) == ("finished", 6, "finished")
-    assert said["epochs"] == [1, 2]
-    assert said["losses"] == list(launcher.losses(run).values())
-    assert said["losses"][-1] < said["losses"][0]
-    assert "step 1/6  loss " in stderr
+    first = said["first"]
+    assert (first["state"], first["step"]) == ("finished", 8)
+    assert first["losses"] == list(launcher.losses(run).values())[:8]
+    assert first["losses"][-1] < first["losses"][0]
+    assert "step 1/8  loss " in stderr
 
 
-def test_the_weights_are_back_in_the_model(trained: Any) -> None:
-    from safetensors.torch import load_file
-
+def test_a_run_goes_on_with_another_trainer_on_one_worker(trained: Any) -> None:
     run, said, _ = trained
-    final = load_file(run / "final" / "model.safetensors")
-    assert said["weights"] == pytest.approx(
-        float(sum(value.double().sum() for value in final.values())), rel=1e-12
-    )
+    assert list(launcher.losses(run)) == list(range(1, 13))
+    assert said["more"] == list(launcher.losses(run).values())[8:]
+    assert said["epochs"] == [3]
+    assert (said["loaded"], said["same"]) == (12, True)
 
 
 def test_the_command_line_works_on_the_run_of_a_script(trained: Any) -> None:
+    from safetensors.torch import load_file
+
     run, _, _ = trained
     content = launcher.status(run)
-    assert (content["state"], content["step"], content["exit_code"]) == ("finished", 6, 0)
-    assert content["placement"] == "mirror"
+    assert (content["state"], content["step"], content["exit_code"]) == ("finished", 12, 0)
     assert launcher.processes_of(run) == []
-
-
-def test_a_script_s_run_resumes_from_its_directory_on_one_worker(trained: Any) -> None:
-    run, said, _ = trained
-    result = launcher.run(
-        "resume", run, "--workers", 1, "--steps", 8,
-        "--set", "pipeline.placement=line", "--set", "pipeline.boundaries=null",
-    )  # fmt: skip
+    result = launcher.run("resume", run, "--workers", 2, "--steps", 13)
     assert result.returncode == 0, result.stdout + result.stderr
-    losses = launcher.losses(run)
-    assert list(losses) == list(range(1, 9))
-    assert [losses[step] for step in range(1, 7)] == said["losses"]
+    assert list(launcher.losses(run)) == list(range(1, 14))
+    assert len(load_file(run / "final" / "model.safetensors")) > 100

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from deepopt import carried
-from deepopt.carried.model import dump_model
-from deepopt.carried.objects import dump_object
+from deepopt.carried.model_file import dump_model
+from deepopt.carried.object_file import dump_object
 from deepopt.errors import InputError
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from deepopt.carried.optimizer import LikeInstance
+from deepopt.carried.like_instance import LikeInstance
 from deepopt.config import OptimizerConfig
 from deepopt.errors import InputError
 from deepopt.pipeline.optimizer import LayerOptimizer

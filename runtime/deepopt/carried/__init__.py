@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from deepopt.carried.model import load_model
-from deepopt.carried.objects import load_object
+from deepopt.carried.model_file import load_model
+from deepopt.carried.object_file import load_object
 
 __all__ = ["dataset", "loss", "model", "optimizer", "scheduler"]
 
@@ -21,7 +21,7 @@ def model(*, file: str, sha256: str) -> torch.nn.Module:
     """The script's model, with the weights that it had; on the meta device without them.
 
     Args:
-        file: written by `model.dump_model`.
+        file: written by `model_file.dump_model`.
         sha256: of the file.
     """
     return load_model(file, sha256=sha256)
@@ -31,7 +31,7 @@ def dataset(*, file: str, sha256: str) -> Any:
     """A new copy of the script's dataset: each caller has a position of its own.
 
     Args:
-        file: written by `objects.dump_object`.
+        file: written by `object_file.dump_object`.
         sha256: of the file.
     """
     return load_object(file, sha256=sha256)
@@ -43,7 +43,7 @@ def loss(output: Any, targets: torch.Tensor, *, file: str, sha256: str) -> torch
     Args:
         output: of the model.
         targets: as the data gives them.
-        file: written by `objects.dump_object`.
+        file: written by `object_file.dump_object`.
         sha256: of the file.
     """
     result: torch.Tensor = _kept(file, sha256)(output, targets)
@@ -55,7 +55,7 @@ def optimizer(parameters: Any, *, file: str, sha256: str) -> Any:
 
     Args:
         parameters: (name, parameter) pairs.
-        file: written by `objects.dump_object`.
+        file: written by `object_file.dump_object`.
         sha256: of the file.
     """
     factory, kwargs = _kept(file, sha256)
@@ -67,7 +67,7 @@ def scheduler(of: Any, *, file: str, sha256: str) -> Any:
 
     Args:
         of: the optimizer.
-        file: written by `objects.dump_object`.
+        file: written by `object_file.dump_object`.
         sha256: of the file.
     """
     factory, kwargs = _kept(file, sha256)

@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 
-from deepopt.carried.model import dump_model
-from deepopt.carried.objects import dump_object
+from deepopt.carried.model_file import dump_model
+from deepopt.carried.object_file import dump_object
 from deepopt.config import JobConfig
 from deepopt.convert import describe
 from deepopt.errors import InputError, PlanError
 from deepopt.job_file import make_job
-from deepopt.run_directory import RunDirectory
 from deepopt.trainer.data import Data
 from deepopt.trainer.device_map import Device, read_device_map
 from deepopt.trainer.optimizers import optimizer_fields
@@ -63,21 +62,21 @@ class Settings:
 
 
 def job_of(
-    model: torch.nn.Module, data: Data, settings: Settings, *, steps: int, run: RunDirectory
+    model: torch.nn.Module, data: Data, settings: Settings, *, steps: int, folder: Path
 ) -> JobConfig:
-    """The job of a fit; writes model, loss and data into the run directory.
+    """The job of a fit; writes model, loss, optimizer and data into a folder.
 
     Args:
         model: with the weights to start from.
         data: ready.
         settings: of the trainer.
         steps: to train.
-        run: its folder `carried/` exists.
+        folder: exists; part of the run directory.
 
     Raises:
         DeepoptError: something cannot be carried, or does not fit.
     """
-    job = _checked(_fields(model, data, settings, steps=steps, run=run))
+    job = _checked(_fields(model, data, settings, steps=steps, folder=folder))
     if settings.device_map is None:
         return job
     names = [layer.name for layer in describe(job).layers]
@@ -164,18 +163,18 @@ def check_elb(config: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _fields(
-    model: torch.nn.Module, data: Data, settings: Settings, *, steps: int, run: RunDirectory
+    model: torch.nn.Module, data: Data, settings: Settings, *, steps: int, folder: Path
 ) -> dict[str, dict[str, Any]]:
     layout = data.layout
     fields: dict[str, dict[str, Any]] = {
         "model": {
             "factory": "deepopt.carried:model",
-            "kwargs": dump_model(model, run.carried / "model.pkl"),
-            **_loss_fields(settings.loss_fn, run=run),
+            "kwargs": dump_model(model, folder / "model.pkl"),
+            **_loss_fields(settings.loss_fn, folder=folder),
         },
         "data": {
             "dataset": "deepopt.carried:dataset",
-            "kwargs": dump_object(data.source, run.carried / "dataset.pkl", what="the dataset"),
+            "kwargs": dump_object(data.source, folder / "dataset.pkl", what="the dataset"),
         },
         "training": {
             "steps": steps,
@@ -191,7 +190,7 @@ def _fields(
             scheduler=settings.lr_scheduler,
             scheduler_kwargs=settings.lr_scheduler_kwargs,
             model=model,
-            folder=run.carried,
+            folder=folder,
         ),
         "pipeline": {"placement": settings.placement},
         "worker": {"count": settings.workers},
@@ -209,7 +208,7 @@ def _fields(
     return {"name": settings.name, **fields}  # type: ignore[dict-item]
 
 
-def _loss_fields(loss_fn: Any, *, run: RunDirectory) -> dict[str, Any]:
+def _loss_fields(loss_fn: Any, *, folder: Path) -> dict[str, Any]:
     if loss_fn is None:
         return {}
     if not callable(loss_fn):
@@ -224,7 +223,7 @@ def _loss_fields(loss_fn: Any, *, run: RunDirectory) -> dict[str, Any]:
             f"loss_fn ({type(loss_fn).__name__}) has parameters, which nobody would train",
             remedy="make them part of the model, or loss_fn.requires_grad_(False)",
         )
-    kwargs = dump_object(loss_fn, run.carried / "loss.pkl", what="loss_fn")
+    kwargs = dump_object(loss_fn, folder / "loss.pkl", what="loss_fn")
     return {"loss": "deepopt.carried:loss", "loss_kwargs": kwargs}
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from deepopt.carried.objects import dump_object
-from deepopt.carried.optimizer import LikeInstance
+from deepopt.carried.like_instance import LikeInstance
+from deepopt.carried.object_file import dump_object
 from deepopt.config import OptimizerConfig
 from deepopt.errors import InputError
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from deepopt.checkpoint.verification import Found
 from deepopt.config import JobConfig
 from deepopt.errors import (
     ClusterError,
@@ -19,12 +20,22 @@ from deepopt.errors import (
     TrainingError,
     WorkersLostError,
 )
+from deepopt.job_file import load_job
 from deepopt.launch.follow import Follower, Interrupts, Outcome, View
-from deepopt.launch.preparation import Prepared, prepare, with_absolute_paths
+from deepopt.launch.preparation import prepare, with_absolute_paths
+from deepopt.launch.resume_checks import (
+    refuse_alive,
+    refuse_incomplete,
+    refuse_other_model,
+)
 from deepopt.launch.run_files import make_run_directory, refuse_used, write_launch, write_plan
-from deepopt.launch.run_view import Supervisor
+from deepopt.launch.run_view import Supervisor, open_run
 from deepopt.launch.start import start
+from deepopt.planner.plan import Plan
+from deepopt.planner.skeleton import ModelSkeleton
 from deepopt.run_directory import RunDirectory
+from deepopt.telemetry.files import read_json
+from deepopt.trainer.checkpoints import copy_checkpoint
 
 _LOG_LINES = 20
 _BY_EXIT_CODE: Mapping[int, type[DeepoptError]] = {
@@ -32,12 +43,15 @@ _BY_EXIT_CODE: Mapping[int, type[DeepoptError]] = {
 }
 
 
-def open_new(path: Path, make_job: Callable[[RunDirectory], JobConfig]) -> RunDirectory:
+def open_new(
+    path: Path, make_job: Callable[[Path], JobConfig], *, begin_with: Found | None = None
+) -> RunDirectory:
     """Make a run directory; it appears whole or not at all.
 
     Args:
         path: new or empty.
-        make_job: writes what the script brings along into it, and says the job.
+        make_job: writes what the script brings along into a folder, and says the job.
+        begin_with: a checkpoint to go on from, copied; None: the model's own weights.
 
     Raises:
         DeepoptError: the job is wrong, or the folder cannot be written.
@@ -45,13 +59,11 @@ def open_new(path: Path, make_job: Callable[[RunDirectory], JobConfig]) -> RunDi
     refuse_used(path)
     run = RunDirectory(path.absolute())
     try:
-        run.carried.mkdir(parents=True)
-    except OSError as error:
-        raise RunDirectoryError(
-            f"cannot write run directory {path}: {error.strerror}", remedy="name another folder"
-        ) from error
-    try:
-        prepared = prepare(with_absolute_paths(make_job(run)), plan_id=1)
+        folder = _make_carried(run, plan_id=1)
+        prepared = prepare(with_absolute_paths(make_job(folder)), plan_id=1)
+        if begin_with is not None:
+            root = run.checkpoint_root(prepared.job.checkpoint.directory)
+            copy_checkpoint(begin_with, root)
         make_run_directory(run.root, prepared, import_roots=import_roots())
     except BaseException:
         shutil.rmtree(run.root, ignore_errors=True)
@@ -59,15 +71,62 @@ def open_new(path: Path, make_job: Callable[[RunDirectory], JobConfig]) -> RunDi
     return run
 
 
-def renew(run: RunDirectory, prepared: Prepared) -> None:
-    """Write a job that goes on into its run directory.
+def renew(path: Path, make_job: Callable[[Path], JobConfig]) -> RunDirectory:
+    """Write a job that goes on into its run directory, which stays as it is where that fails.
 
     Args:
-        run: of the job.
-        prepared: the job as it goes on.
+        path: of a run that is not running.
+        make_job: writes what the script brings along into a folder, and says the job.
+
+    Raises:
+        DeepoptError: the run is running or damaged, or the job is not the one that it was.
     """
-    write_launch(run, import_roots=import_roots())
-    write_plan(run, prepared)
+    run = open_run(path)
+    refuse_incomplete(run, path)
+    refuse_alive(run, path)
+    before = load_job(run.job)
+    plan_id = Plan.from_json(read_json(run.plan)).plan_id + 1
+    folder = _make_carried(run, plan_id=plan_id)
+    try:
+        job = with_absolute_paths(_going_on(before, make_job(folder), path=path))
+        prepared = prepare(job, plan_id=plan_id, run=run)
+        saved = ModelSkeleton.from_json(read_json(run.model))
+        refuse_other_model(saved, prepared.skeleton, shown_as=path)
+        write_launch(run, import_roots=import_roots())
+        write_plan(run, prepared)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return run
+
+
+def _going_on(before: JobConfig, job: JobConfig, *, path: Path) -> JobConfig:
+    """A job whose losses are those of the one before."""
+    if job.training.groups is None:
+        training = job.training.model_copy(update={"groups": before.training.groups})
+        job = job.model_copy(update={"training": training})
+    for section in ("training", "precision"):
+        old, new = getattr(before, section), getattr(job, section)
+        for key in type(old).model_fields:
+            if key != "steps" and getattr(old, key) != getattr(new, key):
+                raise InputError(
+                    f"resume_from={str(path)!r}: {section}.{key} was {getattr(old, key)!r} and is "
+                    f"{getattr(new, key)!r} now: the losses would not be those of one run",
+                    remedy=f"give {key} as before, or start a new run from its weights: trainer.load()",
+                )
+    return job
+
+
+def _make_carried(run: RunDirectory, *, plan_id: int) -> Path:
+    folder = run.carried / str(plan_id)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunDirectoryError(
+            f"cannot write run directory {run.root}: {error.strerror}",
+            remedy="name another folder",
+        ) from error
+    return folder
 
 
 def follow(run: RunDirectory, *, view: View, fresh: bool) -> tuple[Outcome, Supervisor]:

@@ -9,22 +9,21 @@ from typing import Any
 
 import torch
 
-from deepopt.checkpoint.store import CheckpointStore
+from deepopt.checkpoint.verification import Found
 from deepopt.config import JobConfig
 from deepopt.convert import DeepModel
-from deepopt.errors import CheckpointError, InputError
+from deepopt.errors import InputError
 from deepopt.launch.run_files import new_run_path
 from deepopt.launch.run_view import request
-from deepopt.planner.skeleton import ModelSkeleton
 from deepopt.run_directory import RunDirectory
 from deepopt.telemetry.files import read_json
 from deepopt.trainer import run as runs
 from deepopt.trainer.callbacks import Callback, as_callbacks
+from deepopt.trainer.checkpoints import copy_checkpoint, find_checkpoint, is_run, load_weights
 from deepopt.trainer.data import Data, Reading, read_data
 from deepopt.trainer.job import Settings, check_elb, job_of
 from deepopt.trainer.progress import NoView, make_view
 from deepopt.trainer.relay import Relay
-from deepopt.trainer.weights import load_weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +46,7 @@ class FitResult:
 
 
 class DeepTrainer:
-    """Trains a model as a pipeline, from a script or a notebook.
+    """Trains a model as a pipeline, from a script or a notebook (docs/trainer.md).
 
     Args:
         model: any module, or what `convert_to_deepopt` made of one. `fit` changes its weights in
@@ -155,7 +154,14 @@ class DeepTrainer:
         self._shows = progress
         self.run_dir: Path | None = None
 
-    def fit(self, dataset: Any, *, epochs: int = 1, max_steps: int | None = None) -> FitResult:
+    def fit(
+        self,
+        dataset: Any,
+        *,
+        epochs: int = 1,
+        max_steps: int | None = None,
+        resume_from: str | Path | None = None,
+    ) -> FitResult:
         """Train, and put the weights back into the model.
 
         Args:
@@ -163,6 +169,8 @@ class DeepTrainer:
                 that can be read from the start again and again.
             epochs: passes over it.
             max_steps: stop after so many; needed for a stream without `len()`.
+            resume_from: a run directory, to go on in it; or a checkpoint or what `save` wrote, to go on
+                in a new one. `epochs` and `max_steps` count from the very beginning.
 
         Raises:
             DeepoptError: an argument, the data or the model is wrong, or training failed: the model
@@ -176,13 +184,74 @@ class DeepTrainer:
             view.note(
                 f"{data.source.description}: it has no state_dict(), so this run cannot resume"
             )
-        path = self._given_run_dir or new_run_path(self._settings.name)
 
-        def make_job(run: RunDirectory) -> JobConfig:
-            return job_of(self.model, data, self._settings, steps=steps, run=run)
+        def make_job(folder: Path) -> JobConfig:
+            return job_of(self.model, data, self._settings, steps=steps, folder=folder)
 
-        run = runs.open_new(path, make_job)
-        return self._follow(run, data=data, view=view, last_step=steps)
+        found = None
+        if resume_from is not None:
+            found = self._resumable(Path(resume_from), data=data, last_step=steps)
+        goes_on = resume_from is not None and is_run(Path(resume_from))
+        if goes_on:
+            assert resume_from is not None, "goes on in nothing"
+            run = runs.renew(Path(resume_from), make_job)
+        else:
+            path = self._given_run_dir or new_run_path(self._settings.name)
+            run = runs.open_new(path, make_job, begin_with=found)
+        return self._follow(run, data=data, view=view, fresh=not goes_on)
+
+    def save(self, path: str | Path) -> Path:
+        """Copy the last checkpoint of the last fit: weights, optimizer, position in the data.
+
+        Args:
+            path: folder for it, made if need be.
+
+        Returns:
+            The checkpoint's own folder in it.
+
+        Raises:
+            InputError: no fit has been made.
+            CheckpointError: the place is taken, or the disk refused.
+        """
+        if self.run_dir is None:
+            raise InputError(
+                "save(): no fit has been made, so there is nothing but the weights",
+                remedy="torch.save(model.state_dict(), ...) keeps those",
+            )
+        return copy_checkpoint(find_checkpoint(self.run_dir), Path(path))
+
+    def load(self, path: str | Path) -> int:
+        """Give the model the weights of a checkpoint. `fit(resume_from=path)` takes all of it.
+
+        Args:
+            path: a run directory, what `save` wrote, or a checkpoint.
+
+        Returns:
+            The step that they are of.
+
+        Raises:
+            CheckpointError: there is none, it is damaged, or of another model.
+        """
+        found = find_checkpoint(Path(path))
+        load_weights(self.model, found)
+        return found.manifest.step
+
+    def _resumable(self, path: Path, *, data: Data, last_step: int) -> Found:
+        if not data.can_resume:
+            raise InputError(
+                f"resume_from={str(path)!r}: {data.source.description} has no state_dict() and "
+                "load_state_dict(), so it cannot go on where it stopped",
+                remedy="add both to it, give a dataset with len() and [index], or start a new run from the "
+                "weights: trainer.load()",
+            )
+        found = find_checkpoint(path)
+        if found.manifest.step >= last_step:
+            raise InputError(
+                f"resume_from={str(path)!r} is at step {found.manifest.step}, and {last_step} step(s) are "
+                "asked for",
+                remedy="give more epochs or max_steps: they count from the very beginning",
+            )
+        return found
 
     def stop(self) -> None:
         """End the fit in work after its step, with a checkpoint; from a callback or another thread."""
@@ -192,15 +261,13 @@ class DeepTrainer:
             )
         request(RunDirectory(self.run_dir), kind="stop", checkpoint=True)
 
-    def _follow(
-        self, run: RunDirectory, *, data: Data, view: NoView, last_step: int
-    ) -> FitResult:
+    def _follow(self, run: RunDirectory, *, data: Data, view: NoView, fresh: bool) -> FitResult:
         self.run_dir = run.root
         relay = Relay(self, self._callbacks, view=view, steps_per_epoch=data.steps_per_epoch)
         for callback in self._callbacks:
             callback.on_start(self)
         try:
-            outcome, supervisor = runs.follow(run, view=relay, fresh=True)
+            outcome, supervisor = runs.follow(run, view=relay, fresh=fresh)
         finally:
             relay.close()
         if relay.error is not None:
@@ -208,7 +275,7 @@ class DeepTrainer:
         runs.raise_failure(outcome, run=run, supervisor=supervisor)
         status = outcome.status or {}
         if int(status.get("step") or 0):
-            self._take_weights(run)
+            load_weights(self.model, find_checkpoint(run.root))
         result = FitResult(
             run_dir=run.root,
             state=str(status.get("state")),
@@ -221,16 +288,6 @@ class DeepTrainer:
         for callback in self._callbacks:
             callback.on_end(self, result)
         return result
-
-    def _take_weights(self, run: RunDirectory) -> None:
-        """Put the newest checkpoint's weights into the model."""
-        skeleton = ModelSkeleton.from_json(read_json(run.model))
-        found = CheckpointStore(run.checkpoints).newest_verified(skeleton.fingerprint())
-        if found is None:
-            raise CheckpointError(
-                f"{run.root} holds no checkpoint", remedy=f"see the logs in {run.logs}"
-            )
-        load_weights(self.model, found.path, skeleton=skeleton)
 
 
 def _num_steps(data: Data, *, epochs: int, max_steps: int | None) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from deepopt.carried.objects import from_bytes, read_bytes, to_bytes
+from deepopt.carried.object_file import from_bytes, read_bytes, to_bytes
 from deepopt.checkpoint.durable import write_file
 from deepopt.errors import InputError
 
