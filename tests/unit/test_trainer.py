@@ -7,12 +7,23 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import TensorDataset
+from torch.utils.data import IterableDataset, TensorDataset
 
 from deepopt import convert_to_deepopt
 from deepopt.config import JobConfig
-from deepopt.errors import DeepoptError, InputError, PlanError, RunDirectoryError
+from deepopt.errors import (
+    CheckpointError,
+    ClusterError,
+    DeepoptError,
+    InputError,
+    PlanError,
+    RunDirectoryError,
+    TrainingError,
+    WorkersLostError,
+)
 from deepopt.job_file import load_job
+from deepopt.launch.follow import Outcome
+from deepopt.launch.run_view import Supervisor
 from deepopt.run_directory import RunDirectory
 from deepopt.trainer import Callback, DeepTrainer
 from deepopt.trainer import run as runs
@@ -68,6 +79,7 @@ def test_arguments_become_a_job(launched: Any) -> None:
         grad_clip=0.5,
         seed=3,
         optimizer={"learning_rate": 0.1},
+        elb_config={"alpha": 0.2, "monitor_freq": 50},
         settings={"checkpoint": {"every": 7}},
         fit={"epochs": 3},
     )
@@ -76,6 +88,7 @@ def test_arguments_become_a_job(launched: Any) -> None:
     assert (job.worker.count, job.worker.device) == (2, "cpu")
     assert job.pipeline.boundaries == (0, 1)
     assert (job.optimizer.learning_rate, job.checkpoint.every) == (0.1, 7)
+    assert (job.elb.alpha, job.elb.monitor_freq) == (0.2, 50)
 
 
 def test_a_converted_model_keeps_its_placement(launched: Any) -> None:
@@ -95,9 +108,14 @@ class Odd(Callback):
     ("arguments", "kind", "message"),
     [
         ({"model": 3}, InputError, "model is a int, not a torch.nn.Module"),
-        ({"elb_config": {"alpha": 0.0}}, InputError, "alpha is 0.0"),
-        ({"elb_config": {"alpha": 0.3, "monitor_freq": 0}}, InputError, "monitor_freq is 0"),
-        ({"elb_config": {"beta": 1}}, InputError, "'beta' is unknown"),
+        ({"elb_config": {"alpha": 0.0}}, InputError, "elb.alpha: expected more than 0"),
+        (
+            {"elb_config": {"alpha": 0.3, "monitor_freq": 0}},
+            InputError,
+            "elb.monitor_freq: expected at least 1",
+        ),
+        ({"elb_config": {"beta": 1}}, InputError, "elb.beta: unknown key"),
+        ({"elb_config": 3}, InputError, "elb_config is a int"),
         ({"callbacks": [Odd]}, InputError, "neither a Callback nor a function"),
         ({"loss_fn": 3}, InputError, "loss_fn is a int"),
         ({"loss_fn": torch.nn.Linear(1, 1)}, InputError, "has parameters"),
@@ -144,6 +162,60 @@ def test_a_used_run_directory_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunDirectoryError, match="is not empty"):
         trainer.fit(make_data())
     assert (tmp_path / "notes.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [(1, InputError), (3, ClusterError), (4, WorkersLostError), (5, TrainingError)],
+)
+def test_a_failed_job_raises_its_error_with_the_worker_s_traceback(
+    code: int, kind: type[DeepoptError], tmp_path: Path
+) -> None:
+    error = {
+        "message": "rank 1 failed in step 1: the loss of micro-batch 0 is nan",
+        "remedy": "lower the learning rate",
+        "culprit": {"traceback": "Traceback: here"},
+    }
+    status = {"state": "failed", "exit_code": code, "error": error}
+    with pytest.raises(kind, match="loss of micro-batch 0 is nan") as caught:
+        runs.raise_failure(
+            Outcome(status=status, ended=True, interrupts=0),
+            run=RunDirectory(tmp_path),
+            supervisor=Supervisor(process=None, pid=1, host="here"),
+        )
+    notes = "\n".join(caught.value.__notes__)
+    assert "Traceback: here" in notes
+    assert "hint: lower the learning rate" in notes
+
+
+def test_what_was_trained_is_carried_on_only_as_the_same_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, launched: Any
+) -> None:
+    launched(batch_size=8, seed=1)
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        DeepTrainer(make_model()).load(tmp_path / "run")
+    with pytest.raises(CheckpointError, match="there is no folder"):
+        DeepTrainer(make_model()).fit(make_data(), resume_from=tmp_path / "other")
+    before = load_job(tmp_path / "run" / "job.yaml")
+    now = before.model_copy(update={"training": before.training.model_copy(update={"seed": 2})})
+    with pytest.raises(InputError, match=r"training\.seed was 1 and is 2 now"):
+        runs.going_on(before, now, path=tmp_path / "run")
+
+
+def test_a_stream_without_a_position_cannot_resume(tmp_path: Path) -> None:
+    class Endless(IterableDataset[Any]):
+        def __iter__(self) -> Any:
+            return iter(make_data())
+
+    with pytest.raises(InputError, match=r"has no state_dict\(\) .* cannot go on"):
+        DeepTrainer(make_model()).fit(Endless(), max_steps=3, resume_from=tmp_path)
+    with pytest.raises(InputError, match=r"a stream without len\(\)"):
+        DeepTrainer(make_model()).fit(Endless())
+
+
+def test_save_needs_a_fit(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no fit has been made"):
+        DeepTrainer(make_model()).save(tmp_path)
 
 
 def test_stop_needs_a_fit() -> None:

@@ -19,8 +19,6 @@ from deepopt.trainer.data import Data
 from deepopt.trainer.device_map import Device, read_device_map
 from deepopt.trainer.optimizers import optimizer_fields
 
-_ELB_KEYS = ("alpha", "monitor_freq")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
@@ -131,35 +129,21 @@ def check_devices(devices: Sequence[Device], *, hostfile: str | Path | None) -> 
 
 
 def check_elb(config: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Check `elb_config`.
-
-    Args:
-        config: `alpha`, how far routing moves, in (0, 1]; `monitor_freq`, iterations between two
-            looks at the experts' queues, from 1.
+    """Check `elb_config`: keys of the job's `elb` section.
 
     Raises:
-        InputError: an unknown key, or a value out of range.
+        InputError: it is no mapping, a key is unknown, or a value is out of range.
     """
-    if config is None:
+    given: Any = config
+    if given is None:
         return {}
-    unknown = [key for key in config if key not in _ELB_KEYS]
-    if unknown:
+    if not isinstance(given, Mapping):
         raise InputError(
-            f"elb_config: {unknown[0]!r} is unknown", remedy=f"known: {', '.join(_ELB_KEYS)}"
+            f"elb_config is a {type(given).__name__}",
+            remedy='give a mapping, for example {"alpha": 0.3, "monitor_freq": 100}',
         )
-    alpha, frequency = config.get("alpha"), config.get("monitor_freq")
-    if alpha is not None and not (
-        isinstance(alpha, int | float) and not isinstance(alpha, bool) and 0 < alpha <= 1
-    ):
-        raise InputError(f"elb_config: alpha is {alpha!r}", remedy="give a number in (0, 1]")
-    if frequency is not None and not (
-        isinstance(frequency, int) and not isinstance(frequency, bool) and frequency >= 1
-    ):
-        raise InputError(
-            f"elb_config: monitor_freq is {frequency!r}",
-            remedy="give a whole number of iterations from 1",
-        )
-    return dict(config)
+    make_job({"elb": dict(given)})
+    return dict(given)
 
 
 def _fields(
@@ -193,6 +177,7 @@ def _fields(
             folder=folder,
         ),
         "pipeline": {"placement": settings.placement},
+        "elb": dict(settings.elb),
         "worker": {"count": settings.workers},
         "cluster": {
             "hostfile": None if settings.hostfile is None else str(settings.hostfile),

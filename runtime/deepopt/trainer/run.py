@@ -88,7 +88,7 @@ def renew(path: Path, make_job: Callable[[Path], JobConfig]) -> RunDirectory:
     plan_id = Plan.from_json(read_json(run.plan)).plan_id + 1
     folder = _make_carried(run, plan_id=plan_id)
     try:
-        job = with_absolute_paths(_going_on(before, make_job(folder), path=path))
+        job = with_absolute_paths(going_on(before, make_job(folder), path=path))
         prepared = prepare(job, plan_id=plan_id, run=run)
         saved = ModelSkeleton.from_json(read_json(run.model))
         refuse_other_model(saved, prepared.skeleton, shown_as=path)
@@ -100,8 +100,17 @@ def renew(path: Path, make_job: Callable[[Path], JobConfig]) -> RunDirectory:
     return run
 
 
-def _going_on(before: JobConfig, job: JobConfig, *, path: Path) -> JobConfig:
-    """A job whose losses are those of the one before."""
+def going_on(before: JobConfig, job: JobConfig, *, path: Path) -> JobConfig:
+    """A job whose losses are those of the one before.
+
+    Args:
+        before: the job as its run directory has it.
+        job: as the script says it now.
+        path: of the run directory, as the user wrote it.
+
+    Raises:
+        InputError: something differs that decides the numbers.
+    """
     if job.training.groups is None:
         training = job.training.model_copy(update={"groups": before.training.groups})
         job = job.model_copy(update={"training": training})
