@@ -472,6 +472,11 @@ class WorkerConfig(Section):
         description="Where tensors live; `auto`: cuda where there is a GPU; `emulated`: on the "
         "CPU, but each operation takes the time that `emulation` says.",
     )
+    gpus: tuple[Text, ...] = Field(
+        default=(),
+        description="GPU of each rank on its host, as CUDA_VISIBLE_DEVICES names it (`0`, `GPU-...`); "
+        "empty: as the cluster gives them out.",
+    )
 
 
 class EmulationConfig(Section):

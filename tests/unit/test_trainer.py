@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch.utils.data import IterableDataset, TensorDataset
 
 from deepopt import convert_to_deepopt
+from deepopt.cluster.hostfile import parse_hostfile
 from deepopt.config import JobConfig
 from deepopt.errors import (
     CheckpointError,
@@ -27,7 +29,10 @@ from deepopt.launch.run_view import Supervisor
 from deepopt.run_directory import RunDirectory
 from deepopt.trainer import Callback, DeepTrainer
 from deepopt.trainer import run as runs
+from deepopt.trainer.device_map import parse_device
+from deepopt.trainer.job import gpu_names, order_hosts
 from deepopt.trainer.progress import LinesView, NotebookView, figures
+from deepopt.worker.device import pin_gpu
 
 
 def make_model() -> torch.nn.Module:
@@ -89,6 +94,35 @@ def test_arguments_become_a_job(launched: Any) -> None:
     assert job.pipeline.boundaries == (0, 1)
     assert (job.optimizer.learning_rate, job.checkpoint.every) == (0.1, 7)
     assert (job.elb.alpha, job.elb.monitor_freq) == (0.2, 50)
+
+
+def test_gpus_are_pinned_by_the_names_that_this_process_sees() -> None:
+    devices = [parse_device("gpu1"), parse_device("gpu0")]
+    assert gpu_names(devices, visible=None) == ("1", "0")
+    assert gpu_names(devices, visible="GPU-a, GPU-b") == ("GPU-b", "GPU-a")
+    assert gpu_names([parse_device("cpu0")], visible="3") == ()
+
+
+def test_hosts_get_the_ranks_that_the_map_gives_them() -> None:
+    hosts = parse_hostfile("a slots=2\nb slots=4 port=22\n", source="hosts")
+    devices = [parse_device(name) for name in ("b:gpu3", "b:gpu1", "a:gpu0")]
+    assert order_hosts(devices, hosts=hosts) == "b slots=2 port=22\na slots=1\n"
+    for names, message in (
+        (["c:gpu0"], "host c is unknown"),
+        (["a:gpu0", "b:gpu0", "a:gpu1"], "leaves host a and comes back"),
+        (["a:gpu0", "a:gpu1", "a:gpu2"], r"3 devices on a, which has 2 slot\(s\)"),
+    ):
+        with pytest.raises(PlanError, match=message):
+            order_hosts([parse_device(name) for name in names], hosts=hosts)
+
+
+def test_a_worker_sees_the_gpu_of_its_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = JobConfig.model_validate({"worker": {"gpus": ["1", "GPU-b"]}})
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    pin_gpu(job, rank=1)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-b"
+    with pytest.raises(InputError, match=r"names 2 GPU\(s\), and there is a rank 2"):
+        pin_gpu(job, rank=2)
 
 
 def test_a_converted_model_keeps_its_placement(launched: Any) -> None:

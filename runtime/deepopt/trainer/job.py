@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +13,12 @@ import torch
 
 from deepopt.carried.model_file import dump_model
 from deepopt.carried.object_file import dump_object
+from deepopt.cluster.hostfile import Host, read_hostfile
 from deepopt.config import JobConfig
 from deepopt.convert import describe
 from deepopt.errors import InputError, PlanError
 from deepopt.job_file import make_job
+from deepopt.telemetry.files import write_text_atomic
 from deepopt.trainer.data import Data
 from deepopt.trainer.device_map import Device, read_device_map
 from deepopt.trainer.optimizers import optimizer_fields
@@ -91,17 +95,76 @@ def job_of(
             remedy=f"give placement={placing.placement!r}, or each device one range of layers",
         )
     check_devices(placing.devices, hostfile=settings.hostfile)
-    update = {
+    update: dict[str, dict[str, Any]] = {
         "pipeline": {
             "boundaries": placing.boundaries,
             "placement": placing.placement or wanted,
         },
-        "worker": {"count": len(placing.devices), "device": placing.devices[0].kind},
+        "worker": {
+            "count": len(placing.devices),
+            "device": placing.devices[0].kind,
+            "gpus": gpu_names(placing.devices, visible=os.environ.get("CUDA_VISIBLE_DEVICES")),
+        },
     }
+    if placing.devices[0].host is not None:
+        assert settings.hostfile is not None, "hosts were checked"
+        hosts = order_hosts(placing.devices, hosts=read_hostfile(Path(settings.hostfile)))
+        write_text_atomic(folder / "hosts", hosts, durable=True)
+        update["cluster"] = {"hostfile": str(folder / "hosts")}
     sections = {
         name: getattr(job, name).model_copy(update=fields) for name, fields in update.items()
     }
     return job.model_copy(update=sections)
+
+
+def gpu_names(devices: Sequence[Device], *, visible: str | None) -> tuple[str, ...]:
+    """The GPUs of a map's devices as CUDA_VISIBLE_DEVICES names them; none for CPUs.
+
+    Args:
+        devices: by rank.
+        visible: CUDA_VISIBLE_DEVICES of this process, which this host's devices count in.
+    """
+    if devices[0].kind == "cpu":
+        return ()
+    if visible is None or devices[0].host is not None:
+        return tuple(str(device.index) for device in devices)
+    names = [name.strip() for name in visible.split(",")]
+    return tuple(names[device.index] for device in devices)
+
+
+def order_hosts(devices: Sequence[Device], *, hosts: Sequence[Host]) -> str:
+    """A hostfile whose slots, in their order, are the hosts of a map's devices.
+
+    Args:
+        devices: by rank; each names a host.
+        hosts: that there are.
+
+    Raises:
+        PlanError: a host is unknown or has too few slots, or its devices are no neighbours.
+    """
+    known = {host.name: host for host in hosts}
+    lines = []
+    runs = [(name, list(group)) for name, group in itertools.groupby(d.host for d in devices)]
+    for name, group in runs:
+        if name not in known:
+            raise PlanError(
+                f"device_map: host {name} is unknown",
+                remedy=f"the hostfile names {', '.join(known)}",
+            )
+        if sum(other == name for other, _ in runs) > 1:
+            raise PlanError(
+                f"device_map leaves host {name} and comes back to it, in the order of the layers",
+                remedy="give the devices of a host layers that follow each other",
+            )
+        host = known[name]
+        if len(group) > host.slots:
+            raise PlanError(
+                f"device_map names {len(group)} devices on {name}, which has {host.slots} slot(s)",
+                remedy="raise slots= in the hostfile, or name other hosts",
+            )
+        port = "" if host.port is None else f" port={host.port}"
+        lines.append(f"{name} slots={len(group)}{port}\n")
+    return "".join(lines)
 
 
 def check_devices(devices: Sequence[Device], *, hostfile: str | Path | None) -> None:
@@ -110,7 +173,7 @@ def check_devices(devices: Sequence[Device], *, hostfile: str | Path | None) -> 
     Raises:
         PlanError: one does not.
     """
-    if any(device.host is not None for device in devices):
+    if devices[0].host is not None:
         if hostfile is None:
             raise PlanError(
                 f"device_map names hosts ({devices[0]}), and there is no hostfile",

@@ -3,17 +3,39 @@ best."""
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 
 import torch
 
 from deepopt.config import JobConfig
-from deepopt.errors import ClusterError
+from deepopt.errors import ClusterError, InputError
 from deepopt.telemetry.flops import device_peak_flops
 
 _PROBE_SIZE = 512  # elements a side: 0.27 GFLOP, about 10 ms on one CPU core
 _PROBES = 5
+
+
+def pin_gpu(job: JobConfig, *, rank: int) -> None:
+    """Let this process see the GPU that the job names for its rank; before CUDA is used.
+
+    Args:
+        job: `worker.gpus` may name them.
+        rank: of this worker, in the world.
+
+    Raises:
+        InputError: there are more workers than named GPUs.
+    """
+    gpus = job.worker.gpus
+    if not gpus:
+        return
+    if rank >= len(gpus):
+        raise InputError(
+            f"worker.gpus names {len(gpus)} GPU(s), and there is a rank {rank}",
+            remedy="name one for each worker, or none",
+        )
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpus[rank]
 
 
 def choose_device(job: JobConfig) -> torch.device:

@@ -41,7 +41,7 @@ from deepopt.run_directory import RunDirectory
 from deepopt.schedule.ir import COMPUTE_OPS
 from deepopt.telemetry.trace import write_trace
 from deepopt.worker import agreements, rendezvous
-from deepopt.worker.device import choose_device, peak_flops
+from deepopt.worker.device import choose_device, peak_flops, pin_gpu
 from deepopt.worker.fault_script import FaultScript
 from deepopt.worker.layer_checkpoint import LayerCheckpointer
 from deepopt.worker.messages import (
@@ -155,6 +155,7 @@ class StageWorker:
         times: dict[str, float] = {}
         torch.set_num_threads(job.worker.threads)
         with _timed(times, "build"):
+            pin_gpu(job, rank=rank)
             self._device = choose_device(job)
             self._transport = rendezvous.make_transport(assignment, device=self._device)
             warmth = self._warmth
