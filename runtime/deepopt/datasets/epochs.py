@@ -15,6 +15,7 @@ from deepopt.datasets.seeded import seeded
 from deepopt.errors import InputError
 
 _EPOCHS_KEPT = 2  # orders: the first stage may be a step ahead of the last
+_STEPS_KEPT = 2  # batches, for the same reason
 
 
 class EpochSource:
@@ -59,6 +60,7 @@ class EpochSource:
         self._sampler = sampler
         self._name = name
         self._orders: dict[int, Sequence[Sequence[int]]] = {}
+        self._parts: dict[int, list[Batch]] = {}
         self._shapes = SameShapes(name)
 
     def batch(self, step: int, microbatch: int) -> Batch:
@@ -75,12 +77,7 @@ class EpochSource:
         epoch, index = divmod(step - 1, self.steps_per_epoch)
         where = f"{self._name}: step {step}"
         if self._collate is None:
-            with seeded(layout.seed, step):
-                whole = self._dataset[index]
-            parts = split(
-                to_batch(whole, layout=layout, where=where), layout=layout, where=where
-            )
-            batch = parts[microbatch]
+            batch = self._cut(step, index, where=where)[microbatch]
         else:
             size = layout.microbatch_size
             chosen = self._indices(epoch, index)[microbatch * size : (microbatch + 1) * size]
@@ -102,6 +99,17 @@ class EpochSource:
             InputError: always.
         """
         raise not_a_stream(self._name, state)
+
+    def _cut(self, step: int, index: int, *, where: str) -> list[Batch]:
+        """The micro-batches of a step's batch."""
+        if step not in self._parts:
+            for known in [s for s in self._parts if s <= step - _STEPS_KEPT]:
+                del self._parts[known]
+            with seeded(self._layout.seed, step):
+                whole = self._dataset[index]
+            batch = to_batch(whole, layout=self._layout, where=where)
+            self._parts[step] = split(batch, layout=self._layout, where=where)
+        return self._parts[step]
 
     def _indices(self, epoch: int, index: int) -> Sequence[int]:
         """The samples of a step."""

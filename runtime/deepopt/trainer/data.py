@@ -232,7 +232,8 @@ def _layout(model: torch.nn.Module, reading: Reading, *, batch_size: int) -> Lay
     takes_any = False
     if named_layers(model) is None:
         parameters = inspect.signature(model.forward).parameters.values()
-        names = tuple(p.name for p in parameters if p.kind is not p.VAR_KEYWORD)
+        by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        names = tuple(p.name for p in parameters if p.kind in by_name)
         takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
     return Layout(
         microbatches=count,

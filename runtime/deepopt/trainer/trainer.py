@@ -179,11 +179,6 @@ class DeepTrainer:
         """
         data = read_data(dataset, model=self.model, reading=self._reading)
         steps = _num_steps(data, epochs=epochs, max_steps=max_steps)
-        view = make_view(last_step=steps) if self._shows else NoView()
-        if not data.can_resume:
-            view.note(
-                f"{data.source.description}: it has no state_dict(), so this run cannot resume"
-            )
 
         def make_job(folder: Path) -> JobConfig:
             return job_of(self.model, data, self._settings, steps=steps, folder=folder)
@@ -198,6 +193,11 @@ class DeepTrainer:
         else:
             path = self._given_run_dir or new_run_path(self._settings.name)
             run = runs.open_new(path, make_job, begin_with=found)
+        view = make_view(last_step=steps) if self._shows else NoView()
+        if not data.can_resume:
+            view.note(
+                f"{data.source.description}: it has no state_dict(), so this run cannot resume"
+            )
         return self._follow(run, data=data, view=view, fresh=not goes_on)
 
     def save(self, path: str | Path) -> Path:
