@@ -71,6 +71,8 @@ def import_from(roots: Sequence[Path], *, job: JobConfig) -> None:
         job.model.loss,
         job.data.dataset,
         job.evaluation.dataset,
+        job.optimizer.factory,
+        job.optimizer.scheduler,
     )
     if all(path is None or _is_own(path) for path in paths):
         return
@@ -173,11 +175,13 @@ def prepare(
         _check_data(with_evaluation_data(job), field="evaluation")
 
     from deepopt.convert import describe
+    from deepopt.pipeline.update_rule import make_rule
     from deepopt.planner.decide import make_plan
     from deepopt.planner.orders import known_orders
     from deepopt.schedule.simulate import simulate
     from deepopt.schedule.verify import verify
 
+    make_rule(job.optimizer)  # its import paths lead somewhere
     asked, job = job, resolved(job)
     num_workers = count_workers(job)
     skeleton = describe(job)
