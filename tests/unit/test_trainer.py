@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,15 @@ def test_a_wrong_argument_is_one_clear_error_and_leaves_nothing(
     with pytest.raises(kind, match=message) as caught:
         DeepTrainer(**{**given, "run_dir": tmp_path / "run", **arguments}).fit(make_data())
     assert caught.value.remedy
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dataset_that_cannot_be_pickled_is_one_clear_error(tmp_path: Path) -> None:
+    data: Any = make_data()
+    data.connection = threading.Lock()
+    trainer = DeepTrainer(make_model(), run_dir=tmp_path / "run", progress=False)
+    with pytest.raises(InputError, match=r"^the dataset\.connection cannot be carried"):
+        trainer.fit(data)
     assert not (tmp_path / "run").exists()
 
 

@@ -221,7 +221,7 @@ def _fields(
         },
         "data": {
             "dataset": "deepopt.carried:dataset",
-            "kwargs": dump_object(data.source, folder / "dataset.pkl", what="the dataset"),
+            "kwargs": _carry_data(data, folder / "dataset.pkl"),
         },
         "training": {
             "steps": steps,
@@ -254,6 +254,14 @@ def _fields(
     for section, keys in settings.overrides.items():
         fields[section] = {**fields.get(section, {}), **keys}
     return {"name": settings.name, **fields}  # type: ignore[dict-item]
+
+
+def _carry_data(data: Data, path: Path) -> dict[str, str]:
+    try:
+        return dump_object(data.source, path, what="the dataset")
+    except InputError as error:  # of the user's dataset, not of what reads it
+        message = error.message.replace("the dataset._dataset", "the dataset", 1)
+        raise InputError(message, remedy=error.remedy) from error
 
 
 def _loss_fields(loss_fn: Any, *, folder: Path) -> dict[str, Any]:
