@@ -97,7 +97,8 @@ def load_weights(model: torch.nn.Module, found: Found) -> None:
     by_layer: dict[str, list[str]] = defaultdict(list)
     for entry in found.manifest.shards:
         for key, (_, part) in entry.tensors.items():
-            if not key.startswith("optimizer/"):
+            # Routers that were put in for training have buffers that the model has no place for.
+            if key in targets or key.startswith("parameter/"):
                 by_layer[entry.layer].append(key)
                 stored[key] = tuple(part.global_shape)
     _check_fit(model, targets, stored, path=found.path)

@@ -18,6 +18,7 @@ from deepopt.config import JobConfig
 from deepopt.convert import describe
 from deepopt.errors import InputError, PlanError
 from deepopt.job_file import make_job
+from deepopt.moe.elb_config import map_elb_config
 from deepopt.telemetry.files import write_text_atomic
 from deepopt.trainer.data import Data
 from deepopt.trainer.device_map import Device, read_device_map
@@ -192,7 +193,7 @@ def check_devices(devices: Sequence[Device], *, hostfile: str | Path | None) -> 
 
 
 def check_elb(config: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Check `elb_config`: keys of the job's `elb` section.
+    """The job's `elb` section of an `elb_config`; without one, its defaults.
 
     Raises:
         InputError: it is no mapping, a key is unknown, or a value is out of range.
@@ -205,8 +206,7 @@ def check_elb(config: Mapping[str, Any] | None) -> dict[str, Any]:
             f"elb_config is a {type(given).__name__}",
             remedy='give a mapping, for example {"alpha": 0.3, "monitor_freq": 100}',
         )
-    make_job({"elb": dict(given)})
-    return dict(given)
+    return map_elb_config(given).section
 
 
 def _fields(
