@@ -7,7 +7,7 @@ that our search finds for it, and the faster of the two counts: so the ratio is 
 placement and the order of devices, and of nothing that a peer could have had by our search. Ours is what
 `auto` plans with one copy of the weights.
 
-Simulated for many sizes; then, unless --simulated, on emulated devices: real processes and messages,
+Simulated for many sizes; then on emulated devices: real processes and messages,
 operations take what the table says. The last line is the least ratio of the sets of unlike devices (aim
 1.15); no case may be below 1. Times of the exact solvers come first: up to 200 layers on 64 ranks.
 """
@@ -94,16 +94,26 @@ SETS = {
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--simulated", action="store_true", help="no processes")
+    parser.add_argument(
+        "--only", choices=("solvers", "simulated", "emulated"), help="a part of it [all]"
+    )
+    parser.add_argument(
+        "--ranks", type=int, choices=tuple(SETS), help="of simulated cases [both]"
+    )
     parser.add_argument("--quick", action="store_true", help="short: does it run?")
     options = parser.parse_args()
     end_cleanly_on_signals()
     say("\n".join(describe()))
     say(f"F/I/W = {'/'.join(map(str, LAYER_MS))} ms a layer, hops of {LATENCY_MS} ms\n")
-    solver_times(quick=options.quick)
-    ratios = simulated(quick=options.quick)
-    if not options.simulated:
+    ratios: list[tuple[str, float]] = []
+    if options.only in (None, "solvers"):
+        solver_times(quick=options.quick)
+    if options.only in (None, "simulated"):
+        ratios += simulated(quick=options.quick, ranks=options.ranks)
+    if options.only in (None, "emulated"):
         ratios += emulated(quick=options.quick)
+    if not ratios:
+        return
     say(f"\nthe least of all {len(ratios)} cases: {min(r for _, r in ratios):.2f} (aim 1.00)")
     say("the least on unlike devices:")
     say(ratio_line(min(ratio for name, ratio in ratios if name == "unlike"), aim=AIM))
@@ -146,18 +156,19 @@ def solver_times(*, quick: bool) -> None:
     say(table(("devices", "layers", "ranks", "CPU s", "gap to bound"), rows) + "\n")
 
 
-def simulated(*, quick: bool) -> list[tuple[str, float]]:
+def simulated(*, quick: bool, ranks: int | None) -> list[tuple[str, float]]:
     """The ratio of every case, with the name of its set of devices."""
     rows, ratios = [], []
-    for ranks, counts in ((4, (8,)),) if quick else ((4, (8, 16)), (8, (8, 16))):
-        for model in models(24 if ranks == 4 else 48):
-            for set_name, factors in SETS[ranks].items():
+    for size in (4,) if quick else SETS if ranks is None else (ranks,):
+        counts = (8,) if quick else (8, 16)
+        for model in models(6 * size):
+            for set_name, factors in SETS[size].items():
                 for count in counts:
-                    progress(f"p={ranks} m={count} {model.name}, {set_name}")
+                    progress(f"p={size} m={count} {model.name}, {set_name}")
                     case = Case.of(model, factors, microbatches=count)
                     peers = {
                         name: best_of_peer(case, edges)
-                        for name, edges in peer_splits(model, ranks).items()
+                        for name, edges in peer_splits(model, size).items()
                     }
                     ours = our_plan(case)
                     fastest = min(peers.values(), key=lambda one: one.step_s)
@@ -165,7 +176,7 @@ def simulated(*, quick: bool) -> list[tuple[str, float]]:
                     rows.append(
                         (
                             f"{model.name}, {set_name}",
-                            str(ranks),
+                            str(size),
                             str(count),
                             *(f"{1e3 * peers[n].step_s:.1f}" for n in peers),
                             f"{1e3 * ours.step_s:.1f}",

@@ -188,6 +188,9 @@ class _Problem:
         least = self._divide(plain, held)
         moved = self._arranged(held) if self._may_order else None
         bound = moved.division.load if moved is not None and moved.exact else None
+        exact = self._shape.kind is not PlacementKind.LINE or self._shape.stages_per_rank == 1
+        if least is not None and exact and not self._may_order:
+            bound = least.load
         found = [] if least is None else [self._cut(least, plain, held, bound=bound)]
         if moved is not None:
             one = self._cut(moved.division, moved.order, held, bound=bound)
@@ -300,22 +303,35 @@ class _Problem:
         )
         if self._shape.stages_per_rank == 1:
             return found
-        if found is None:  # a rank's stages may share its memory in another way
-            edges = [
-                stage * self._costs.num_layers // self._num_stages
-                for stage in range(self._num_stages)
-            ]
-        else:
-            edges = list(found.boundaries)
-        division = divide_interleaved(
-            edges,
-            num_layers=self._costs.num_layers,
-            num_ranks=self._num_ranks,
-            load=lambda rank, ranges: self._rank_load(
-                devices[rank], _held_ranges(ranges, held[rank :: self._num_ranks])
-            ),
-        )
-        return division if division.load < _INFINITE else None
+        # A rank's stages may share its memory and its time in other ways: two starts for a search.
+        starts = [self._proportional(factors)]
+        if found is not None:
+            starts.insert(0, found.boundaries)
+        divisions = [
+            divide_interleaved(
+                start,
+                num_layers=self._costs.num_layers,
+                num_ranks=self._num_ranks,
+                load=lambda rank, ranges: self._rank_load(
+                    devices[rank], _held_ranges(ranges, held[rank :: self._num_ranks])
+                ),
+            )
+            for start in dict.fromkeys(starts)
+        ]
+        best = min(divisions, key=lambda division: division.load)
+        return best if best.load < _INFINITE else None
+
+    def _proportional(self, factors: Sequence[float]) -> tuple[int, ...]:
+        """Stages with work in proportion to the speed of their devices, as nearly as layers allow."""
+        sums, speed = self._sums, [1 / factor for factor in factors]
+        reached, edges = 0.0, [0]
+        for stage in range(1, len(factors)):
+            reached += speed[stage - 1]
+            wanted = sums[-1] * reached / sum(speed)
+            last = self._costs.num_layers - (len(factors) - stage)
+            near = range(edges[-1] + 1, last + 1)
+            edges.append(min(near, key=lambda edge: abs(sums[edge] - wanted)))
+        return tuple(edges)
 
     def _divide_folded(
         self, devices: Sequence[Kind], held: Sequence[int], stretch: float
@@ -408,9 +424,8 @@ class _Problem:
                 memory = min(memory, devices[-1 - position][1])
             again |= set(self._loads.need(ranges, memory=memory).again)
         per_rank = 2.0 if self._shape.kind is PlacementKind.MIRROR else 1.0
-        exact = self._shape.kind is not PlacementKind.LINE or self._shape.stages_per_rank == 1
         if bound is None:
-            bound = division.load if exact and not self._may_order else self._bound()
+            bound = self._bound()
         plain = order == tuple(range(self._num_ranks))
         if not self._loads.may_choose:
             again = {i for i, time in enumerate(self._costs.prepare_s) if time}
