@@ -173,7 +173,8 @@ def main() -> None:
     job = load_job(arguments.job, [])
     torch.set_num_threads(job.worker.threads)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # as deepopt's workers on one host
-    dist.init_process_group("gloo")
+    restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    _join_group(restart)
     moments["ranks: process group"] = time.time()
     try:
         loop = PipelinedLoop(job, arguments.schedule)
@@ -196,13 +197,30 @@ def main() -> None:
                 "loss": loss,
                 "grad_norm": norm,
                 "step_time_s": ended - began,
-                "restart": int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
+                "restart": restart,
             }
             if step == 1:
                 record["moments"] = {**moments, "first step": time.time()}
             out.write(json.dumps(record) + "\n")
     finally:
         dist.destroy_process_group()
+
+
+def _join_group(restart: int) -> None:
+    """Form the group; after a restart apart from the one before.
+
+    torchrun's store lives on, and with torch 2.13 the group would find the addresses of the dead in it.
+    """
+    if restart == 0:
+        dist.init_process_group("gloo")
+        return
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    dist.init_process_group(
+        "gloo",
+        store=dist.PrefixStore(f"restart-{restart}", dist.TCPStore(address, port)),
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+    )
 
 
 def _process_start() -> float:

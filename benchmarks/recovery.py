@@ -16,10 +16,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from _contenders import pipelining
 from _machine import describe
 from _processes import StartedCommand, end_cleanly_on_signals, started
@@ -32,11 +33,11 @@ from deepopt.pipeline.transport import LoneTransport
 from deepopt.planner.decide import make_plan
 from deepopt.worker.rehearsal import RankPlan
 
-LOOK_EVERY_S = 0.005
+LOOK_EVERY_S = 0.01
 AIM = 10.0
 WORKERS = 2  # of each side; a mirror of two holds every stage twice
 CHECKPOINT_EVERY = 10
-STEPS_COMPARED = 100
+STEPS_COMPARED = 30
 PEER, SPARE = "torchrun --max-restarts", "deepopt, mirror, spare"
 OURS = {
     SPARE: ("pipeline.placement=mirror", "faults.spares=1"),
@@ -53,10 +54,12 @@ class Kill:
     Args:
         back_s: from the signal to the next step that was not done before.
         repeated: steps that were done twice.
+        phases_s: seconds by part, as deepopt's head saw them; empty for the peer.
     """
 
     back_s: float
     repeated: int
+    phases_s: dict[str, float]
 
 
 def main() -> None:
@@ -101,6 +104,11 @@ def main() -> None:
             [_row(n, k) for n, k in kills.items()],
         )
     )
+    for name, found in kills.items():
+        parts = [part for part in found[0].phases_s if part != "total"]
+        medians = {p: statistics.median(k.phases_s.get(p, 0.0) for k in found) for p in parts}
+        if medians:
+            say(f"{name}: " + ", ".join(f"{p} {s:.2f} s" for p, s in medians.items()))
     if not {PEER, SPARE} <= kills.keys():
         return
     say(
@@ -123,29 +131,40 @@ def _our_run(
     command = [str(Path(sys.executable).parent / "deepopt"), "launch", str(job_file), "--json"]
     command += ["--workers", str(WORKERS), "--run-dir", str(run_dir), *sets]
     spares = int("faults.spares=1" in settings)
-    metrics = run_dir / "metrics.jsonl"
+    metrics = StepLines(run_dir / "metrics.jsonl")
     kills = []
     with started(command, log=run_dir.with_suffix(".log")) as running:
         for number in range(options.kills):
-            seen = len(_lines(metrics))
+            seen = len(metrics.look())
             status = _await(
-                lambda seen=seen: _ready(run_dir, spares=spares, after=seen), running, options
+                lambda seen=seen: (
+                    len(metrics.look()) >= seen + CHECKPOINT_EVERY + 5
+                    and _ready(run_dir, spares=spares)
+                ),
+                running,
+                options,
             )
             rank = number % WORKERS
             pid = next(w["pid"] for w in status["workers"] if w["rank"] == rank)
-            kills.append(_kill(pid, metrics, "generation", running, options))
-        said = {line["step"]: line["loss"] for line in _lines(metrics)}
+            kill = _kill(pid, metrics, "generation", running, options)
+            closed = _await(lambda number=number: _fault(run_dir, number), running, options)
+            kills.append(replace(kill, phases_s=closed["times_s"]))
+        said = {line["step"]: line["loss"] for line in metrics.look()}
     return kills, said
 
 
-def _ready(run_dir: Path, *, spares: int, after: int) -> dict[str, Any] | None:
-    """The status, once some steps were made and the spare waits."""
-    lines = _lines(run_dir / "metrics.jsonl")
-    if len(lines) < after + CHECKPOINT_EVERY + 5:
-        return None
+def _ready(run_dir: Path, *, spares: int) -> dict[str, Any] | None:
+    """The status, once there is a checkpoint and the spare waits."""
     status: dict[str, Any] = json.loads((run_dir / "status.json").read_text())
     settled = status["state"] == "running" and status["warm_spares"] >= spares
     return status if settled and status["checkpoint_step"] else None
+
+
+def _fault(run_dir: Path, number: int) -> dict[str, Any] | None:
+    """The report of a fault, once it is closed."""
+    faults = json.loads((run_dir / "status.json").read_text())["faults"]
+    over = [fault for fault in faults if "total" in fault["times_s"]]
+    return next((fault for fault in over if fault["number"] == number + 1), None)
 
 
 def _peer_run(job_file: Path, out: Path, options: argparse.Namespace) -> list[Kill]:
@@ -154,17 +173,13 @@ def _peer_run(job_file: Path, out: Path, options: argparse.Namespace) -> list[Ki
     command = list(pipelining(job_file, workers=WORKERS, schedule="1f1b").arguments(out))
     command[2:2] = ["--max-restarts", "1000"]
     command += ["--checkpoints", str(checkpoints), "--every", str(CHECKPOINT_EVERY)]
-    kills = []
+    kills, steps = [], StepLines(out)
     with started(command, log=out.with_suffix(".log")) as running:
         for number in range(options.kills):
-            seen = len(_lines(out))
-            _await(
-                lambda seen=seen: len(_lines(out)) >= seen + CHECKPOINT_EVERY + 5,
-                running,
-                options,
-            )
+            enough = len(steps.look()) + CHECKPOINT_EVERY + 5
+            _await(lambda enough=enough: len(steps.look()) >= enough, running, options)
             pids = sorted(_ranks(str(out)))
-            kills.append(_kill(pids[number % WORKERS], out, "restart", running, options))
+            kills.append(_kill(pids[number % WORKERS], steps, "restart", running, options))
     return kills
 
 
@@ -183,16 +198,16 @@ def _ranks(mark: str) -> list[int]:
 
 
 def _kill(
-    pid: int, steps: Path, group: str, running: StartedCommand, options: argparse.Namespace
+    pid: int, steps: StepLines, group: str, running: StartedCommand, options: argparse.Namespace
 ) -> Kill:
     """Kill a process and wait for the first new step of the group that comes after."""
-    before = _lines(steps)
+    before = list(steps.look())
     os.kill(pid, signal.SIGKILL)
     began_s = time.monotonic()
     number = before[-1][group]
 
     def is_back() -> list[dict[str, Any]] | None:
-        lines = _lines(steps)
+        lines = steps.look()
         done = max(line["step"] for line in lines if line[group] == number)
         return lines if any(x[group] > number and x["step"] > done for x in lines) else None
 
@@ -200,7 +215,8 @@ def _kill(
     back_s = time.monotonic() - began_s
     progress(f"  {back_s:.2f} s")
     all_steps = [line["step"] for line in lines[len(before) - 1 :]]
-    return Kill(back_s=back_s, repeated=len(all_steps) - len(set(all_steps)))
+    repeated = len(all_steps) - len(set(all_steps))
+    return Kill(back_s=back_s, repeated=repeated, phases_s={})
 
 
 def _await(
@@ -216,15 +232,32 @@ def _await(
     return found
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    whole_lines = path.read_text(encoding="utf-8").rpartition("\n")[0].splitlines()
-    return [json.loads(line) for line in whole_lines]
+class StepLines:
+    """The lines of a file that grows, read without reading anything twice.
+
+    Args:
+        path: JSON lines, one a step.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._read_bytes = 0
+        self.lines: list[dict[str, Any]] = []
+
+    def look(self) -> list[dict[str, Any]]:
+        """All lines so far."""
+        if self._path.exists() and self._path.stat().st_size > self._read_bytes:
+            with self._path.open("rb") as file:
+                file.seek(self._read_bytes)
+                whole, newline, _ = file.read().rpartition(b"\n")
+            self._read_bytes += len(whole + newline)
+            self.lines += [json.loads(line) for line in whole.splitlines()]
+        return self.lines
 
 
 def _check_losses(job: JobConfig, losses: dict[int, float]) -> None:
     """Compare what was said with a run on one worker that nothing happens to, bit for bit."""
+    torch.set_num_threads(job.worker.threads)  # part of the numbers
     plan = make_plan(job, describe_model(job), num_workers=1, plan_id=1).plan
     last_step = min(STEPS_COMPARED, max(losses))
     alone = RankPlan(0, LoneTransport(), job=job, plan=plan).run(last_step).losses

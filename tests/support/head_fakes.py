@@ -112,7 +112,7 @@ class FakeGroup:
         self.calls.append(("confirm_exit", rank, how))
 
     def kill_all(self, *, timeout_s: float, but: Collection[int] = ()) -> None:
-        self.calls.append(("kill_all",))
+        self.calls.append(("kill_all", *sorted(but)))
         if self.immortal:
             raise ClusterError("rank 1 does not die")
 
