@@ -25,8 +25,9 @@ YARDSTICK = "1f1b"
 LAUNCH_EFFORT = 200_000
 """Actions a placement: about two seconds for all of p=4, m=8 on one core."""
 
+_FINALISTS = 2  # placements that are searched a second time, longer
 _TRIAL_SHARE = 20  # of the effort goes into the trial of each cut, where there are several
-_SEARCH_VERSION = 4  # +1 when the same inputs may give another order
+_SEARCH_VERSION = 5  # +1 when the same inputs may give another order
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +114,8 @@ def compare(
     Args:
         pipeline: sizes and costs.
         tried: what to try.
-        effort: actions to schedule or evaluate for each search.
+        effort: actions to schedule or evaluate for each search, on average: the best two of many get
+            more of it.
         seed: of the random choices.
         progress: told what is being tried.
         known: orders that were searched before, by their keys.
@@ -123,14 +125,34 @@ def compare(
     """
     found: list[tuple[Candidate, Outcome]] = []
     left_out: list[tuple[Candidate, str]] = []
+    several = sum(candidate.schedule == SEARCHED for candidate in tried) > 2 * _FINALISTS
+    first = effort // 2 if several else effort
     for index, candidate in enumerate(tried, start=1):
         if progress is not None:
             progress(f"{index} of {len(tried)}: {candidate.schedule}, {candidate.shape}")
-        result = evaluate(pipeline, candidate=candidate, effort=effort, seed=seed, known=known)
+        result = evaluate(pipeline, candidate=candidate, effort=first, seed=seed, known=known)
         if isinstance(result, Misfit):
             left_out.append((candidate, result.reason))
         else:
             found.append((candidate, result))
+    if several:
+        # What the others did not use goes to those that may win.
+        found.sort(key=lambda entry: entry[1].preference)
+        places = [i for i, (one, _) in enumerate(found) if one.schedule == SEARCHED]
+        spared = (effort - first) * (len(tried) - len(left_out))
+        for place in places[:_FINALISTS]:
+            candidate, before = found[place]
+            if progress is not None:
+                progress(f"searching on: {candidate.shape}")
+            again = evaluate(
+                pipeline,
+                candidate=candidate,
+                effort=max(effort, spared // _FINALISTS),
+                seed=seed,
+                known=known,
+            )
+            if isinstance(again, Outcome) and again.preference < before.preference:
+                found[place] = candidate, again
     if not found:
         reasons = "; ".join(f"{candidate.shape}: {reason}" for candidate, reason in left_out)
         raise PlanError(

@@ -27,7 +27,7 @@ from deepopt.planner.stage_load import Range, StageLoads, in_flight, scaled
 from deepopt.schedule.ir import PlacementKind
 
 _STRETCHES = (1.03, 1.1)  # of the least load: evener cuts that may fill faster
-_MOST_TO_STRETCH = 4_000  # layers x stages: beyond that the least load alone takes seconds
+_MOST_TO_STRETCH = 100  # layers: with more, the least load alone takes seconds
 _SHARES = (1.0, 0.5, 0.0)  # of 1F1B's micro-batches in flight; 0 is one of each stage
 _INFINITE = float("inf")
 
@@ -198,8 +198,8 @@ class _Problem:
                 found.insert(0, one)
         for cut in found[:1]:
             order = cut.order or plain
-            wide = self._costs.num_layers * self._num_stages > _MOST_TO_STRETCH
-            for stretch in () if wide else _STRETCHES:
+            many = self._costs.num_layers > _MOST_TO_STRETCH
+            for stretch in () if many else _STRETCHES:
                 other = self._divide(order, held, stretch=stretch)
                 if other is not None:
                     found.append(self._cut(other, order, held, bound=bound))

@@ -17,7 +17,8 @@ from deepopt.planner.partition import Division
 _SLACK = 1e-12
 _MOST_STATES = 20_000  # counts of used devices: some seconds at 200 layers
 _MOST_ORDERS = 5_040  # of kinds, tried one by one: 7 devices that all differ
-_TRIAL_LAYERS = 60_000  # layers x ranks x orders that are tried: some seconds
+_FEWEST_TRIALS, _MOST_TRIALS = 4, 400  # orders of a folded placement that are tried
+_TRIAL_WORK = 32e6  # layers cubed x orders: some seconds on one core
 
 Kind = tuple[float, float]
 """Factor and memory of a device."""
@@ -123,7 +124,7 @@ def arrange(
         None where none fits.
     """
     num_ranks = len(devices)
-    trials = max(8, _TRIAL_LAYERS // (num_layers * num_ranks))
+    trials = min(_MOST_TRIALS, max(_FEWEST_TRIALS, int(_TRIAL_WORK // num_layers**3)))
     tried: set[tuple[Kind, ...]] = set()
     best: Arrangement | None = None
 
