@@ -1,11 +1,11 @@
 """Are schedules found quickly, and how far from the best that can be: simulated, homogeneous layers.
 
 For each size, `auto` compares all placements (line v = 1..4, V, mirror) at the launch's effort per
-placement or more, and searches the best two longer; CPU seconds of one core count whole. The gap is that of the chosen order to its
-own lower bound, which knows the memory: p micro-batches a rank as in 1F1B (p + 1 with mirror). There is
-no peer for time and gap: the ratios are the aims over what was found (10 s at p=8, m=32; 120 s at
-p=64, m=256; 1 % at m >= 2p). The peer of the gain is 1F1B at the same costs: the aim is 1.40 at p = 8,
-m <= 16. The last line is the worst of all ratios.
+placement or more, and searches the best two longer; CPU seconds of one core count whole. The gap is that of
+the chosen order to its own lower bound, which knows the memory: p micro-batches a rank as in 1F1B (p + 1
+with mirror). There is no peer for time and gap: the ratios are the aims over what was found (10 s at p=8,
+m=32; 120 s at p=64, m=256; 1 % at m >= 2p). The peer of the gain is 1F1B at the same costs: the aim is 1.40
+at p = 8, m <= 16. The last line is the worst of all ratios.
 """
 
 from __future__ import annotations
