@@ -167,6 +167,20 @@ def test_a_stream_begins_anew_at_its_end() -> None:
     assert samples(data, range(1, 5)) == [0, 1, 2, 3, 4, 5] * 2
 
 
+def test_what_a_stream_draws_is_the_same_in_every_worker() -> None:
+    class Noisy(IterableDataset[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            for _ in range(8):
+                yield torch.rand(3), torch.rand(())
+
+    data, twin = (read(Noisy(), batch_size=2, microbatches=1) for _ in range(2))
+    first = [data.source.batch(step, 0)[1] for step in (1, 2, 5)]
+    torch.manual_seed(7)  # as a layer's dropout does
+    second = [twin.source.batch(step, 0)[1] for step in (1, 2, 5)]
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert not torch.equal(first[0], first[2])  # another epoch
+
+
 def test_a_stream_that_keeps_its_position_goes_on_where_it_was() -> None:
     data = read(Keeping(6), batch_size=2, microbatches=1)
     assert data.can_resume
