@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -21,11 +21,6 @@ from deepopt.pipeline.reduction import Reducer
 from deepopt.pipeline.spans import SpanRecorder
 from deepopt.pipeline.stage import Stage
 from deepopt.pipeline.transport import (
-    Channel,
-    Pending,
-    PendingGather,
-    PendingReceive,
-    TensorSpec,
     Transport,
 )
 from deepopt.planner.plan import Plan
@@ -103,7 +98,7 @@ class Evaluator:
             directions=own.directions,
             stages=stages,
             buckets={},
-            transport=_OwnShapes(transport),
+            transport=transport,
             reducer=Reducer(transport),
             batches=batches,
             first_rank=data_index * plan.pipeline_size,
@@ -111,6 +106,7 @@ class Evaluator:
             lookahead=lookahead,
             spans=self._spans,
             on_whole=lambda stage: None,
+            shapes="evaluation",  # eval mode may carry other tensors over the cuts
         )
 
     def run(self, *, take_output: Callable[[int, Any], None] | None = None) -> Evaluation:
@@ -142,56 +138,3 @@ class Evaluator:
             own = [rows[owner][index] for index, owner in enumerate(self._owners)]
             loss = math.fsum(own) / len(own)
         return Evaluation(loss=loss, time_s=time.perf_counter() - began)
-
-
-class _OwnShapes:
-    """The transport, with the shapes at the cuts told apart from those of training."""
-
-    def __init__(self, transport: Transport) -> None:
-        self._transport = transport
-
-    @property
-    def rank(self) -> int:
-        return self._transport.rank
-
-    @property
-    def world_size(self) -> int:
-        return self._transport.world_size
-
-    def open(self, channels: Any) -> None:
-        self._transport.open(channels)
-
-    def receive(
-        self, channel: Channel, message: int, specs: Sequence[TensorSpec]
-    ) -> PendingReceive:
-        return self._transport.receive(channel, message, specs)
-
-    def send(self, channel: Channel, message: int, tensors: Sequence[torch.Tensor]) -> None:
-        self._transport.send(channel, message, tensors)
-
-    def finish_sends(self) -> None:
-        self._transport.finish_sends()
-
-    def send_apart(self, channel: Channel, message: int, tensor: torch.Tensor) -> Pending:
-        return self._transport.send_apart(channel, message, tensor)
-
-    def receive_into(self, channel: Channel, message: int, tensor: torch.Tensor) -> Pending:
-        return self._transport.receive_into(channel, message, tensor)
-
-    def start_all_gather(self, values: Sequence[float]) -> PendingGather:
-        return self._transport.start_all_gather(values)
-
-    def publish(self, key: str, specs: Sequence[TensorSpec]) -> None:
-        self._transport.publish(f"evaluation/{key}", specs)
-
-    def look_up(self, key: str) -> tuple[TensorSpec, ...]:
-        return self._transport.look_up(f"evaluation/{key}")
-
-    def join(self, store: Any, *, generation: int) -> None:
-        self._transport.join(store, generation=generation)
-
-    def interrupt(self, generation: int) -> None:
-        self._transport.interrupt(generation)
-
-    def close(self) -> None:
-        self._transport.close()

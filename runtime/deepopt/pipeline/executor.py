@@ -109,6 +109,7 @@ class Executor:
         on_whole: called with a stage whose gradients are whole in row 0 without any exchange.
         before_action: called with (step, action) before each action; the fault script hooks in
             here.
+        shapes: under which key stages tell each other the shapes of what they send.
     """
 
     def __init__(
@@ -129,10 +130,12 @@ class Executor:
         spans: SpanRecorder,
         on_whole: Callable[[int], None],
         before_action: Callable[[int, Action], None] | None = None,
+        shapes: str = "activation",
     ) -> None:
         self.program = tuple(program)
         self.action: Action | None = None  # in work; read by the heartbeat thread
         self.progress = 0  # actions done; read by the heartbeat thread
+        self._shapes = shapes
         self._ahead = ahead
         self._placement = placement
         self._directions = directions
@@ -165,6 +168,7 @@ class Executor:
             specs=self._specs,
             transport=transport,
             lookahead=lookahead,
+            shapes=shapes,
         )
         self._calls = self._bind()
         self._num_calls_ahead = sum(call.position < ahead.num_actions for call in self._calls)
@@ -345,7 +349,7 @@ class Executor:
                 specs = self._specs.setdefault(
                     (Op.SEND_F, index), tuple(TensorSpec.of(out) for out in outputs)
                 )
-                self._transport.publish(f"activation/{index + 1}", specs)
+                self._transport.publish(f"{self._shapes}/{index + 1}", specs)
                 self._published.add(index)
             _check_shapes(action, outputs, self._specs[Op.SEND_F, index])
             self._transport.send(channel, message, outputs)

@@ -35,6 +35,7 @@ class Receives:
         specs: what is known of shapes; what is learnt is added.
         transport: to the senders.
         lookahead: receives posted ahead of the one that is waited for.
+        shapes: as for the executor.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Receives:
         specs: dict[SpecKey, tuple[TensorSpec, ...]],
         transport: Transport,
         lookahead: int,
+        shapes: str,
     ) -> None:
         self._actions = actions
         self._number = {action: number for number, action in enumerate(actions)}
@@ -52,6 +54,7 @@ class Receives:
         self._specs = specs
         self._transport = transport
         self._lookahead = lookahead
+        self._shapes = shapes
         self._limit = len(actions)
         self._num_posted = 0
         self._pending: dict[Action, PendingReceive] = {}
@@ -122,6 +125,6 @@ class Receives:
         """Post one receive; waits for its shape if nobody has told it yet."""
         key = spec_key(action)
         if key not in self._specs:
-            self._specs[key] = self._transport.look_up(f"activation/{action.stage}")
+            self._specs[key] = self._transport.look_up(f"{self._shapes}/{action.stage}")
         channel, message = self._addresses[action]
         self._pending[action] = self._transport.receive(channel, message, self._specs[key])
