@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from deepopt_cli.cmd_export import export
 from deepopt_cli.cmd_init import init
 from deepopt_cli.cmd_launch import launch
 from deepopt_cli.cmd_logs import logs
@@ -30,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (launch, profile, resume, status, logs, stop, init, schema):
+for command in (launch, profile, resume, status, logs, stop, export, init, schema):
     app.command()(command)
 app.add_typer(plan)
 app.add_typer(schedule)

@@ -27,7 +27,15 @@ DetachOption = Annotated[bool, typer.Option("--detach", help="Start the job and 
 @reports_errors
 def launch(
     job_file: Annotated[
-        Path | None, typer.Argument(metavar="JOB.yaml", help="Job file; none: all defaults.")
+        Path | None,
+        typer.Argument(
+            metavar="[JOB.yaml | SCRIPT.py]",
+            help="Job file; none: all defaults. Or a Python script that uses DeepTrainer.",
+        ),
+    ] = None,
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[-- ARGUMENTS]", help="For the script.", show_default=False),
     ] = None,
     workers: WorkersOption = None,
     steps: StepsOption = None,
@@ -62,6 +70,9 @@ def launch(
 ) -> None:
     """Train a job. Without a job file, trains the built-in model on Python's own sources.
 
+    A Python script runs as it is: what its DeepTrainers train goes to the cluster, the workers and with
+    the keys that are named here, and its exit code is that of the launch.
+
     The first Ctrl-C stops the job after the step in work, with a checkpoint; the second kills it.
 
     \b
@@ -73,13 +84,34 @@ def launch(
       deepopt launch job.yaml --spares 1
       deepopt launch job.yaml --hostfile hosts --json > metrics.jsonl
       deepopt launch job.yaml --plan plan.yaml
+      deepopt launch train.py --workers 4 -- --lr 3e-4
     """
     from deepopt.job_file import load_job
     from deepopt.launch.preparation import import_from, prepare, with_absolute_paths
     from deepopt.launch.run_files import make_run_directory, new_run_path, refuse_used
+    from deepopt_cli import launch_script as scripts
 
     warn_of_namesake()
     wanted = [*(overrides or ())]
+    if job_file is not None and job_file.suffix == ".py":
+        flags = {"--detach": detach, "--json": json, "--plan": plan is not None}
+        scripts.refuse_flags(job_file, flags)
+        for key, number in (("training.steps", steps), ("faults.spares", spares)):
+            if number is not None:
+                wanted.append(f"{key}={number}")
+        raise typer.Exit(
+            scripts.launch_script(
+                job_file,
+                arguments or (),
+                workers=workers,
+                hostfile=hostfile,
+                address=address,
+                run_dir=run_dir,
+                overrides=wanted,
+                dry_run=dry_run,
+            )
+        )
+    scripts.refuse_arguments(job_file, arguments or ())
     for key, value in (
         ("worker.count", workers),
         ("training.steps", steps),

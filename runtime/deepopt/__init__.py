@@ -13,10 +13,15 @@ except PackageNotFoundError:  # a source tree that was never installed
 
 if TYPE_CHECKING:
     from deepopt.convert import DeepModel, convert_to_deepopt
+    from deepopt.trainer import DeepTrainer
 
-__all__ = ["DeepModel", "__version__", "convert_to_deepopt"]
+__all__ = ["DeepModel", "DeepTrainer", "__version__", "convert_to_deepopt"]
 
-_LAZY = {"DeepModel": "deepopt.convert", "convert_to_deepopt": "deepopt.convert"}
+_LAZY = {
+    "DeepModel": "deepopt.convert",
+    "DeepTrainer": "deepopt.trainer",
+    "convert_to_deepopt": "deepopt.convert",
+}
 
 
 def __getattr__(name: str) -> Any:

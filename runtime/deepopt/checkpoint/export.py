@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -32,7 +32,9 @@ from deepopt.planner.skeleton import ModelSkeleton
 
 MAX_SHARD_BYTES = 5 * 10**9  # Hugging Face's "5GB"
 INDEX_NAME = "model.safetensors.index.json"
-_EXPORTED = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+_EXPORTED = re.compile(
+    r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|(generation_)?config\.json"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +56,8 @@ def export_weights(
     directory: Path,
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    leave_out: Collection[str] = (),
+    beside: Mapping[str, str] | None = None,
 ) -> list[Path]:
     """Write parameters and buffers so that `load_state_dict(strict=True)` takes them.
 
@@ -67,9 +71,11 @@ def export_weights(
         max_shard_bytes: largest file, in bytes of tensors; more become
             `model-00001-of-00003.safetensors` and so on, with an index as Hugging Face writes
             it. A larger tensor gets a file of its own.
+        leave_out: names that the reader finds by itself: further names of tied parameters.
+        beside: name -> content of text files that belong to the weights (`config.json`).
 
     Returns:
-        The files, the index last when there is one.
+        The files, the index last when there is one, then those beside.
 
     Raises:
         CheckpointError: the checkpoint is damaged, of another model, or lacks a tensor; the
@@ -82,7 +88,8 @@ def export_weights(
             f"{manifest.skeleton_fingerprint}, the one given is {skeleton.fingerprint()}"
         )
     _check_replaceable(directory)
-    files = _pack(_weights(manifest, skeleton=skeleton), max_shard_bytes=max_shard_bytes)
+    weights = [w for w in _weights(manifest, skeleton=skeleton) if w.name not in leave_out]
+    files = _pack(weights, max_shard_bytes=max_shard_bytes)
     work, aside, trash = (
         directory.with_name(f"{directory.name}.{ending}") for ending in ("tmp", "old", "trash")
     )
@@ -90,14 +97,17 @@ def export_weights(
         if leftover.exists():
             remove_directory(leftover, trash=trash)
     make_directory(work)
-    for file, weights in files.items():
-        values = _read(checkpoint, manifest=manifest, weights=weights)
+    for file, held in files.items():
+        values = _read(checkpoint, manifest=manifest, weights=held)
         write_tensors(work / file, tensors=values, metadata={"format": "pt"})
         del values
     names = list(files)
     if len(files) > 1:
         names.append(INDEX_NAME)
         write_file(work / INDEX_NAME, pieces=[_index(files).encode()])
+    for name, content in (beside or {}).items():
+        names.append(name)
+        write_file(work / name, pieces=[content.encode()])
     fsync_directory(work)
     if put_directory(work, target=directory, aside=aside):
         remove_directory(aside, trash=trash)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -15,12 +15,14 @@ from deepopt.convert import DeepModel
 from deepopt.errors import InputError
 from deepopt.launch.run_files import new_run_path
 from deepopt.launch.run_view import request
+from deepopt.launch.script import launched, merged, next_run_dir, note_run
 from deepopt.run_directory import RunDirectory
 from deepopt.telemetry.files import read_json
 from deepopt.trainer import run as runs
 from deepopt.trainer.callbacks import Callback, as_callbacks
 from deepopt.trainer.checkpoints import copy_checkpoint, find_checkpoint, is_run, load_weights
 from deepopt.trainer.data import Data, Reading, read_data
+from deepopt.trainer.export import export_model
 from deepopt.trainer.job import Settings, check_elb, job_of
 from deepopt.trainer.progress import NoView, make_view
 from deepopt.trainer.relay import Relay
@@ -81,7 +83,8 @@ class DeepTrainer:
         progress: whether to show it.
         hostfile: hosts to use.
         address: of a Ray cluster to join.
-        settings: further keys, nested as in a job file (docs/job-file.md); they win.
+        settings: further keys, nested as in a job file (docs/job-file.md); they win. In a script that
+            `deepopt launch` runs, its options win over all of these.
 
     Raises:
         InputError: an argument is wrong.
@@ -122,6 +125,11 @@ class DeepTrainer:
                 f"model is a {type(model).__name__}, not a torch.nn.Module",
                 remedy="give a module, or what convert_to_deepopt() made of one",
             )
+        launch = launched()
+        if launch is not None:  # what `deepopt launch` was told counts
+            workers = launch.workers or workers
+            hostfile, address = launch.hostfile or hostfile, launch.address or address
+            settings = merged(settings or {}, launch.settings)
         if placement is None:
             placement = model.placement if isinstance(model, DeepModel) else "auto"
         self._settings = Settings(
@@ -191,14 +199,35 @@ class DeepTrainer:
             assert resume_from is not None, "goes on in nothing"
             run = runs.renew(Path(resume_from), make_job)
         else:
-            path = self._given_run_dir or new_run_path(self._settings.name)
+            launch = launched()
+            told = None if launch is None else next_run_dir(launch)
+            path = told or self._given_run_dir or new_run_path(self._settings.name)
             run = runs.open_new(path, make_job, begin_with=found)
+        note_run(run.root)
         view = make_view(last_step=steps) if self._shows else NoView()
         if not data.can_resume:
             view.note(
                 f"{data.source.description}: it has no state_dict(), so this run cannot resume"
             )
         return self._follow(run, data=data, view=view, fresh=not goes_on)
+
+    def export(
+        self,
+        directory: str | Path,
+        *,
+        format: Literal["hf", "weights"] = "hf",
+    ) -> None:
+        """Write the model, with the weights that it has now, for other programs.
+
+        Args:
+            directory: where to.
+            format: `hf`: `config.json` and safetensors that `from_pretrained` loads; `weights`:
+                `model.safetensors` with the names of the `state_dict`.
+
+        Raises:
+            InputError: `hf`, and the model is none of `transformers`.
+        """
+        export_model(self.model, Path(directory), kind=format)
 
     def save(self, path: str | Path) -> Path:
         """Copy the last checkpoint of the last fit: weights, optimizer, position in the data.
