@@ -18,7 +18,7 @@ from deepopt.convert import build_layers, describe
 from deepopt.errors import CheckpointError, InputError
 from deepopt.job_file import dump_job
 from deepopt.launch.export_run import export_run
-from deepopt.pipeline.optimizer import LayerOptimizer
+from deepopt.pipeline.optimizer import AdamWOptimizer
 from deepopt.run_directory import RunDirectory
 from deepopt.telemetry.files import write_json_atomic
 from deepopt_cli.app import app
@@ -52,7 +52,7 @@ def make_run(folder: Path, *, factory: str = FACTORY, **kwargs: Any) -> RunDirec
                 parameter.add_(1.0)
         tensors = {
             key: value
-            for key, value in LayerOptimizer(layer, job.optimizer).export_state().items()
+            for key, value in AdamWOptimizer(layer, job.optimizer).export_state().items()
             if key.split("/")[1] not in layer.tied
         }
         states.append(LayerState(layer=layer.name, tensors=tensors))
@@ -60,7 +60,14 @@ def make_run(folder: Path, *, factory: str = FACTORY, **kwargs: Any) -> RunDirec
     store.begin(7, 1)
     shards = [store.write_layer(7, 1, state, 0) for state in states]
     manifest = make_manifest(7, shards=shards)
-    store.commit(replace(manifest, skeleton_fingerprint=skeleton.fingerprint()))
+    names = [layer.name for layer in layers]
+    store.commit(
+        replace(
+            manifest,
+            skeleton_fingerprint=skeleton.fingerprint(),
+            plan={"plan_id": 1, "layer_names": names},
+        )
+    )
     return run
 
 
