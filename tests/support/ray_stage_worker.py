@@ -101,6 +101,9 @@ class FakeStageWorker:
             self._report(self._checkpoint())
         return RunEnded(sender=self._sender, step=self._step, reason=reason)
 
+    def move_store(self, host: str, port: int) -> None:
+        """Nothing is met there."""
+
     def request_stop(self) -> None:
         self._stop = True
 

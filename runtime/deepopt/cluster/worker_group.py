@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import signal
 import time
+import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -37,12 +38,15 @@ from deepopt.cluster.slots import Slots
 from deepopt.config import JobConfig
 from deepopt.errors import ClusterError
 from deepopt.run_directory import RunDirectory
-from deepopt.worker.actor import REQUESTS, Whereabouts, WorkerActor
+from deepopt.worker.actor import REQUESTS, WorkerActor
+from deepopt.worker.adopted import Adopted, NewHead, Whereabouts
 from deepopt.worker.messages import Assignment
 
 logger = logging.getLogger(__name__)
 
+WORKER_NAME = "worker-"
 _POLL_S = 0.01
+_ADOPT_TIMEOUT_S = 5.0  # for a worker to answer a new head
 _AGENT_TIMEOUT_S = 5.0  # for an agent's answer; its host may be gone
 
 
@@ -156,6 +160,46 @@ class RayWorkerGroup:
     def warm_spares(self) -> int:
         """Processes that can take a place at once."""
         return sum(spare.warm for spare in self._spares)
+
+    def adopt(
+        self, generation: int, *, num_workers: int, store: tuple[str, int]
+    ) -> dict[int, Adopted]:
+        """Take over the workers of a generation whose head has died; others are killed.
+
+        Args:
+            generation: which.
+            num_workers: its size.
+            store: IP address and port of the new head's store.
+
+        Returns:
+            What was found, by rank; each is told by `WorkerUp` as well.
+        """
+        actors = [
+            ray.get_actor(name)
+            for name in ray.util.list_named_actors()
+            if name.startswith(WORKER_NAME)
+        ]
+        head = NewHead(handle=self._head, store_host=store[0], store_port=store[1])
+        calls: dict[Any, Any] = {actor.adopt.remote(head): actor for actor in actors}
+        answered: list[Any] = []
+        if calls:
+            answered, _ = ray.wait(
+                list(calls), num_returns=len(calls), timeout=_ADOPT_TIMEOUT_S
+            )
+        found: dict[int, Adopted] = {}
+        workers = [_Worker(actor=None, log_size=0, ended=True) for _ in range(num_workers)]
+        for call, actor in calls.items():
+            adopted = _answer(call) if call in answered else None
+            sender = None if adopted is None else adopted.sender
+            if adopted is None or sender is None or sender.generation != generation:
+                ray.kill(actor, no_restart=True)
+                continue
+            found[sender.rank] = adopted
+            workers[sender.rank] = _Worker(actor=actor, log_size=self._log_size(sender.rank))
+        self._members = members = _Members(generation=generation, workers=workers)
+        for rank, adopted in found.items():
+            self._on_up(members, rank, adopted.whereabouts)
+        return found
 
     def launch(self, assignments: Sequence[Assignment]) -> None:
         """Let each worker set up and run."""
@@ -320,6 +364,9 @@ class RayWorkerGroup:
         """Of an actor for a rank's place; one that does not own it is given what another had."""
         slots, place = self._slots, self._slots.places[rank]
         options: dict[str, Any] = {
+            # Detached: it lives on when this head dies, and the next one finds it by its name.
+            "name": f"{WORKER_NAME}{uuid.uuid4().hex}",
+            "lifetime": "detached",
             "num_cpus": int(owns and not slots.use_gpus),
             "num_gpus": int(owns and slots.use_gpus),
             "max_restarts": 0,  # the head restarts; so a death is heard of at once
@@ -399,7 +446,8 @@ class RayWorkerGroup:
 
     def _request(self, what: str) -> None:
         for worker in self._members.workers:
-            self._members.references.append(worker.actor.request.remote(what))
+            if not worker.ended:
+                self._members.references.append(worker.actor.request.remote(what))
 
     def _kill(self, worker: _Worker) -> None:
         if worker.agent is not None:
@@ -418,3 +466,11 @@ class RayWorkerGroup:
                 return worker.ended
             return worker.pid not in living
         return worker.ended
+
+
+def _answer(call: Any) -> Any:
+    try:
+        return ray.get(call)
+    except RayError as error:
+        logger.info("a worker of the head before does not answer: %s", error)
+        return None

@@ -7,6 +7,7 @@ lock: workers' messages (`tell`), the group's events, requests of people (`reque
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import time
 from collections.abc import Callable
@@ -35,6 +36,19 @@ TICK_S = 0.1  # of deadlines; events are taken at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Predecessor:
+    """The head that this one takes over from.
+
+    Args:
+        died_s: when it died, on this machine's monotonic clock.
+        reason: what is known of its end.
+    """
+
+    died_s: float
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HeadArguments:
     """What the supervisor tells the head.
 
@@ -45,6 +59,7 @@ class HeadArguments:
         node_ip: address of the head's host that workers reach it by.
         supervisor_pid: process id of the supervisor.
         stage_worker: import path of the class that does a worker's work.
+        predecessor: None for the first head of a launch.
     """
 
     run_dir: str
@@ -53,6 +68,7 @@ class HeadArguments:
     node_ip: str
     supervisor_pid: int
     stage_worker: str = STAGE_WORKER
+    predecessor: Predecessor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +108,11 @@ class HeadActor:
         """Take a request: `stop`, `preempt`, `kill` or `checkpoint`."""
         self._inbox.put(what)
 
+    @ray.method(concurrency_group=REQUESTS)
+    def alive(self) -> int:
+        """This process's id: it answers as long as it is not stopped."""
+        return os.getpid()
+
     def run(self) -> HeadEnded:
         """Run the job to its end.
 
@@ -115,10 +136,14 @@ class HeadActor:
             job=job,
             stage_worker=arguments.stage_worker,
         )
-        # First of all: the processes take longest, and import torch while this one does.
-        group.prepare(
-            replay(journal.entries).generation + 1, num_workers=len(arguments.slots.places)
+        predecessor, found = arguments.predecessor, {}
+        generation, num_workers = (
+            replay(journal.entries).generation,
+            len(arguments.slots.places),
         )
+        if predecessor is None:
+            # First of all: the processes take longest, and import torch while this one does.
+            group.prepare(generation + 1, num_workers=num_workers)
 
         from deepopt.checkpoint.store import CheckpointStore
         from deepopt.clock import SystemClock
@@ -133,6 +158,12 @@ class HeadActor:
         from deepopt.worker.rendezvous import serve_store
 
         store_server = serve_store(arguments.node_ip)
+        if predecessor is not None:
+            found = group.adopt(
+                generation,
+                num_workers=num_workers,
+                store=(store_server.host, store_server.port),
+            )
         board = Board(run, tensorboard=job.logging.tensorboard)
         logger.info("head is ready after %.1f s", time.monotonic() - began_s)
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="commit") as executor:
@@ -159,7 +190,15 @@ class HeadActor:
                 make_report=make_report,
             )
             try:
-                drive(controller, self._inbox)
+                begin = controller.start
+                if predecessor is not None:
+                    begin = partial(
+                        controller.take_over,
+                        found,
+                        died_s=predecessor.died_s,
+                        reason=predecessor.reason,
+                    )
+                drive(controller, self._inbox, begin=begin)
             finally:
                 merge_steps(run.traces)
                 board.close()
@@ -170,14 +209,20 @@ class HeadActor:
         )
 
 
-def drive(controller: Any, inbox: queue.SimpleQueue[HeadEvent | str]) -> None:
+def drive(
+    controller: Any,
+    inbox: queue.SimpleQueue[HeadEvent | str],
+    *,
+    begin: Callable[[], None],
+) -> None:
     """Give a controller events and ticks until its job has ended.
 
     Args:
         controller: see `head.controller`.
         inbox: events and requests.
+        begin: its first act.
     """
-    _guard(controller, controller.start)
+    _guard(controller, begin)
     while controller.outcome is None:
         for event in _take(inbox):
             _guard(controller, partial(_give, controller, event))

@@ -31,7 +31,7 @@ from deepopt.config import JobConfig
 from deepopt.errors import CheckpointError, DeepoptError, InputError
 from deepopt.head import recovery
 from deepopt.head.board import Board
-from deepopt.head.budgets import Spent, backoff_s, limits_of, spent_of
+from deepopt.head.budgets import Budget, Spent, backoff_s, limits_of, spent_of
 from deepopt.head.commits import Committed, Committer, NotCommitted, Origin
 from deepopt.head.fault_log import FaultLog, faults_of
 from deepopt.head.formation import (
@@ -52,6 +52,8 @@ from deepopt.planner.plan import Plan
 from deepopt.planner.skeleton import ModelSkeleton
 from deepopt.run_directory import RunDirectory
 from deepopt.telemetry import events
+from deepopt.telemetry.files import read_json_lines
+from deepopt.worker.adopted import Adopted
 from deepopt.worker.messages import (
     BadStep,
     CheckpointFailed,
@@ -187,6 +189,46 @@ class Controller:
         self._note("state", state=str(self.state))
         self._board.tell(events.StateChanged(state=str(self.state)))
         self._form(reason="")
+
+    def take_over(self, found: Mapping[int, Adopted], *, died_s: float, reason: str) -> None:
+        """Go on with the worker group of a head that has died; its training has not stopped.
+
+        Args:
+            found: what the workers that live are doing, by rank.
+            died_s: when the head died, on this machine's monotonic clock.
+            reason: what is known of its end.
+
+        Raises:
+            DeepoptError: the journal cannot be written, or no checkpoint can be used.
+        """
+        self._journal.append("head", found=sorted(found), reason=reason)
+        self.progress.restarts = len(self._spent)
+        self._recall()
+        now_s = self._clock.monotonic_s()
+        fault = self.faults.notice(
+            generation=self._number,
+            step_done=self.progress.step,
+            since_s=died_s,
+            now_s=now_s,
+            plan=self.plan,
+        )
+        fault.cause, fault.budget = str(Cause.HEAD), str(Budget.HEAD)
+        fault.decided_s = fault.fenced_s = now_s
+        self._spent.append(Spent(budget=Budget.HEAD, at_s=now_s, step_done=self.progress.step))
+        goes_on = bool(found) and all(worker.ready is not None for worker in found.values())
+        if goes_on:
+            fault.next = f"{len(found)} worker(s) of generation {self._number} go on"
+        else:
+            fault.next = f"generation {self.next_generation} begins"
+        told = fault.to_json(self.plan)
+        self._note("fault", fault=told)
+        self._board.tell(events.FaultJudged(fault=told))
+        if goes_on:
+            self._adopt(found, now_s=now_s)
+            return
+        self._move(JobState.RECOVERING, reason=reason)
+        self._group.kill_all(timeout_s=KILL_TIMEOUT_S)
+        self._form(reason=reason)
 
     def request_stop(self, *, preempted: str = "") -> None:
         """Stop after the step in work, with a checkpoint.
@@ -353,6 +395,57 @@ class Controller:
             )
         )
         self._show(force=True)
+
+    def _adopt(self, found: Mapping[int, Adopted], *, now_s: float) -> None:
+        """Make the generation of the head before one's own, as its workers have it."""
+        start_step = max(worker.start_step for worker in found.values())
+        senders = {rank: worker.sender for rank, worker in found.items()}
+        self.generation = generation = open_generation(
+            self._number,
+            plan=self.plan,
+            job=self.job,
+            job_id=self.identity.job_id,
+            skeleton_fingerprint=self.skeleton.fingerprint(),
+            start=Start(step=start_step, checkpoint=None, tokens_seen=None),
+            now_s=now_s,
+            incarnations=[
+                sender.incarnation
+                if (sender := senders.get(rank)) is not None
+                else self._new_incarnation()
+                for rank in range(self.plan.world_size)
+            ],
+            make_committer=self._make_committer,
+        )
+        generation.adopted = True
+        for rank, worker in found.items():
+            member, ready = generation.members[rank], worker.ready
+            member.pid, member.host = worker.whereabouts.pid, worker.whereabouts.host
+            member.ready = ready
+            if ready is not None and ready.data_fingerprint is not None:
+                self._data_fingerprint = ready.data_fingerprint
+        generation.committer.data_fingerprint = self._data_fingerprint
+        if (fault := self.faults.open) is not None:
+            fault.ready_s, fault.start_step = now_s, self.progress.step
+        self._move(JobState.RUNNING, reason="a new head goes on with the workers of the last")
+        for rank in set(range(self.plan.world_size)) - set(found):
+            failure = lost_worker(
+                generation,
+                rank,
+                "death",
+                "its process ended while there was no head",
+                step_done=self.progress.step,
+            )
+            self._add_failure(generation, failure)
+
+    def _recall(self) -> None:
+        """What the figures on disk and the journal say of the progress under an earlier head."""
+        history, progress = replay(self._journal.entries), self.progress
+        progress.checkpoint_step = history.checkpoint_step
+        progress.checkpoint_path = history.checkpoint_path
+        for line in read_json_lines(self.run.metrics):
+            step, tokens = int(line["step"]), self._tokens_seen.get(int(line["step"]) - 1)
+            self._tokens_seen[step] = None if tokens is None else tokens + int(line["tokens"])
+            progress.step = step
 
     def _find_start(self, standings: Mapping[int, Standing]) -> Start:
         """Where the next generation goes on: from what survivors have, else from a checkpoint."""
@@ -622,7 +715,8 @@ class Controller:
         elif isinstance(message, StepReport):
             self._on_step(generation, message)
         elif isinstance(message, ShardsWritten):
-            generation.committer.written(message)
+            if not (generation.adopted and message.step <= self.progress.checkpoint_step):
+                generation.committer.written(message)
         elif isinstance(message, CheckpointFailed):
             generation.committer.failed(message)
         elif isinstance(message, WorkerReady):
@@ -709,6 +803,8 @@ class Controller:
 
     def _on_step(self, generation: Generation, report: StepReport) -> None:
         progress = self.progress
+        if generation.adopted and report.step <= progress.step:
+            return  # told to the head before
         figures = figures_of(
             report,
             forward_flops_per_token=self.skeleton.forward_flops_per_token,
@@ -804,6 +900,12 @@ class Controller:
             if progress.checkpoint_step != step:
                 self._warn(f"step {step} is in no checkpoint: a resume repeats steps")
             self._end_stopped(reason="asked to stop")
+        elif generation.adopted and progress.checkpoint_step != step:
+            # Its shards were told to the head before: they are written once more.
+            self._move(
+                JobState.RECOVERING, reason="the last checkpoint went with the last head"
+            )
+            self._form(reason="the last checkpoint is written again", before=generation)
         elif progress.checkpoint_step != step or progress.checkpoint_path is None:
             newest = progress.checkpoint_step
             self._end_failed(

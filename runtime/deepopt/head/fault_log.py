@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deepopt.clock import utc_now
+from deepopt.head.liveness import Cause
 from deepopt.head.recovery import Blame
 from deepopt.head.status import failure_json
 from deepopt.planner.plan import Plan
@@ -63,6 +64,11 @@ class FaultRecord:
     done_s: float | None = None
     start_step: int | None = None
     source: str = ""
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether it is known whose fault it was."""
+        return self.blame is not None or self.cause == Cause.HEAD
 
     def times_s(self) -> dict[str, float]:
         """Seconds by part, those that are over; `total` from the last good sign to the end."""
@@ -148,7 +154,8 @@ class FaultLog:
             plan: tells the stages of the ranks.
         """
         record = self.open
-        if record is not None and record.generation == generation:
+        same = record is not None and record.generation == generation
+        if record is not None and same and record.cause != Cause.HEAD:
             return record
         if record is not None:  # it came before the one before was over
             step_done = max(step_done, record.step_done)
@@ -185,7 +192,7 @@ class FaultLog:
     def to_json(self, plan: Plan | None) -> list[dict[str, Any]]:
         """All faults that are shown, the newest last."""
         faults = list(self._closed)
-        if self.open is not None and self.open.blame is not None:
+        if self.open is not None and self.open.is_judged:
             faults.append(self.open.to_json(plan))
         return faults
 

@@ -67,6 +67,7 @@ class Generation:
         not_before_s: when it is due at the earliest: a recovery that did not help waits.
         ended_s: when the last worker's run ended.
         exporting: whether the final weights are being written.
+        adopted: whether a head before this one has formed it.
         interrupted: whether its workers were told that it has ended.
     """
 
@@ -82,6 +83,7 @@ class Generation:
     not_before_s: float = 0.0
     ended_s: float | None = None
     exporting: bool = False
+    adopted: bool = False
     interrupted: bool = False
 
     @property

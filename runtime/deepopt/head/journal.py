@@ -26,7 +26,8 @@ class Entry:
     Args:
         seq: 1-based position in the journal.
         time: date and time for people.
-        kind: `job`, `plan`, `generation`, `checkpoint`, `state`, `stop`, `fault` or `recovered`.
+        kind: `job`, `plan`, `generation`, `checkpoint`, `state`, `stop`, `fault`,
+            `recovered` or `head`.
         fields: what was decided.
     """
 
@@ -182,6 +183,7 @@ class History:
         plan_id: the newest plan; 0 before the first.
         state: the last state; empty before the first.
         checkpoint_step: step of the newest checkpoint announced; 0 for none.
+        checkpoint_path: its folder; None for none.
         faults: the last word on each fault, by its number.
         counting: numbers of the faults since the last launch or resume: those that count.
     """
@@ -191,6 +193,7 @@ class History:
     plan_id: int = 0
     state: str = ""
     checkpoint_step: int = 0
+    checkpoint_path: str | None = None
     faults: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
     counting: frozenset[int] = frozenset()
 
@@ -200,6 +203,7 @@ def replay(entries: Iterable[Entry]) -> History:
     job_id: str | None = None
     generation = plan_id = checkpoint_step = 0
     state = ""
+    checkpoint_path: str | None = None
     faults: dict[int, Mapping[str, Any]] = {}
     counting: set[int] = set()
     for entry in entries:
@@ -213,7 +217,8 @@ def replay(entries: Iterable[Entry]) -> History:
         elif entry.kind == "state":
             state = entry.fields["state"]
         elif entry.kind == "checkpoint":
-            checkpoint_step = max(checkpoint_step, entry.fields["step"])
+            if entry.fields["step"] >= checkpoint_step:
+                checkpoint_step, checkpoint_path = entry.fields["step"], entry.fields["path"]
         elif entry.kind in ("fault", "recovered"):
             fault = entry.fields["fault"]
             faults[fault["number"]] = fault
@@ -224,6 +229,7 @@ def replay(entries: Iterable[Entry]) -> History:
         plan_id=plan_id,
         state=state,
         checkpoint_step=checkpoint_step,
+        checkpoint_path=checkpoint_path,
         faults=faults,
         counting=frozenset(counting),
     )

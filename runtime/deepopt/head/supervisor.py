@@ -15,8 +15,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -25,6 +26,7 @@ from deepopt.cluster.group import STAGE_WORKER
 from deepopt.cluster.last_will import LastWill
 from deepopt.cluster.process_table import become_subreaper, this_process
 from deepopt.errors import ClusterError, DeepoptError
+from deepopt.head.head_watch import HeadWatch
 from deepopt.head.run_lock import lock_run_directory
 from deepopt.head.state import JobState
 from deepopt.head.supervision import (
@@ -40,6 +42,7 @@ from deepopt.run_directory import RunDirectory
 if TYPE_CHECKING:
     from deepopt.cluster.slots import Slots
     from deepopt.config import JobConfig
+    from deepopt.head.actor import HeadArguments
 
 logger = logging.getLogger(__name__)
 
@@ -199,11 +202,10 @@ class Supervisor:
         )
 
     def _attend(self, job: JobConfig, cluster: Cluster, *, job_id: str) -> tuple[JobState, int]:
-        """Create the head and wait for its end."""
+        """Create the head and wait for its end; one that dies is replaced."""
         from ray.exceptions import RayActorError, RayTaskError
 
-        import ray
-        from deepopt.head.actor import HeadArguments, create_head
+        from deepopt.head.actor import HeadArguments
 
         arguments = HeadArguments(
             run_dir=str(self._run.root),
@@ -213,25 +215,59 @@ class Supervisor:
             supervisor_pid=os.getpid(),
             stage_worker=self._stage_worker,
         )
-        head = create_head(arguments)
+        died_s: list[float] = []
         self._interruptible = False
+        while True:
+            try:
+                return self._attend_head(job, arguments)
+            except RayTaskError as error:
+                if isinstance(error.cause, DeepoptError):
+                    raise error.cause from error
+                raise
+            except RayActorError as error:
+                now_s, faults = time.monotonic(), job.faults
+                logger.warning("the head's process is gone: %s", str(error).strip())
+                if self._stops > 1:
+                    raise _Interrupted from error
+                died_s = [at_s for at_s in died_s if now_s - at_s < faults.window_s]
+                if len(died_s) >= faults.max_head_restarts:
+                    raise ClusterError(
+                        f"the head's process is gone for the {len(died_s) + 1}. time within "
+                        f"faults.window_s ({faults.window_s:g} s), faults.max_head_restarts "
+                        f"allows {faults.max_head_restarts}",
+                        remedy="see logs/head.log; `deepopt resume` goes on from the newest "
+                        "checkpoint",
+                    ) from error
+                died_s.append(now_s)
+                arguments = succeed(arguments, died_s=now_s, log=self._run.logs / "head.log")
+
+    def _attend_head(self, job: JobConfig, arguments: HeadArguments) -> tuple[JobState, int]:
+        """Create one head and wait for its end.
+
+        Raises:
+            RayActorError: it died.
+            RayTaskError: it could not begin.
+        """
+        import ray
+        from deepopt.head.actor import create_head
+
+        head = create_head(arguments)
+        self._forwarded = 0  # what was asked of a head before is asked again
         ended = head.run.remote()
-        try:
-            # Told by Ray: asking it ten times a second costs more than all else in this process.
-            is_over = threading.Event()
-            ended.future().add_done_callback(lambda _: is_over.set())
-            while not is_over.wait(POLL_S):
-                self._forward(head, job)
-            outcome = ray.get(ended)
-        except RayTaskError as error:
-            if isinstance(error.cause, DeepoptError):
-                raise error.cause from error
-            raise
-        except RayActorError as error:
-            raise ClusterError(
-                f"the head's process is gone: {error}",
-                remedy="see logs/head.log; `deepopt resume` goes on from the newest checkpoint",
-            ) from error
+        # Told by Ray: asking it ten times a second costs more than all else in this process.
+        is_over = threading.Event()
+        ended.future().add_done_callback(lambda _: is_over.set())
+
+        def ask(take: Callable[[Any], None]) -> None:
+            head.alive.remote().future().add_done_callback(
+                lambda answer: None if answer.exception() else take(answer.result())
+            )
+
+        watch = HeadWatch(ask, now_s=time.monotonic())
+        while not is_over.wait(POLL_S):
+            self._forward(head, job)
+            watch.look(now_s=time.monotonic())
+        outcome = ray.get(ended)
         return JobState(outcome.state), outcome.exit_code
 
     def _forward(self, head: Any, job: JobConfig) -> None:
@@ -316,6 +352,24 @@ class Supervisor:
             logger.warning("could not remove %s", what)
         if self._last_will is not None and not left:
             self._last_will.revoke()
+
+
+def succeed(arguments: HeadArguments, *, died_s: float, log: Path) -> HeadArguments:
+    """What the next head is told.
+
+    Args:
+        arguments: of the one that died.
+        died_s: when that was noticed, on this machine's monotonic clock.
+        log: its log, which may tell of a crash.
+    """
+    from deepopt.cluster.crash_log import read_crash
+    from deepopt.head.actor import Predecessor
+
+    crash = read_crash(log, start=0).headline
+    reason = (
+        f"the head's process crashed: {crash}" if crash else "the head's process was killed"
+    )
+    return replace(arguments, predecessor=Predecessor(died_s=died_s, reason=reason))
 
 
 def main() -> None:

@@ -12,15 +12,22 @@ import os
 import socket
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ray
 from deepopt.config import JobConfig
 from deepopt.run_directory import RunDirectory
+from deepopt.worker.adopted import Adopted, NewHead, Whereabouts
 from deepopt.worker.mailbox import Mailbox
-from deepopt.worker.messages import Assignment, Failure, Preempted, RunEnded
+from deepopt.worker.messages import (
+    Assignment,
+    Failure,
+    Preempted,
+    RunEnded,
+    WorkerReady,
+)
 from deepopt.worker.preemption import on_sigterm
 from deepopt.worker.process_output import redirect_output
 
@@ -30,23 +37,6 @@ _ray: Any = ray  # its annotations are half there, and wrong where they are
 
 REQUESTS = "requests"  # concurrency group of calls that are answered while a step runs
 FLUSH_TIMEOUT_S = 60.0  # for the head to take the last messages of a run
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Whereabouts:
-    """Where a worker's process is.
-
-    Args:
-        pid: process id on its host.
-        host: host name.
-        node_id: Ray's id of the host.
-        gpus: ids of the GPUs that Ray gave it.
-    """
-
-    pid: int
-    host: str
-    node_id: str
-    gpus: tuple[str, ...] = ()
 
 
 class WorkerActor:
@@ -68,6 +58,10 @@ class WorkerActor:
         self._mailbox: Mailbox | None = None
         self._asked: set[str] = set()
         self._lock = threading.Lock()
+        self._assignment: Assignment | None = None
+        self._ready: WorkerReady | None = None
+        self._ended: RunEnded | Failure | None = None
+        self._is_adopted = False  # the head that called `work` is dead
         self._is_preempted = False
         self._tell_preempted: Callable[[], None] = lambda: None
         if not on_sigterm(self._on_sigterm):
@@ -126,8 +120,11 @@ class WorkerActor:
             "generation %d, rank %d, pid %d", sender.generation, sender.rank, os.getpid()
         )
         if self._mailbox is None:
-            self._mailbox = Mailbox(head.tell.remote, wait=_wait)
+            self._mailbox = Mailbox(head.tell.remote, wait=_wait, was_taken=_was_taken)
         mailbox = self._mailbox
+        with self._lock:
+            self._assignment, self._ready, self._ended = assignment, None, None
+            self._is_adopted = False
         self._tell_preempted = lambda: mailbox.post(Preempted(sender=sender))
         if self._is_preempted:
             self._tell_preempted()
@@ -147,7 +144,8 @@ class WorkerActor:
                 name="heartbeat",
                 daemon=True,
             ).start()
-            mailbox.post(worker.rejoin() if goes_on else worker.setup())
+            self._ready = worker.rejoin() if goes_on else worker.setup()
+            mailbox.post(self._ready)
             ended: RunEnded | Failure = worker.run()
         except BaseException as error:  # the process's edge: SystemExit of a model's code too
             logger.exception("rank %d failed", sender.rank)
@@ -157,6 +155,10 @@ class WorkerActor:
             done.set()
         if not mailbox.flush(timeout_s=FLUSH_TIMEOUT_S):
             logger.warning("the head has not taken all messages in %g s", FLUSH_TIMEOUT_S)
+        with self._lock:
+            self._ended = ended
+            if self._is_adopted:  # nobody waits for this call's answer
+                mailbox.post(ended)
         return ended
 
     def export(self, checkpoint: str) -> str:
@@ -182,6 +184,32 @@ class WorkerActor:
                 self._asked.add(what)
             else:
                 _pass_on(self._worker, what)
+
+    @ray.method(concurrency_group=REQUESTS)
+    def adopt(self, head: NewHead) -> Adopted:
+        """Report to another head from now on: the one before has died. The run goes on meanwhile.
+
+        Args:
+            head: the new one.
+        """
+        found = Adopted(whereabouts=self.whereabouts())
+        with self._lock:
+            assignment, worker = self._assignment, self._worker
+            if assignment is None or self._mailbox is None:
+                return found
+            if worker is not None:
+                worker.move_store(head.store_host, head.store_port)
+            self._is_adopted = True
+            self._mailbox.redirect(head.handle.tell.remote)
+            if self._ended is not None:
+                self._mailbox.post(self._ended)
+            return replace(
+                found,
+                sender=assignment.sender,
+                start_step=assignment.start_step,
+                ready=self._ready,
+                ended=self._ended,
+            )
 
     @ray.method(concurrency_group=REQUESTS)
     def interrupt(self, generation: int) -> None:
@@ -245,6 +273,14 @@ def _beat(worker: Any, mailbox: Mailbox, done: threading.Event, interval_s: floa
         mailbox.post_if_idle(worker.heartbeat())
         if done.wait(interval_s):
             return
+
+
+def _was_taken(reference: Any) -> bool:
+    try:
+        ray.get(reference)
+    except Exception:  # noqa: BLE001 - whatever it is, the head has not taken it
+        return False
+    return True
 
 
 def _wait(references: list[Any], timeout_s: float) -> list[Any]:

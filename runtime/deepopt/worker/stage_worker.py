@@ -459,6 +459,15 @@ class StageWorker:
             store = rendezvous.open_store(self._assignment)
             agreements.tell(store, self._pipeline.agreement)
 
+    def move_store(self, host: str, port: int) -> None:
+        """Meet the others in another store from now on: the head has been replaced.
+
+        Args:
+            host: IP address of the store.
+            port: its port.
+        """
+        self._assignment = replace(self._assignment, store_host=host, store_port=port)
+
     def request_stop(self) -> None:
         """Ask all workers to stop after the step in work, with a checkpoint. From any thread."""
         with self._wishes_lock:
