@@ -580,7 +580,8 @@ class FaultPoint(Section):
 
 
 class FaultInjection(Section):
-    """One scripted fault, for tests and drills: exactly one of `kill`, `stop` and `raise`."""
+    """One scripted fault, for tests and drills: exactly one of `kill`, `stop`, `hold`,
+    `raise`."""
 
     kill: FaultPoint | None = Field(
         default=None, description="The worker kills itself (SIGKILL)."
@@ -588,15 +589,20 @@ class FaultInjection(Section):
     stop: FaultPoint | None = Field(
         default=None, description="The worker stops itself (SIGSTOP): a hang."
     )
+    hold: FaultPoint | None = Field(
+        default=None,
+        description="The worker keeps Python's GIL: it runs, and no thread of it says so.",
+    )
     raise_: FaultPoint | None = Field(
         default=None, alias="raise", description="The worker raises an exception."
     )
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:
-        if sum(point is not None for point in (self.kill, self.stop, self.raise_)) != 1:
+        points = (self.kill, self.stop, self.hold, self.raise_)
+        if sum(point is not None for point in points) != 1:
             refuse(
-                "a fault must be exactly one of kill, stop and raise",
+                "a fault must be exactly one of kill, stop, hold and raise",
                 remedy="write one list entry a fault, for example {kill: {rank: 1, step: 3}}",
             )
         return self
@@ -606,14 +612,16 @@ class FaultInjection(Section):
         return {kind: point for kind, point in handler(self).items() if point is not None}
 
     @property
-    def kind(self) -> Literal["kill", "stop", "raise"]:
+    def kind(self) -> Literal["kill", "stop", "hold", "raise"]:
         """What happens."""
+        if self.hold:
+            return "hold"
         return "kill" if self.kill else "stop" if self.stop else "raise"
 
     @property
     def point(self) -> FaultPoint:
         """When it happens."""
-        point = self.kill or self.stop or self.raise_
+        point = self.kill or self.stop or self.hold or self.raise_
         assert point is not None, "the validator lets exactly one fault through"
         return point
 
@@ -722,7 +730,7 @@ class FaultsConfig(Section):
     )
     inject: tuple[FaultInjection, ...] = Field(
         default=(),
-        description="Scripted faults: `{kill|stop|raise: {rank, step, op, generation}}`.",
+        description="Scripted faults: `{kill|stop|hold|raise: {rank, step, op, generation}}`.",
     )
 
     @model_validator(mode="after")

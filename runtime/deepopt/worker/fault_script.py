@@ -5,6 +5,7 @@ For tests of recovery, the project's and the users': `faults.inject` in the job 
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 from collections.abc import Iterable, Sequence
@@ -12,6 +13,8 @@ from collections.abc import Iterable, Sequence
 from deepopt.config import FaultInjection
 from deepopt.errors import InputError, TrainingError
 from deepopt.schedule.ir import Action
+
+HOLD_S = 3600  # much longer than any deadline
 
 
 class FaultScript:
@@ -62,6 +65,8 @@ def _strike(fault: FaultInjection, step: int, action: Action) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     elif fault.kind == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
+    elif fault.kind == "hold":
+        ctypes.PyDLL(None).sleep(HOLD_S)  # PyDLL: unlike CDLL, it keeps the GIL meanwhile
     else:
         raise TrainingError(
             f"the fault script raised before {action} of step {step}",
