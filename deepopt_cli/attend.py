@@ -91,16 +91,46 @@ def attend(
     with Interrupts() as interrupts:
         follower = Follower(run, interrupts=interrupts)
         supervisor = start(run, fresh=fresh)
-        view = _make_view(job, shown_as=shown_as, json=json)
-        try:
-            outcome = follower.follow(supervisor, view=view)
-        except BrokenPipeError:
-            tell(
-                f"nobody reads the output any more; the job goes on: deepopt status {shown_as}"
-            )
-            raise
-        finally:
-            view.close()
+        return _stay(follower, supervisor, run=run, job=job, shown_as=shown_as, json=json)
+
+
+def attach(
+    run: RunDirectory, *, supervisor: Supervisor, job: JobConfig, shown_as: Path, json: bool
+) -> int:
+    """Follow a job that runs already, say how it ended.
+
+    Args:
+        run: the run directory.
+        supervisor: it lives.
+        job: for its name and how often steps are shown.
+        shown_as: the run directory as the user would type it.
+        json: JSON lines instead of words.
+
+    Returns:
+        The exit code.
+    """
+    with Interrupts() as interrupts:
+        follower = Follower(run, interrupts=interrupts)
+        return _stay(follower, supervisor, run=run, job=job, shown_as=shown_as, json=json)
+
+
+def _stay(
+    follower: Follower,
+    supervisor: Supervisor,
+    *,
+    run: RunDirectory,
+    job: JobConfig,
+    shown_as: Path,
+    json: bool,
+) -> int:
+    view = _make_view(job, shown_as=shown_as, json=json)
+    try:
+        outcome = follower.follow(supervisor, view=view)
+    except BrokenPipeError:
+        tell(f"nobody reads the output any more; the job goes on: deepopt status {shown_as}")
+        raise
+    finally:
+        view.close()
     code = exit_code_of(outcome)
     if json:
         last = outcome.status or {"state": "starting", "step": 0, "workers": []}

@@ -20,6 +20,7 @@ from deepopt_cli.cmd_status import RunArgument
 from deepopt_cli.output import reports_errors, say, say_json
 
 if TYPE_CHECKING:
+    from deepopt.launch.run_view import Supervisor
     from deepopt.run_directory import RunDirectory
 
 # What may change between two launches of one job: nothing that decides its numbers.
@@ -48,7 +49,9 @@ def resume(
     """Go on with a job from its newest checkpoint.
 
     It may have been stopped, have failed or died, or be finished and train further. Any number
-    of workers will do: the losses are those of an unbroken run.
+    of workers will do: the losses are those of an unbroken run. A job that still runs is joined:
+    its output is shown, nothing is started. When only its head has died, its supervisor replaces
+    that by itself, and the workers go on.
 
     \b
     Examples:
@@ -59,7 +62,7 @@ def resume(
     from deepopt.job_file import load_job
     from deepopt.launch.preparation import import_from, prepare, with_absolute_paths
     from deepopt.launch.resume_checks import (
-        refuse_alive,
+        find_alive,
         refuse_incomplete,
         refuse_other_model,
     )
@@ -72,12 +75,13 @@ def resume(
     warn_of_namesake()
     run = open_run(run_dir)
     refuse_incomplete(run, run_dir)
-    refuse_alive(run, run_dir)
     wanted = [*(overrides or ())]
     _refuse_new_numbers(wanted)
     for key, value in (("worker.count", workers), ("training.steps", steps)):
         if value is not None:
             wanted.append(f"{key}={json_text.dumps(value)}")
+    if (supervisor := find_alive(run, run_dir, changes=wanted)) is not None:
+        raise typer.Exit(_join(run, supervisor, shown_as=run_dir, json=json, detach=detach))
     job = with_absolute_paths(load_job(run.job, wanted))
     status = read_status(run) or {}
     if _is_done(status, last_step=job.training.steps):
@@ -99,6 +103,29 @@ def resume(
     else:
         code = attend.attend(run, job=prepared.job, shown_as=run_dir, json=json, fresh=False)
     raise typer.Exit(code)
+
+
+def _join(
+    run: RunDirectory, supervisor: Supervisor, *, shown_as: Path, json: bool, detach: bool
+) -> int:
+    """The job runs: show it, start nothing."""
+    from deepopt.job_file import load_job
+    from deepopt.launch.run_view import read_status
+    from deepopt_cli import attend
+
+    status = read_status(run) or {}
+    if not json:
+        say(
+            f"the job runs: {status.get('state', 'starting')} at step {status.get('step', 0)}, "
+            f"supervisor pid {supervisor.pid}; " + ("nothing to do" if detach else "joined it")
+        )
+    if detach:
+        if json:
+            say_json({**status, "supervisor_alive": True, "run_dir": str(run.root)})
+        return 0
+    return attend.attach(
+        run, supervisor=supervisor, job=load_job(run.job), shown_as=shown_as, json=json
+    )
 
 
 def _refuse_new_numbers(overrides: Sequence[str]) -> None:

@@ -141,5 +141,6 @@ def test_a_job_outlives_worker_head_and_supervisor_and_no_loss_changes(
     status = launcher.status(run_dir)
     assert (status["state"], status["step"], status["job_id"]) == ("finished", STEPS, job_id)
     assert launcher.losses(run_dir) == unbroken
+    assert [f["outcome"] for f in status["faults"]] == ["recovered"] * 5
     for fault in status["faults"]:
         record_property(f"fault {fault['number']} {fault['cause']}", fault["times_s"])

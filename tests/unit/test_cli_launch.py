@@ -330,12 +330,26 @@ def test_resume_may_change_how_but_not_what(supervision: Supervision, stopped: P
     assert load_job(stopped / "job.yaml").pipeline.placement == "line"
 
 
-def test_resume_of_a_living_job_is_refused(supervision: Supervision, here: Path) -> None:
+def test_resume_of_a_living_job_joins_it_and_starts_nothing(
+    supervision: Supervision, here: Path
+) -> None:
+    supervision.scenario = {"steps": 150}
+    assert launch("--detach").exit_code == 0
+    shown = json.loads(deepopt("resume", "run", "--detach", "--json").stdout)
+    assert shown["supervisor_alive"] is True
+    result = deepopt("resume", "run")
+    assert result.exit_code == 0
+    assert "the job runs: " in result.stdout
+    assert "joined it" in result.stdout
+    assert "finished at step 150" in result.stdout
+
+
+def test_a_living_job_is_not_changed_by_a_resume(supervision: Supervision, here: Path) -> None:
     supervision.scenario = {"steps": 10_000}
     assert launch("--detach").exit_code == 0
-    result = deepopt("resume", "run")
+    result = deepopt("resume", "run", "--workers", 2)
     assert result.exit_code == 1
-    assert "lives" in result.stderr
+    assert "cannot take worker.count=2 while it does" in result.stderr
     assert "deepopt stop run" in result.stderr
 
 

@@ -84,6 +84,7 @@ def test_workers_go_on_in_their_generation_under_a_new_head(open_head: Open) -> 
     (fault,) = head.status["faults"]
     assert (fault["outcome"], fault["replayed_steps"]) == ("recovered", None)
     assert fault["times_s"]["detect"] == 2.0
+    assert [e["fault"]["outcome"] for e in head.events("recovered")] == ["recovered"]
     head.steps(5, 6).checkpoint(6).end(6).exported()
     assert head.status["state"] == "finished"
     assert head.journaled().count("job") == 1

@@ -681,8 +681,9 @@ class Controller:
         self._board.tell(events.FaultJudged(fault=told))
 
     def _close_fault(self, outcome: str) -> None:
+        is_judged = self.faults.open is not None and self.faults.open.is_judged
         closed = self.faults.close(outcome, plan=self.plan)
-        if closed is not None and closed["culprit"] is not None:
+        if closed is not None and is_judged:
             self._note("recovered", fault=closed)
             self._board.tell(events.FaultOver(fault=closed))
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from deepopt.errors import RunDirectoryError
-from deepopt.launch.run_view import ENDED, read_status, read_supervisor
+from deepopt.launch.run_view import ENDED, Supervisor, read_status, read_supervisor
 from deepopt.planner.skeleton import ModelSkeleton
 from deepopt.run_directory import RunDirectory
 
@@ -28,26 +29,32 @@ def refuse_incomplete(run: RunDirectory, shown_as: Path) -> None:
         )
 
 
-def refuse_alive(run: RunDirectory, shown_as: Path) -> None:
-    """Check that the job does not run already.
+def find_alive(
+    run: RunDirectory, shown_as: Path, *, changes: Sequence[str]
+) -> Supervisor | None:
+    """The supervisor of a job that runs already: it is joined, not started again.
 
     Args:
         run: the run directory.
         shown_as: it as the user would type it.
+        changes: what the user wants to be different, which a running job cannot take.
+
+    Returns:
+        None when it does not run.
 
     Raises:
-        RunDirectoryError: it runs, or nobody here can tell.
+        RunDirectoryError: it runs and is wanted different, or nobody here can tell.
     """
     supervisor = read_supervisor(run)
     if supervisor is None:
-        return
+        return None
     alive = supervisor.lives()
     state = (read_status(run) or {}).get("state", "starting")
-    if alive:
+    if alive and changes:
         raise RunDirectoryError(
-            f"the job in {shown_as} is {state}: supervisor pid {supervisor.pid} lives",
-            remedy=f"watch it with deepopt status {shown_as} or deepopt logs -f {shown_as}, "
-            f"end it with deepopt stop {shown_as}",
+            f"the job in {shown_as} is {state}: supervisor pid {supervisor.pid} lives, and cannot "
+            f"take {', '.join(changes)} while it does",
+            remedy=f"end it with deepopt stop {shown_as} first; without changes, resume joins it",
         )
     if alive is None and state not in ENDED:
         raise RunDirectoryError(
@@ -55,6 +62,7 @@ def refuse_alive(run: RunDirectory, shown_as: Path) -> None:
             "cannot be looked at from here",
             remedy=f"resume on {supervisor.host}; if that host is gone, remove {run.supervisor}",
         )
+    return supervisor if alive else None
 
 
 def refuse_other_model(saved: ModelSkeleton, now: ModelSkeleton, *, shown_as: Path) -> None:

@@ -207,12 +207,12 @@ class FaultJudged(Event):
 
     def headline(self) -> str:
         """The event in words."""
-        culprit = self.fault.get("culprit") or {}
-        who = f"rank {culprit.get('rank')} on {culprit.get('host') or 'an unknown host'}"
-        return (
-            f"fault {self.fault.get('number')}: {who}: {culprit.get('message')}; "
-            f"{self.fault.get('next')}"
-        )
+        culprit = self.fault.get("culprit")
+        what = "the head's process ended"
+        if culprit:
+            who = f"rank {culprit.get('rank')} on {culprit.get('host') or 'an unknown host'}"
+            what = f"{who}: {culprit.get('message')}"
+        return f"fault {self.fault.get('number')}: {what}; {self.fault.get('next')}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
