@@ -218,7 +218,8 @@ def replay(entries: Iterable[Entry]) -> History:
             state = entry.fields["state"]
         elif entry.kind == "checkpoint":
             if entry.fields["step"] >= checkpoint_step:
-                checkpoint_step, checkpoint_path = entry.fields["step"], entry.fields["path"]
+                checkpoint_step = entry.fields["step"]
+                checkpoint_path = entry.fields.get("path")
         elif entry.kind in ("fault", "recovered"):
             fault = entry.fields["fault"]
             faults[fault["number"]] = fault
