@@ -650,7 +650,7 @@ class FaultsConfig(Section):
     )
     bad_host_after: Count = Field(
         default=3,
-        description="Faults within `window_s` after which a host is avoided where there are others.",
+        description="Faults within `window_s` after which a host is named as bad.",
     )
     heartbeat_s: Seconds = Field(
         default=0.5,

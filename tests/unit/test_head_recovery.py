@@ -94,14 +94,14 @@ def test_each_kind_of_fault_has_a_budget_of_its_own(
     assert isinstance(verdict, Fail)
 
 
-def test_a_host_with_too_many_faults_is_avoided() -> None:
+def test_a_host_with_too_many_faults_is_named() -> None:
     failures = [failure(2, "death", host="beta")]
     verdict = judge(failures, spent=[spent(Budget.HOST, host="beta")])
     assert isinstance(verdict, Restart)
-    assert verdict.avoid == ("beta",)
+    assert verdict.bad_hosts == ("beta",)
     verdict = judge(failures, spent=[spent(host="alpha")])
     assert isinstance(verdict, Restart)
-    assert verdict.avoid == ()
+    assert verdict.bad_hosts == ()
 
 
 def test_an_error_of_the_model_ends_the_job_without_a_restart() -> None:

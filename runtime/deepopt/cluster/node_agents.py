@@ -130,10 +130,6 @@ class NodeAgents:
             self._agents[node_id] = agent
         return agent
 
-    def forget(self, node_id: str) -> None:
-        """Start a new one the next time: this one does not answer."""
-        self._agents.pop(node_id, None)
-
 
 def end_detached() -> None:
     """End what the calling driver's job has left in a cluster that goes on."""

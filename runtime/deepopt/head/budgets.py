@@ -117,7 +117,7 @@ def backoff_s(spent: Sequence[Spent], *, step_done: int) -> float:
 
 
 def bad_hosts(spent: Iterable[Spent], *, limits: Limits, now_s: float) -> tuple[str, ...]:
-    """Hosts that had so many faults within the window that workers go elsewhere, if there is room."""
+    """Hosts that had so many faults within the window that people should look at them."""
     counts = Counter(
         one.host for one in spent if one.host and now_s - one.at_s < limits.window_s
     )

@@ -667,10 +667,10 @@ class Controller:
                     host=verdict.blame.culprit.host,
                 )
             )
-            if verdict.avoid:
+            if verdict.bad_hosts:
                 self._warn(
                     f"host(s) with {self._limits.bad_host_after} faults or more: "
-                    f"{', '.join(verdict.avoid)}; avoided where there are others"
+                    f"{', '.join(verdict.bad_hosts)}; look at them, or leave them out of the hostfile"
                 )
         elif isinstance(verdict, recovery.Fail):
             fault.next = "the job ends as failed"

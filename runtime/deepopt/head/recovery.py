@@ -45,13 +45,13 @@ class Restart:
         blame: why.
         budget: what the fault is counted as.
         left: further faults of this kind that the budget allows now.
-        avoid: hosts that had too many faults.
+        bad_hosts: hosts that had too many faults.
     """
 
     blame: Blame
     budget: Budget
     left: int
-    avoid: tuple[str, ...] = ()
+    bad_hosts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,5 +167,5 @@ def decide(
         blame=blame,
         budget=budget,
         left=most - before - 1,
-        avoid=bad_hosts([*spent, this], limits=limits, now_s=now_s),
+        bad_hosts=bad_hosts([*spent, this], limits=limits, now_s=now_s),
     )

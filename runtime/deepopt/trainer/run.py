@@ -24,7 +24,7 @@ from deepopt.job_file import load_job
 from deepopt.launch.follow import Follower, Interrupts, Outcome, View
 from deepopt.launch.preparation import prepare, with_absolute_paths
 from deepopt.launch.resume_checks import (
-    refuse_alive,
+    find_alive,
     refuse_incomplete,
     refuse_other_model,
 )
@@ -83,7 +83,7 @@ def renew(path: Path, make_job: Callable[[Path], JobConfig]) -> RunDirectory:
     """
     run = open_run(path)
     refuse_incomplete(run, path)
-    refuse_alive(run, path)
+    find_alive(run, path, changes=("what this script asks for",))
     before = load_job(run.job)
     plan_id = Plan.from_json(read_json(run.plan)).plan_id + 1
     folder = _make_carried(run, plan_id=plan_id)
