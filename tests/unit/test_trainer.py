@@ -14,6 +14,7 @@ from torch.utils.data import IterableDataset, TensorDataset
 from deepopt import convert_to_deepopt
 from deepopt.cluster.hostfile import parse_hostfile
 from deepopt.config import JobConfig
+from deepopt.datasets.evaluation import evaluation_batches
 from deepopt.errors import (
     CheckpointError,
     ClusterError,
@@ -124,6 +125,39 @@ def test_a_worker_sees_the_gpu_of_its_rank(monkeypatch: pytest.MonkeyPatch) -> N
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-b"
     with pytest.raises(InputError, match=r"names 2 GPU\(s\), and there is a rank 2"):
         pin_gpu(job, rank=2)
+
+
+def test_a_validation_set_is_carried_and_measured_whole_in_its_own_order(launched: Any) -> None:
+    job = launched(
+        make_data(16),
+        batch_size=8,
+        microbatches=4,
+        fit={"epochs": 2, "validation": make_data(21), "validate_every": 3},
+    )
+    assert job.evaluation.every == 3
+    batches = evaluation_batches(job, run_dir=None)
+    assert batches.num_microbatches == 8  # 16 of 21 samples: whole batches of 8
+    found = torch.cat([batches.batch(1, number)[0] for number in range(8)])
+    assert torch.equal(found, make_data(21).tensors[0][:16])
+
+
+@pytest.mark.parametrize(
+    ("fit", "message"),
+    [
+        ({"validate_every": 2}, "validate_every=2 without a validation set"),
+        ({"validation": make_data(3)}, "3 samples"),
+        ({"validation": [make_data(4)[:]]}, "batches have 4 samples, those of training 8"),
+    ],
+)
+def test_a_validation_set_that_does_not_fit_is_refused(
+    fit: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    trainer = DeepTrainer(
+        make_model(), batch_size=8, microbatches=4, run_dir=tmp_path / "run", progress=False
+    )
+    with pytest.raises(InputError, match=message):
+        trainer.fit(make_data(16), **fit)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_converted_model_keeps_its_placement(launched: Any) -> None:

@@ -89,6 +89,11 @@ class EpochSource:
         self.tokens_per_microbatch = num_tokens(batch)
         return self._shapes.check(batch, step=step, microbatch=microbatch)
 
+    @property
+    def num_microbatches(self) -> int:
+        """Of one epoch."""
+        return self.steps_per_epoch * self._layout.microbatches
+
     def state_dict(self) -> None:
         """Nothing: the step says it all."""
 

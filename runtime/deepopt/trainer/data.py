@@ -7,7 +7,7 @@ import inspect
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -96,6 +96,46 @@ def read_data(dataset: Any, *, model: torch.nn.Module, reading: Reading) -> Data
         f"a {type(dataset).__name__} is no dataset",
         remedy="give a torch Dataset, IterableDataset or DataLoader, or an iterable of batches",
     )
+
+
+def read_validation(
+    dataset: Any, *, data: Data, model: torch.nn.Module, reading: Reading
+) -> Data:
+    """Make a validation set ready: in its own order, in micro-batches as those of training.
+
+    Args:
+        dataset: as for `read_data`, with `len()`.
+        data: that the model is trained on.
+        model: whose forward names the inputs.
+        reading: how the training set is read.
+
+    Raises:
+        InputError: as `read_data`; or it is a stream, or its batches have another size.
+    """
+    is_batches = isinstance(dataset, DataLoader | list | tuple)
+    own = replace(
+        reading,
+        batch_size=None if is_batches else data.layout.batch_size,
+        microbatches=data.layout.microbatches,
+        shuffle=False,
+        drop_last=True,
+        collate=None if isinstance(dataset, DataLoader) else reading.collate,
+    )
+    found = read_data(dataset, model=model, reading=own)
+    if not isinstance(found.source, EpochSource):
+        raise InputError(
+            f"validation: a {type(dataset).__name__} is a stream, which cannot be measured again and "
+            "again",
+            remedy="give a torch Dataset with len() and [index], a DataLoader of one, or a list of "
+            "batches",
+        )
+    if found.layout.batch_size != data.layout.batch_size:
+        raise InputError(
+            f"validation: its batches have {found.layout.batch_size} samples, those of training "
+            f"{data.layout.batch_size}",
+            remedy="give both the same size: the stages exchange tensors of fixed shapes",
+        )
+    return found
 
 
 def _samples(dataset: Any, *, model: torch.nn.Module, reading: Reading) -> Data:

@@ -65,7 +65,14 @@ class Settings:
 
 
 def job_of(
-    model: torch.nn.Module, data: Data, settings: Settings, *, steps: int, folder: Path
+    model: torch.nn.Module,
+    data: Data,
+    settings: Settings,
+    *,
+    steps: int,
+    folder: Path,
+    validation: Data | None = None,
+    validate_every: int = 0,
 ) -> JobConfig:
     """The job of a fit; writes model, loss, optimizer and data into a folder.
 
@@ -75,11 +82,26 @@ def job_of(
         settings: of the trainer.
         steps: to train.
         folder: exists; part of the run directory.
+        validation: a validation set; None: none.
+        validate_every: steps between two looks at it; 0: only after the last.
 
     Raises:
         DeepoptError: something cannot be carried, or does not fit.
     """
-    job = _checked(_fields(model, data, settings, steps=steps, folder=folder))
+    fields = _fields(model, data, settings, steps=steps, folder=folder)
+    if validation is not None:
+        fields["evaluation"] = {
+            "dataset": "deepopt.carried:dataset",
+            "kwargs": _carry_data(validation, folder / "validation.pkl"),
+            "every": validate_every,
+            **fields.get("evaluation", {}),
+        }
+    elif validate_every:
+        raise InputError(
+            f"validate_every={validate_every} without a validation set",
+            remedy="give validation=, a dataset",
+        )
+    job = _checked(fields)
     if settings.device_map is None:
         return job
     names = [layer.name for layer in describe(job).layers]

@@ -23,6 +23,7 @@ class Relay:
 
     Attributes:
         losses: by step.
+        val_losses: of the validation set, by step.
         error: of a callback; None while there is none.
     """
 
@@ -35,6 +36,7 @@ class Relay:
         steps_per_epoch: int | None,
     ) -> None:
         self.losses: dict[int, float] = {}
+        self.val_losses: dict[int, float] = {}
         self.error: Exception | None = None
         self._trainer = trainer
         self._callbacks = callbacks
@@ -48,6 +50,8 @@ class Relay:
     def step(self, record: Mapping[str, Any]) -> None:
         """A line of `metrics.jsonl`."""
         self.losses[record["step"]] = record["loss"]
+        if record.get("val_loss") is not None:
+            self.val_losses[record["step"]] = record["val_loss"]
         self._view.step(record)
         self._call("on_step", record)
         if self._steps_per_epoch is not None and record["step"] % self._steps_per_epoch == 0:

@@ -21,7 +21,7 @@ from deepopt.telemetry.files import read_json
 from deepopt.trainer import run as runs
 from deepopt.trainer.callbacks import Callback, as_callbacks
 from deepopt.trainer.checkpoints import copy_checkpoint, find_checkpoint, is_run, load_weights
-from deepopt.trainer.data import Data, Reading, read_data
+from deepopt.trainer.data import Data, Reading, read_data, read_validation
 from deepopt.trainer.export import export_model
 from deepopt.trainer.job import Settings, check_elb, job_of
 from deepopt.trainer.progress import NoView, make_view
@@ -37,6 +37,7 @@ class FitResult:
         state: `finished`, or `stopped` where a callback or Ctrl-C asked for it.
         step: the last one whose update was made.
         losses: of each step of this fit, from the first.
+        val_losses: step -> loss of the validation set after it.
         report: the closing report, as `report.json` has it.
     """
 
@@ -44,6 +45,7 @@ class FitResult:
     state: str
     step: int
     losses: tuple[float, ...]
+    val_losses: Mapping[int, float]
     report: Mapping[str, Any]
 
 
@@ -169,6 +171,8 @@ class DeepTrainer:
         epochs: int = 1,
         max_steps: int | None = None,
         resume_from: str | Path | None = None,
+        validation: Any = None,
+        validate_every: int = 0,
     ) -> FitResult:
         """Train, and put the weights back into the model.
 
@@ -179,6 +183,9 @@ class DeepTrainer:
             max_steps: stop after so many; needed for a stream without `len()`.
             resume_from: a run directory, to go on in it; or a checkpoint or what `save` wrote, to go on
                 in a new one. `epochs` and `max_steps` count from the very beginning.
+            validation: a dataset of the kinds that have `len()`, measured in eval mode, without
+                gradients, in batches of the training's size; what does not fill one is left out.
+            validate_every: steps between two measurements; 0: only after the last one.
 
         Raises:
             DeepoptError: an argument, the data or the model is wrong, or training failed: the model
@@ -188,8 +195,22 @@ class DeepTrainer:
         data = read_data(dataset, model=self.model, reading=self._reading)
         steps = _num_steps(data, epochs=epochs, max_steps=max_steps)
 
+        held_out = None
+        if validation is not None:
+            held_out = read_validation(
+                validation, data=data, model=self.model, reading=self._reading
+            )
+
         def make_job(folder: Path) -> JobConfig:
-            return job_of(self.model, data, self._settings, steps=steps, folder=folder)
+            return job_of(
+                self.model,
+                data,
+                self._settings,
+                steps=steps,
+                folder=folder,
+                validation=held_out,
+                validate_every=validate_every,
+            )
 
         found = None
         if resume_from is not None:
@@ -310,6 +331,7 @@ class DeepTrainer:
             state=str(status.get("state")),
             step=int(status.get("step") or 0),
             losses=tuple(loss for _, loss in sorted(relay.losses.items())),
+            val_losses=dict(relay.val_losses),
             report=read_json(run.report) if run.report.is_file() else {},
         )
         if outcome.interrupts:
