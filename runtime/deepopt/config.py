@@ -280,6 +280,12 @@ class ElbConfig(Section):
         "every `monitor_freq` steps), `sign` (a fixed step per update, as in DeepSeek-V3), `quantile` (the "
         "last step's quantile), `aux` (a loss), `none`.",
     )
+    replace_routers: Annotated[bool, Strict()] = Field(
+        default=False,
+        description="Also route the mixtures of experts of models that nobody wrote for deepopt (Mixtral, "
+        "Qwen-MoE, DeepSeek-V3 of `transformers`); `elb_config` of `DeepTrainer` and "
+        "`convert_to_deepopt` sets it.",
+    )
     alpha: Annotated[float, Strict(), Field(gt=0, le=1)] = Field(
         default=0.3,
         description="Gain of 1 + alpha x (mean load - load) / mean load, in (0, 1]: inside the step in "

@@ -82,7 +82,7 @@ def test_it_can_be_built_without_memory() -> None:
     with torch.device("meta"):
         model = small()
     assert {p.device.type for p in model.parameters()} == {"meta"}
-    assert not list(model.buffers())
+    assert {b.device.type for b in model.buffers()} == {"meta"}  # of the routers
     assert [n for n, _ in model.named_parameters()] == [
         n for n, _ in small().named_parameters()
     ]
@@ -257,11 +257,17 @@ def test_a_router_can_be_replaced() -> None:
 
 
 def test_router_arguments_reach_the_router() -> None:
-    model = small(
-        router_noise=0.5, auxiliary_coefficient=0.2, router_kwargs={"score": "sigmoid"}
-    )
+    model = small(router_noise=0.5, router_kwargs={"score": "sigmoid", "alpha": 0.2})
     router = model.blocks[1].feed_forward.router
-    assert (router.noise, router.auxiliary_coefficient, router.score) == (0.5, 0.2, "sigmoid")
+    assert (router.noise, router.elb.alpha, router.score) == (0.5, 0.2, "sigmoid")
+
+
+def test_a_router_with_a_loss_gets_its_coefficient() -> None:
+    model = small(router="deepopt.moe.router:TopKRouter", auxiliary_coefficient=0.2)
+    assert model.blocks[1].feed_forward.router.auxiliary_coefficient == 0.2
+    with pytest.raises(InputError, match="no key 'auxiliary_coefficient'") as caught:
+        small(auxiliary_coefficient=0.2)
+    assert "aux_coefficient" in caught.value.remedy
 
 
 def test_it_learns() -> None:

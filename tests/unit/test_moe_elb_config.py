@@ -14,7 +14,9 @@ from deepopt.moe import map_elb_config
 
 def test_the_short_form_maps_to_keys_of_the_job_and_says_so() -> None:
     mapped = map_elb_config({"alpha": 0.3, "monitor_freq": 100})
-    assert mapped.elb == ElbConfig(mode="elb", alpha=0.3, monitor_freq=100)
+    assert mapped.elb == ElbConfig(
+        mode="elb", alpha=0.3, monitor_freq=100, replace_routers=True
+    )
     assert JobConfig.model_validate({"elb": mapped.section}).elb == mapped.elb
     text = "\n".join(mapped.lines)
     assert "elb.mode = elb" in text
@@ -35,7 +37,8 @@ def test_in_formula_mode_both_keys_drive_the_update() -> None:
 
 def test_nothing_given_is_the_default() -> None:
     assert map_elb_config(None).elb == ElbConfig()
-    assert map_elb_config({}).section == {"mode": "elb"}
+    assert map_elb_config(None).section == {"mode": "elb"}
+    assert map_elb_config({}).section == {"mode": "elb", "replace_routers": True}
 
 
 @pytest.mark.parametrize(

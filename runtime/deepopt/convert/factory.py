@@ -1,4 +1,4 @@
-"""Calls a job's model factory, with memory or without."""
+"""Calls a job's model factory, with memory or without, and gives its routers the job's settings."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from deepopt.config import JobConfig
 from deepopt.errors import DeepoptError, InputError
 from deepopt.import_path import import_object
+from deepopt.moe.configure import configure_routers
 
 
 def build_model(job: JobConfig, *, device: str) -> torch.nn.Module:
@@ -44,6 +45,7 @@ def build_model(job: JobConfig, *, device: str) -> torch.nn.Module:
             f"model.factory: {job.model.factory} returned {type(model).__name__}, "
             "not a torch.nn.Module"
         )
+    configure_routers(model, job.elb, devices=job.parallel.expert)
     return model
 
 

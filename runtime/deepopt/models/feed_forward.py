@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from deepopt.moe.dispatch import gather_from_experts, plan_dispatch, scatter_to_experts
-from deepopt.moe.router import Router
+from deepopt.moe.router import Router, RouterByPosition
 from deepopt_kernels.grouped_linear import grouped_linear
 from deepopt_kernels.weight_grad import WeightGradHolder
 
@@ -120,7 +120,11 @@ class MoeFeedForward(torch.nn.Module):
     def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
         """[B, S, D] to [B, S, D]."""
         x_TD = x_BSD.flatten(0, -2)
-        weights_TK, ids_TK, _ = self.router(x_TD)
+        router = self.router
+        if isinstance(router, RouterByPosition):
+            weights_TK, ids_TK, _ = router(x_TD, sequence_length=x_BSD.shape[-2])
+        else:
+            weights_TK, ids_TK, _ = router(x_TD)
         dispatch = plan_dispatch(ids_TK, num_experts=self.experts.down_weight.shape[0])
         rows_RD = self.experts(scatter_to_experts(x_TD, dispatch), dispatch.counts)
         out_TD = gather_from_experts(rows_RD, weights_TK, dispatch)

@@ -214,13 +214,15 @@ class MoeTransformer(torch.nn.Module):
 
 def _make_router(settings: MoeTransformerSettings) -> Router:
     router_class = import_object(settings.router, field="model.kwargs.router")
+    coefficient = settings.auxiliary_coefficient
+    balance = {} if coefficient is None else {"auxiliary_coefficient": coefficient}
     try:
         router: Router = router_class(
             settings.d_model,
             num_experts=settings.num_experts,
             top_k=settings.top_k,
             noise=settings.router_noise,
-            auxiliary_coefficient=settings.auxiliary_coefficient,
+            **balance,
             **settings.router_kwargs,
         )
     except TypeError as error:

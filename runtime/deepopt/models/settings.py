@@ -31,7 +31,8 @@ class MoeTransformerSettings:
         dropout: share of features zeroed after the embedding and on each residual branch.
         router: import path `package.module:Class`, see `deepopt.moe.router`.
         router_noise: standard deviation of the noise on the router's logits in training.
-        auxiliary_coefficient: weight of the router's load-balancing loss.
+        auxiliary_coefficient: for a router that takes it, the weight of its load-balancing loss; None
+            for one that does not (that of `ElbRouter` is `elb.aux_coefficient`).
         router_kwargs: further arguments of the router's class.
         rope_base: of the geometric series of rotary angles.
         norm_eps: added to the mean square under the root.
@@ -54,9 +55,9 @@ class MoeTransformerSettings:
     dense_hidden: int | None = None
     tie_embeddings: bool = True
     dropout: float = 0.0
-    router: str = "deepopt.moe.router:TopKRouter"
+    router: str = "deepopt.moe.elb_router:ElbRouter"
     router_noise: float = 0.0
-    auxiliary_coefficient: float = 0.01
+    auxiliary_coefficient: float | None = None
     router_kwargs: Mapping[str, Any] = field(default_factory=dict)
     rope_base: float = 10000.0
     norm_eps: float = 1e-5
@@ -77,7 +78,11 @@ class MoeTransformerSettings:
             *(() if self.dense_hidden is None else ("dense_hidden",)),
         ):
             _check_integer(name, getattr(self, name), smallest=smallest.get(name, 1))
-        for name in ("dropout", "router_noise", "auxiliary_coefficient"):
+        for name in (
+            "dropout",
+            "router_noise",
+            *(() if self.auxiliary_coefficient is None else ("auxiliary_coefficient",)),
+        ):
             _check_number(name, getattr(self, name), smallest=0.0)
         for name in ("rope_base", "norm_eps", "init_std"):
             _check_number(name, getattr(self, name), smallest=0.0, open_end=True)

@@ -6,12 +6,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from deepopt.moe.configure import configure_routers
     from deepopt.moe.elb_config import ElbMapping, map_elb_config
+    from deepopt.moe.elb_router import ElbRouter
 
-__all__ = ["ElbMapping", "map_elb_config"]
+__all__ = ["ElbMapping", "ElbRouter", "configure_routers", "map_elb_config"]
 
 _LAZY = {
     "ElbMapping": "deepopt.moe.elb_config",
+    "ElbRouter": "deepopt.moe.elb_router",
+    "configure_routers": "deepopt.moe.configure",
     "map_elb_config": "deepopt.moe.elb_config",
 }
 

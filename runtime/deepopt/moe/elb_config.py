@@ -37,12 +37,14 @@ def map_elb_config(elb_config: Mapping[str, Any] | None) -> ElbMapping:
     """Turn `elb_config={"alpha": 0.3, "monitor_freq": 100}` into keys `elb.*` of the job.
 
     Args:
-        elb_config: keys of the section `elb`; None or empty: the defaults.
+        elb_config: keys of the section `elb`; None: the defaults. Given, even if empty, it also
+            replaces the routers of models that nobody wrote for deepopt.
 
     Raises:
         InputError: an unknown key, or a value out of range; it names the key and what fits.
     """
-    elb = elb_settings(elb_config or {}, what="elb_config")
+    wanted = {} if elb_config is None else {"replace_routers": True, **elb_config}
+    elb = elb_settings(wanted, what="elb_config")
     lines = [f"elb.mode = {elb.mode}: {_MODES[elb.mode]}"]
     given = set(elb_config or {})
     if "alpha" in given:

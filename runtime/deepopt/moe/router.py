@@ -1,15 +1,16 @@
-"""Which experts a token goes to: the default router, and what any other must offer.
+"""Which experts a token goes to: a plain router, and what any other must offer.
 
-A router is a module made as `Class(d_model, num_experts=..., top_k=..., noise=...,
-auxiliary_coefficient=..., **router_kwargs)` and called as `router(x_TD, padding_mask)`. It
-routes; it does not move tokens (`dispatch` does).
+A router is a module made as `Class(d_model, num_experts=..., top_k=..., noise=..., **router_kwargs)`,
+with `auxiliary_coefficient=` where the model was given one, and called as `router(x_TD, padding_mask)`;
+one with an attribute `by_position` is also told the `sequence_length`. It routes; it does not move
+tokens (`dispatch` does).
 
 Shapes: T tokens, D features, E experts, K choices a token.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +42,23 @@ class Router(Protocol):
 
     def reset_parameters(self) -> None:
         """Initialise everything from the default generator."""
+        ...
+
+
+@runtime_checkable
+class RouterByPosition(Protocol):
+    """A router that is also told how long a sequence is."""
+
+    by_position: bool
+
+    def __call__(
+        self,
+        x_TD: torch.Tensor,
+        padding_mask: torch.Tensor | None = None,
+        *,
+        sequence_length: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As of `Router`; T is a multiple of `sequence_length`."""
         ...
 
 

@@ -26,9 +26,9 @@ class Bucket:
         index: position among all buckets of the job; both ends of a message use it.
         owners: owners[use][group] is the world rank that holds the term.
         numel: elements of the range.
-        terms: terms[use, group] is this rank's flat fp32 term [numel], where it is the owner.
-        results: flat fp32 tensors [numel] of this rank that take the total; a result may be a
-            term.
+        terms: terms[use, group] is this rank's flat term [numel], where it is the owner: fp32 for
+            gradients, int32 for counts.
+        results: flat tensors [numel] of this rank that take the total; a result may be a term.
     """
 
     index: int
@@ -41,6 +41,11 @@ class Bucket:
     def holders(self) -> tuple[int, ...]:
         """Ranks with a term, in the order of their first one."""
         return tuple(dict.fromkeys(rank for use in self.owners for rank in use))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the terms; the same on all holders."""
+        return next(iter(self.terms.values())).dtype
 
 
 def channels(holders: Sequence[int], rank: int) -> list[Channel]:
@@ -117,7 +122,7 @@ class _Reduction:
         own_part = self._part(self._position)
         for rank in self._others:
             keys = self._keys_of(rank)
-            spec = TensorSpec((own_part.stop - own_part.start,), torch.float32, False)
+            spec = TensorSpec((own_part.stop - own_part.start,), bucket.dtype, False)
             self._pending[rank] = transport.receive(
                 Channel(Kind.REDUCTION, rank, self._rank), 2 * bucket.index, [spec] * len(keys)
             )
@@ -148,7 +153,7 @@ class _Reduction:
             return
         for rank in self._others:
             other = self._part(bucket.holders.index(rank))
-            spec = TensorSpec((other.stop - other.start,), torch.float32, False)
+            spec = TensorSpec((other.stop - other.start,), bucket.dtype, False)
             self._pending[rank] = self._transport.receive(
                 Channel(Kind.REDUCTION, rank, self._rank), 2 * bucket.index + 1, [spec]
             )

@@ -19,6 +19,7 @@ from deepopt.pipeline.boundary import as_leaves, enter
 from deepopt.pipeline.gradients import StageGradients
 from deepopt.pipeline.graph_split import SplitBackward, leaves_of
 from deepopt.pipeline.randomness import mix, seed_generators
+from deepopt.pipeline.stage_experts import StageExperts
 from deepopt.pipeline.weight_probe import Verdict, probe
 from deepopt.pipeline.weight_trial import Way
 from deepopt_kernels.weight_grad import WeightGradHolder, WeightGradQueue, defer_linears
@@ -105,6 +106,7 @@ class Stage:
         losses: by micro-batch, of this step.
         looks_for_bad: whether forwards look for outputs that are not finite.
         bad_layer: index of the first layer that had one in this step; -1 for none.
+        experts: the routers of its layers.
         verdicts: how each layer's weight gradients are computed, by name; filled by the first
             forward when `defer_weights`.
     """
@@ -149,6 +151,7 @@ class Stage:
             for module in layer.module.modules():
                 if hasattr(module, "loss_scale"):  # losses that a layer adds on its own
                     module.loss_scale = 1.0 / num_microbatches  # type: ignore[assignment]
+        self.experts = StageExperts(self.layers, device=device, keep_routes=recompute)
         self._runs = self._cut_into_runs()
         self._is_evaluating = False
         self._take_output: Callable[[int, Any], None] | None = None
@@ -180,6 +183,7 @@ class Stage:
         self._step = step
         self.losses.clear()
         self.bad_layer = -1
+        self.experts.begin_step()
 
     def forward(
         self, microbatch: int, inputs: Tensors, targets: torch.Tensor | None = None
@@ -427,6 +431,7 @@ class Stage:
                 values = tuple(map(enter, values))
             seed = mix(self._seed, self._step, microbatch, layer.index)
             seed_generators(seed, self._device)
+            self.experts.begin_pass(layer.index, microbatch)
             result = layer.module(*values)
             values = (result,) if isinstance(result, torch.Tensor) else tuple(result)
             if self.looks_for_bad and self.bad_layer < 0 and not _all_finite(values):

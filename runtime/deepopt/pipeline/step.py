@@ -14,7 +14,7 @@ import enum
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -30,6 +30,7 @@ from deepopt.pipeline.optimizer import clip_coefficient
 from deepopt.pipeline.reduction import Bucket, Reducer, channels
 from deepopt.pipeline.spans import Span, SpanRecorder, Totals, total
 from deepopt.pipeline.stage import Layer, Loss, Stage
+from deepopt.pipeline.stage_experts import NUM_FIGURES, count_routers, summarise
 from deepopt.pipeline.transport import Store, Transport
 from deepopt.pipeline.update_rule import make_rule
 from deepopt.planner.orders import built_order
@@ -110,6 +111,9 @@ class StepResult:
         rolled_back: whether that was taken back, because the gradients had to be clipped.
         bad: what was wrong with its numbers, where it was left out or computed again.
         skipped: whether it was left out: no update was made.
+        experts: how evenly experts were loaded, by name of the figure; empty without experts.
+        expert_loads: (layer, tokens of each expert) of this worker's routers, where it is the first
+            holder of the layer.
     """
 
     loss: float
@@ -123,6 +127,8 @@ class StepResult:
     rolled_back: bool = False
     bad: BadNumbers | None = None
     skipped: bool = False
+    experts: Mapping[str, float] = field(default_factory=dict)
+    expert_loads: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,6 +190,7 @@ class PipelineStep:
         self._device = device
         self._update_s = 0.0
         self._forecast = ClipForecast()
+        self._is_balanced = False  # the routers' biases were updated in the step in work
         self._may_run_ahead = False  # nobody asked to wait in the last exchange
         self._eager_rate: float | None = None  # learning rate of updates that do not wait
         self._updated: set[str] = set()  # layers updated in the step in work
@@ -194,6 +201,7 @@ class PipelineStep:
         self.ready = False
         self.agreement: Agreement | None = None
         self._trainable = _TrainableParameters(plan, skeleton)
+        self._routers = _RoutersByReporter(plan, skeleton)
 
         self._wire = transport
         data_index, pipeline_rank = divmod(rank, plan.pipeline_size)
@@ -214,6 +222,7 @@ class PipelineStep:
         }
         buckets = {index: self._stage_bucket(index) for index in self._stages}
         self._tied_buckets = self._make_tied_buckets()
+        self._count_buckets = self._make_count_buckets()
         if emulation is not None:
             transport = emulation.transport(transport, buckets=buckets)
         self._transport = transport
@@ -247,7 +256,7 @@ class PipelineStep:
             before_action=before_action,
         )
         roads = dict.fromkeys(self.executor.channels())
-        for bucket in (*buckets.values(), *self._tied_buckets):
+        for bucket in (*buckets.values(), *self._tied_buckets, *self._count_buckets):
             roads |= dict.fromkeys(channels(bucket.holders, rank))
         transport.open(roads)
 
@@ -375,6 +384,7 @@ class PipelineStep:
         began = time.perf_counter()
         ahead = go_on and self._may_run_ahead and self._forecast.is_unlikely
         self._updated.clear()
+        self._is_balanced = False
         if not self.executor.is_ahead:
             self._buffers.keep(step - 1)
         self._is_eager = ahead
@@ -386,10 +396,11 @@ class PipelineStep:
         self._eager_rate = None
         reducing = time.perf_counter()
         self._reducer.finish()
-        for bucket in self._tied_buckets:
+        for bucket in (*self._tied_buckets, *self._count_buckets):
             self._reducer.start(bucket)
         self._reducer.finish()
         self._transport.finish_sends()
+        self._take_counts()
         spans = self._spans.take()
         own_clock = self._device.type == "cuda" or self.overruns is not None
         totals = total(spans, device_time=own_clock)
@@ -455,11 +466,31 @@ class PipelineStep:
             return
         tied = self._trainable.tied_names
         layers = [
-            layer for layer in self._stages[stage].layers if not tied & layer.trainable.keys()
+            layer
+            for layer in self._stages[stage].layers
+            if not tied & layer.trainable.keys()
+            and not self._stages[stage].experts.waits_for_norms(layer.name)
         ]
         self._update_layers(stage, layers, self._eager_rate)
 
+    def _take_counts(self) -> None:
+        """What the routers counted in this step is summed: keep it, and shrink what it says."""
+        for stage in self._stages.values():
+            if stage.experts:
+                stage.experts.latch()
+                stage.experts.compensate(stage.gradients.totals())
+
+    def _balance(self) -> None:
+        """The one update of the routers' biases in a step; it does not depend on clipping, so it is not
+        taken back with that of the weights."""
+        if self._is_balanced:
+            return
+        self._is_balanced = True
+        for stage in self._stages.values():
+            stage.experts.update()
+
     def _update(self, rate: float) -> None:
+        self._balance()
         for index, stage in self._stages.items():
             layers = [layer for layer in stage.layers if layer.name not in self._updated]
             self._update_layers(index, layers, rate)
@@ -578,6 +609,17 @@ class PipelineStep:
                 )
         return buckets
 
+    def _make_count_buckets(self) -> list[Bucket]:
+        """One bucket for each stage with routers that this worker shares with others."""
+        first = self._plan.num_stages + len(self._trainable.tied_uses)
+        return [
+            stage.experts.bucket(
+                first + index, holders=self._plan.holders(index), rank=self._rank
+            )
+            for index, stage in self._stages.items()
+            if stage.experts and len(self._plan.holders(index)) > 1
+        ]
+
     # The exchange at the end of a step.
     # ----------------------------------------------------------
 
@@ -591,8 +633,26 @@ class PipelineStep:
         norms = self._own_norms()
         norms += [0.0] * (self._trainable.most_norms - len(norms))
         times = [step_s, totals.compute_s, totals.wait_s, totals.send_s, totals.reduce_s]
+        figures = self._own_figures()
+        figures += [0.0] * (self._routers.most_figures - len(figures))
         bad = min((s.bad_layer for s in self._stages.values() if s.bad_layer >= 0), default=-1)
-        return [float(wishes), *times, self._update_s, *losses, *norms, float(bad)]
+        return [
+            float(wishes),
+            *times,
+            self._update_s,
+            *losses,
+            *norms,
+            *figures,
+            float(bad),
+        ]
+
+    def _own_figures(self) -> list[float]:
+        return [
+            number
+            for index in self._routers.by_reporter.get(self._rank, ())
+            for figures in self._stages[index].experts.figures()
+            for number in figures.row()
+        ]
 
     def _own_norms(self) -> list[float]:
         names = self._trainable.by_reporter.get(self._rank, ())
@@ -632,6 +692,8 @@ class PipelineStep:
         loss = math.fsum(losses) / num_losses
         limit = self._job.faults.norm_limit
         bad = None
+        figures = self._routers.read(rows, first=7 + num_losses + self._trainable.most_norms)
+        num_bad_scores = sum(int(figure[-1]) for figure in figures)
         if not math.isfinite(loss + grad_norm) or (limit is not None and grad_norm > limit):
             places = {int(row[-1]): rank for rank, row in enumerate(rows) if row[-1] >= 0}
             first = min(places, default=None)
@@ -642,6 +704,13 @@ class PipelineStep:
                 ),
                 layer=None if first is None else plan.layer_names[first],
                 rank=None if first is None else places[first],
+            )
+        elif num_bad_scores:
+            bad = BadNumbers(
+                step=step,
+                what=f"the scores of routers are not finite for {num_bad_scores} tokens",
+                layer=None,
+                rank=None,
             )
         result = StepResult(
             loss=loss,
@@ -662,6 +731,12 @@ class PipelineStep:
             spans=spans,
             clipped=coefficient < 1.0,
             bad=bad,
+            experts=summarise(figures),
+            expert_loads=tuple(
+                load
+                for index in self._routers.by_reporter.get(self._rank, ())
+                for load in self._stages[index].experts.loads()
+            ),
         )
         return result, coefficient
 
@@ -694,6 +769,36 @@ class _TrainableParameters:
         self.most_norms = max(map(len, self.by_reporter.values()), default=0)
         self.tied_uses = [tuple(where) for where in uses.values() if len(where) > 1]
         self.tied_names = {name for where in self.tied_uses for _, name in where}
+
+
+class _RoutersByReporter:
+    """Who reports the figures of which routers: the same on every worker."""
+
+    def __init__(self, plan: Plan, skeleton: ModelSkeleton) -> None:
+        counts = [
+            sum(count_routers(skeleton.layers[i].buffers) for i in plan.stage_layers(stage))
+            for stage in range(plan.num_stages)
+        ]
+        reporters: dict[int, list[int]] = {}
+        for stage, count in enumerate(counts):
+            if count:
+                reporters.setdefault(plan.holders(stage)[0], []).append(stage)
+        self.by_reporter = {rank: tuple(stages) for rank, stages in reporters.items()}
+        self._counts = counts
+        self.most_figures = NUM_FIGURES * max(
+            (sum(counts[s] for s in stages) for stages in reporters.values()), default=0
+        )
+
+    def read(self, rows: Sequence[Sequence[float]], *, first: int) -> list[list[float]]:
+        """Figures of each router in the order of stages, from all ranks' rows."""
+        by_stage: dict[int, list[list[float]]] = {}
+        for rank, stages in self.by_reporter.items():
+            numbers = list(rows[rank][first:])
+            for stage in stages:
+                for _ in range(self._counts[stage]):
+                    by_stage.setdefault(stage, []).append(numbers[:NUM_FIGURES])
+                    del numbers[:NUM_FIGURES]
+        return [figures for stage in sorted(by_stage) for figures in by_stage[stage]]
 
 
 def _what_is_bad(
