@@ -252,10 +252,11 @@ def _track(
     """Set each bias to the quantile that sends the expert its target share.
 
     The moving average is debiased by weighing the first steps fully: its decay is at most 1 - 1/t.
-    An expert that was off its target twice running in one direction (`before`: loads of the step before)
-    forgets what it knew: its tokens have changed. With `follow` off, distributions and slopes are tracked, and the bias is left alone.
+    An expert that was off its target twice running in one direction forgets what it knew: its tokens
+    have changed. `before` are the loads of the step before. With `follow` off, distributions and slopes
+    are tracked, and the bias is left alone.
 
-    Source: quantile balancing (J. Su, kexue.fm/archives/11619), with an average over steps.
+    Source: quantile balancing (J. Su, kexue.fm/archives/11619), here with an average.
     """
     num_experts = len(state.bias)
     decay = 0.0 if elb.mode == "quantile" else min(elb.decay, 1.0 - 1.0 / state.step)
