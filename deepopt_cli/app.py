@@ -14,6 +14,7 @@ from deepopt_cli.cmd_export import export
 from deepopt_cli.cmd_init import init
 from deepopt_cli.cmd_launch import launch
 from deepopt_cli.cmd_logs import logs
+from deepopt_cli.cmd_moe import moe
 from deepopt_cli.cmd_plan import plan
 from deepopt_cli.cmd_profile import profile
 from deepopt_cli.cmd_resume import resume
@@ -33,6 +34,7 @@ app = typer.Typer(
 )
 for command in (launch, profile, resume, status, logs, stop, export, init, schema):
     app.command()(command)
+app.add_typer(moe)
 app.add_typer(plan)
 app.add_typer(schedule)
 

@@ -143,6 +143,10 @@ class LiveView:
             words.append(f"MFU {100 * mfu:.1f} %")
         if isinstance(bubble := record.get("bubble", status.get("bubble")), int | float):
             words.append(f"bubble {human_percent(bubble)}")
+        if isinstance(max_vio := record.get("max_vio"), int | float):
+            words.append(
+                f"MaxVio {max_vio:.2f}, busiest device {record['straggler_factor']:.2f}x"
+            )
         if status.get("restarts"):
             words.append(f"{status['restarts']} restarts")
         if status.get("checkpoint_step"):

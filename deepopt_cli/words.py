@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from deepopt_cli.expert_words import expert_lines
 from deepopt_cli.fault_words import doing
 from deepopt_cli.output import human_count, human_percent, human_seconds, ranges, table
 
@@ -35,6 +36,8 @@ def step_line(record: Mapping[str, Any], *, last_step: int | None, eta_s: float 
         parts.insert(2, f"val loss {_number(record['val_loss'], '.4f')}")
     if (share := record.get("mfu")) is not None:
         parts.append(f"MFU {100 * share:.1f} %")
+    if (max_vio := record.get("max_vio")) is not None:
+        parts.append(f"MaxVio {max_vio:.2f}")
     if (share := record.get("bubble")) is not None:
         parts.append(f"bubble {human_percent(share)}")
     if eta_s is not None:
@@ -257,6 +260,8 @@ def report_lines(report: Mapping[str, Any]) -> list[str]:
         if report.get("shared_cores"):
             words += f" (the workers share {report['shared_cores']} cores)"
         lines.append(f"bubble      {words}")
+    if experts := report.get("experts"):
+        lines += expert_lines(experts)
     if emulated := report.get("emulated"):
         lines.append(
             f"emulated    {emulated['overran']:,} of {emulated['operations']:,} operations overran, "

@@ -7,7 +7,7 @@ plan.json again by the head |
 | costs.json, schedules/ | the command line, with each plan |
 | profile/rank-N.json | the workers of a profile |
 | supervisor.json, logs/supervisor.log | the supervisor |
-| journal.jsonl, status.json, metrics.jsonl, events.jsonl | the head alone |
+| journal.jsonl, status.json, metrics.jsonl, events.jsonl, expert_loads.jsonl | the head alone |
 | requests/*.json | `deepopt stop` and whoever asks; the supervisor reads and removes them |
 | logs/rank-N.log, trace/, checkpoints/*.tmp | workers |
 | carried/ | a script's trainer, before anything starts |
@@ -89,6 +89,11 @@ class RunDirectory:
     def metrics(self) -> Path:
         """One JSON line a step; the last line of a step stands."""
         return self.root / "metrics.jsonl"
+
+    @property
+    def expert_loads(self) -> Path:
+        """Tokens of each expert, one JSON line a window of steps and worker."""
+        return self.root / "expert_loads.jsonl"
 
     @property
     def events(self) -> Path:

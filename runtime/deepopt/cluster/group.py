@@ -15,6 +15,7 @@ from deepopt.worker.messages import (
     Assignment,
     BadStep,
     CheckpointFailed,
+    ExpertLoads,
     Failure,
     Heartbeat,
     Preempted,
@@ -95,6 +96,7 @@ WorkerMessage = (
     | StepReport
     | WeightWork
     | BadStep
+    | ExpertLoads
     | ShardsWritten
     | CheckpointFailed
     | Heartbeat

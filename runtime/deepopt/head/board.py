@@ -39,6 +39,7 @@ class Board:
         self._run = run
         self._events = JsonLinesWriter(run.events)
         self._sinks = open_metrics_sinks(run, tensorboard=tensorboard, on_warning=self.tell)
+        self._loads: JsonLinesWriter | None = None  # a model without experts has no such file
         self._written_s: float | None = None
         self._complained: set[str] = set()
 
@@ -50,6 +51,16 @@ class Board:
     def step(self, step: int, figures: Mapping[str, object]) -> None:
         """Give the figures of a step to all metrics sinks."""
         self._sinks.write(step, figures)
+
+    def expert_loads(self, record: Mapping[str, object]) -> None:
+        """Append the loads of a window of steps."""
+
+        def write() -> None:
+            if self._loads is None:
+                self._loads = JsonLinesWriter(self._run.expert_loads)
+            self._loads.write(record)
+
+        self._try("expert loads", write)
 
     def show(
         self, status: Callable[[], Mapping[str, Any]], *, now_s: float, force: bool = False
@@ -76,6 +87,8 @@ class Board:
     def close(self) -> None:
         """Close all files."""
         self._sinks.close()
+        if self._loads is not None:
+            self._loads.close()
         self._events.close()
 
     def _try(self, what: str, write: Callable[[], None]) -> None:

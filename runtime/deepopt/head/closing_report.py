@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deepopt.head.expert_report import expert_report
 from deepopt.planner.choose import yardstick
 from deepopt.planner.emulated_costs import emulated_costs
 from deepopt.planner.estimate import estimated_costs
@@ -23,6 +24,7 @@ from deepopt.planner.plan import Plan
 from deepopt.planner.sketch import Pipeline
 from deepopt.schedule.ir import Op
 from deepopt.schedule.simulate import CostTable, Timeline, simulate
+from deepopt.telemetry.files import read_json_lines
 
 if TYPE_CHECKING:
     from deepopt.head.controller import Controller
@@ -133,6 +135,12 @@ def make_report(controller: Controller) -> dict[str, Any]:
         "gain_over_1f1b": None,
         "update_s": statistics.median(pace.update_s) if pace.update_s else None,
         "emulated": None,
+        "experts": expert_report(
+            read_json_lines(controller.run.metrics),
+            read_json_lines(controller.run.expert_loads),
+            forecast=controller.load_forecast.all_shares(),
+            errors=controller.load_forecast.errors(),
+        ),
         "op_times_s": {},
         "setup_s": {},
     }

@@ -44,6 +44,7 @@ from deepopt.head.formation import (
 from deepopt.head.generation import Generation, find_late_start, lost_worker
 from deepopt.head.journal import Journal, replay
 from deepopt.head.liveness import Cause, Finding
+from deepopt.head.load_forecast import LoadForecast
 from deepopt.head.measures import Pace, figures_of, metrics_line
 from deepopt.head.state import ENDED, JobState, advance
 from deepopt.head.status import Identity, Progress, error_of, status_of
@@ -57,6 +58,7 @@ from deepopt.worker.adopted import Adopted
 from deepopt.worker.messages import (
     BadStep,
     CheckpointFailed,
+    ExpertLoads,
     Failure,
     Heartbeat,
     InPlace,
@@ -135,6 +137,7 @@ class Controller:
         self.identity = identity
         self.progress = Progress()
         self.pace = Pace()
+        self.load_forecast = LoadForecast()
         self.generation: Generation | None = None
         self.state = JobState.STARTING
         self.outcome: Outcome | None = None
@@ -722,6 +725,8 @@ class Controller:
             generation.committer.failed(message)
         elif isinstance(message, WorkerReady):
             self._on_ready(generation, message)
+        elif isinstance(message, ExpertLoads):
+            self._on_expert_loads(message)
         elif isinstance(message, WeightWork):
             self._board.tell(
                 events.WeightWorkChosen(
@@ -822,6 +827,20 @@ class Controller:
             fault.done_s = self._clock.monotonic_s()
             self._close_fault("recovered")
         self._board.step(report.step, metrics_line(report, figures, time=utc_now()))
+
+    def _on_expert_loads(self, message: ExpertLoads) -> None:
+        for layer, loads in message.loads:
+            self.load_forecast.add(
+                layer, loads, first_step=message.first_step, step=message.step
+            )
+        self._board.expert_loads(
+            {
+                "first_step": message.first_step,
+                "step": message.step,
+                "loads": dict(message.loads),
+                "forecast_error": self.load_forecast.errors(),
+            }
+        )
 
     def _on_gone(self, generation: Generation, event: WorkerGone) -> None:
         member = generation.members[event.rank]

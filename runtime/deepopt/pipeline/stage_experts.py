@@ -23,7 +23,7 @@ from deepopt.pipeline.reduction import Bucket
 
 logger = logging.getLogger(__name__)
 
-NUM_FIGURES = 8  # of one router in the exchange at the end of a step
+NUM_FIGURES = 9  # of one router in the exchange at the end of a step
 
 
 class _Layer(Protocol):
@@ -44,6 +44,7 @@ class RouterFigures:
     Args:
         max_vio: load of the busiest expert over its target, less 1.
         max_vio_window: the same over the window so far.
+        max_vio_unbiased: what it would have been without bias, from sampled tokens.
         straggler_factor: load of the busiest device over the mean.
         best_mass: score mass of sampled tokens that top-k without bias would have chosen.
         chosen_mass: that was chosen.
@@ -54,6 +55,7 @@ class RouterFigures:
 
     max_vio: float
     max_vio_window: float
+    max_vio_unbiased: float
     straggler_factor: float
     best_mass: float
     chosen_mass: float
@@ -207,6 +209,7 @@ def summarise(rows: Sequence[Sequence[float]]) -> dict[str, float]:
     return {
         "max_vio": math.fsum(f.max_vio for f in figures) / len(figures),
         "max_vio_window": math.fsum(f.max_vio_window for f in figures) / len(figures),
+        "max_vio_unbiased": math.fsum(f.max_vio_unbiased for f in figures) / len(figures),
         "straggler_factor": math.fsum(f.straggler_factor for f in figures) / len(figures),
         "gate_mass_lost": 1.0 - chosen / best if best else 0.0,
         "dead_experts": math.fsum(f.dead for f in figures),
@@ -216,7 +219,8 @@ def summarise(rows: Sequence[Sequence[float]]) -> dict[str, float]:
 
 def _figures(place: _Place, totals: np.ndarray[Any, np.dtype[Any]]) -> RouterFigures:
     router = place.router
-    load = router.read_counts(totals).load
+    counts = router.read_counts(totals)
+    load = counts.load
     state = router.state()
     shares = balancer.target_shares(state, temper=router.elb.target_share)
     begins = state.step % router.elb.monitor_freq == 0
@@ -224,6 +228,7 @@ def _figures(place: _Place, totals: np.ndarray[Any, np.dtype[Any]]) -> RouterFig
     return RouterFigures(
         max_vio=balancer.max_violation(load, shares),
         max_vio_window=balancer.max_violation(load if begins else state.window + load, shares),
+        max_vio_unbiased=balancer.max_violation(counts.natural),
         straggler_factor=balancer.straggler_factor(load, devices=router.num_devices),
         best_mass=best,
         chosen_mass=chosen,

@@ -225,6 +225,22 @@ class BadStep:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertLoads:
+    """Tokens that each expert of some layers got; from the first holder of each layer.
+
+    Args:
+        first_step: of the window.
+        step: the last of the window; each of the first `elb.monitor_freq` steps is one.
+        loads: (layer, tokens of each expert) of each router, in the order of the layers.
+    """
+
+    sender: Sender
+    first_step: int
+    step: int
+    loads: tuple[tuple[str, tuple[int, ...]], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ShardsWritten:
     """A worker's part of a checkpoint is on disk and fsynced.
 

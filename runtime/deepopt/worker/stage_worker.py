@@ -44,10 +44,12 @@ from deepopt.worker import agreements, rendezvous
 from deepopt.worker.device import choose_device, peak_flops, pin_gpu
 from deepopt.worker.fault_script import FaultScript
 from deepopt.worker.layer_checkpoint import LayerCheckpointer
+from deepopt.worker.load_window import LoadWindow
 from deepopt.worker.messages import (
     Assignment,
     BadStep,
     CheckpointFailed,
+    ExpertLoads,
     Failure,
     Heartbeat,
     InPlace,
@@ -65,7 +67,9 @@ from deepopt.worker.validation import Validation
 
 logger = logging.getLogger(__name__)
 
-Report = Callable[[StepReport | WeightWork | BadStep | ShardsWritten | CheckpointFailed], None]
+Report = Callable[
+    [StepReport | WeightWork | ExpertLoads | BadStep | ShardsWritten | CheckpointFailed], None
+]
 
 _TIMES_KEPT = 1000  # of each operation, the newest: the median of a run without end
 _WARM_UP_STEPS = 2  # left out of the measured times of operations: caches and allocators fill
@@ -111,6 +115,7 @@ class StageWorker:
         self._busy_s: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=_TIMES_KEPT))
         self._taken = Wish.NONE  # wishes that the exchange of the step in work carries
         self._told_weight_work = False
+        self._load_window = LoadWindow(self._job.elb.monitor_freq)
         # Made by setup(). --------------------------------------------------------------------
         self._device = torch.device("cpu")
         self._skeleton: ModelSkeleton | None = None
@@ -577,6 +582,16 @@ class StageWorker:
                     BadStep(sender=self._sender, step=self._step, what=what, skipped=skipped)
                 )
             self._report(self._step_report(result, step_time_s=step_time_s, scalars=scalars))
+        window = self._load_window.add(self._step, result.expert_loads)
+        if window is not None:
+            self._report(
+                ExpertLoads(
+                    sender=self._sender,
+                    first_step=window.first_step,
+                    step=window.step,
+                    loads=window.loads,
+                )
+            )
 
     def _report_weight_work(self) -> None:
         assert self._pipeline is not None, "a step before setup()"
@@ -610,7 +625,7 @@ class StageWorker:
                 )
                 for rank, times in enumerate(result.times)
             ),
-            scalars={**scalars, **self._overlap_scalars(result)},
+            scalars={**scalars, **result.experts, **self._overlap_scalars(result)},
         )
 
     def _overlap_scalars(self, result: StepResult) -> dict[str, float]:

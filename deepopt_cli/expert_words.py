@@ -1,0 +1,36 @@
+"""Expert loads of a job in words. From plain JSON data to text, no I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from deepopt_cli.output import human_percent
+
+
+def expert_lines(experts: Mapping[str, Any]) -> list[str]:
+    """How evenly experts were loaded, with a map of one layer.
+
+    Args:
+        experts: the section `experts` of `report.json`.
+    """
+    first, last = experts["first"], experts["last"]
+    lines = [
+        f"experts     MaxVio {first['max_vio']:.2f} in step {experts['first_step']}, "
+        f"{last['max_vio']:.2f} at the end, mean of {experts['num_routers']} layers "
+        f"(about {last['max_vio_unbiased']:.2f} without bias)",
+        f"            busiest device {last['straggler_factor']:.2f}x the mean, gate mass lost "
+        f"{human_percent(last['gate_mass_lost'])}, {last['dead_experts']:.0f} dead experts",
+    ]
+    if error := experts.get("forecast_error"):
+        words = ", ".join(
+            f"{human_percent(value)} over {steps} steps" for steps, value in error.items()
+        )
+        lines.append(f"            load forecast off by {words}")
+    if experts.get("load_map"):
+        lines.append(
+            f"            load of each expert of {experts['layer']} over the steps "
+            "('=' even, '@' twice as much, ' ' none)"
+        )
+        lines += [f"  {line}" for line in experts["load_map"]]
+    return lines
