@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from deepopt_cli.output import human_percent
-
 
 def expert_lines(experts: Mapping[str, Any]) -> list[str]:
     """How evenly experts were loaded, with a map of one layer.
@@ -20,11 +18,11 @@ def expert_lines(experts: Mapping[str, Any]) -> list[str]:
         f"{last['max_vio']:.2f} at the end, mean of {experts['num_routers']} layers "
         f"(about {last['max_vio_unbiased']:.2f} without bias)",
         f"            busiest device {last['straggler_factor']:.2f}x the mean, gate mass lost "
-        f"{human_percent(last['gate_mass_lost'])}, {last['dead_experts']:.0f} dead experts",
+        f"{100 * last['gate_mass_lost']:.1f} %, {last['dead_experts']:.0f} dead experts",
     ]
     if error := experts.get("forecast_error"):
         words = ", ".join(
-            f"{human_percent(value)} over {steps} steps" for steps, value in error.items()
+            f"{100 * value:.1f} % over {steps} steps" for steps, value in error.items()
         )
         lines.append(f"            load forecast off by {words}")
     if experts.get("load_map"):

@@ -71,6 +71,27 @@ def llama_adapted_recomputed() -> torch.nn.Module:
     return model
 
 
+def deepseek_v3() -> torch.nn.Module:
+    config = transformers.DeepseekV3Config(
+        **_SMALL,
+        intermediate_size=48,
+        moe_intermediate_size=32,
+        n_routed_experts=8,
+        n_shared_experts=1,
+        num_experts_per_tok=2,
+        n_group=2,
+        topk_group=2,
+        first_k_dense_replace=1,
+        num_key_value_heads=4,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+    )
+    return transformers.DeepseekV3ForCausalLM(config)
+
+
 def gpt2(dropout: float = 0.0) -> torch.nn.Module:
     """Its embedding and its head are one matrix."""
     config = transformers.GPT2Config(

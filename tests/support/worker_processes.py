@@ -23,6 +23,7 @@ from deepopt.planner.plan import Plan
 from deepopt.schedule.ir import PlacementKind
 from deepopt.worker.messages import (
     Assignment,
+    ExpertLoads,
     Failure,
     RunEnded,
     Sender,
@@ -49,6 +50,7 @@ class Outcome:
 
     ready: dict[int, WorkerReady] = field(default_factory=dict)
     reports: list[StepReport] = field(default_factory=list)
+    expert_loads: list[ExpertLoads] = field(default_factory=list)
     weight_work: dict[int, WeightWork] = field(default_factory=dict)
     shards: list[ShardsWritten] = field(default_factory=list)
     ended: dict[int, RunEnded] = field(default_factory=dict)
@@ -176,6 +178,8 @@ def _take(outcome: Outcome, message: object) -> None:
         outcome.ready[message.sender.rank] = message
     elif isinstance(message, StepReport):
         outcome.reports.append(message)
+    elif isinstance(message, ExpertLoads):
+        outcome.expert_loads.append(message)
     elif isinstance(message, WeightWork):
         outcome.weight_work[message.sender.rank] = message
     elif isinstance(message, ShardsWritten):

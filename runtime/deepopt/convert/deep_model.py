@@ -13,6 +13,9 @@ from deepopt.convert.programs import record_as_trained
 from deepopt.convert.split import split
 from deepopt.convert.structure import leaves
 from deepopt.errors import InputError
+from deepopt.moe.configure import configure_routers
+from deepopt.moe.elb_config import map_elb_config
+from deepopt.moe.elb_router import ElbRouter
 from deepopt.pipeline.transport import TensorSpec
 
 ParallelMode = Literal["bi_stream", "mirror", "v", "line", "auto"]
@@ -92,8 +95,10 @@ def convert_to_deepopt(
     model: torch.nn.Module,
     parallel_mode: ParallelMode = "bi_stream",
     example_inputs: Any = None,
+    *,
+    elb_config: Mapping[str, Any] | None = None,
 ) -> DeepModel:
-    """Turn a model into a chain of layers, without changing it.
+    """Turn a model into a chain of layers, without changing it; only `elb_config` does.
 
     Args:
         model: any module. An `nn.Sequential` and a model with `deepopt_layers()` name their layers;
@@ -102,6 +107,9 @@ def convert_to_deepopt(
         example_inputs: what one micro-batch gives to the forward: a tensor, a tuple of positional
             arguments, or a dict of keyword arguments; of the shapes and dtypes of training. None: the
             model's own `dummy_inputs`, or a small one for `torch.nn.Transformer`.
+        elb_config: `{"alpha": 0.3, "monitor_freq": 100}`: put an `ElbRouter` in the place of each router of
+            a mixture of experts, in the model itself, under the same names (docs/elb.md). In a loop of
+            your own, call `update()` of each before the optimizer's step.
 
     Raises:
         InputError: an argument is wrong, or the forward cannot be cut: says where and why.
@@ -114,6 +122,8 @@ def convert_to_deepopt(
     if not isinstance(model, torch.nn.Module):
         raise InputError(f"model is a {type(model).__name__}, not a torch.nn.Module")
     placement = "mirror" if parallel_mode == "bi_stream" else parallel_mode
+    if elb_config is not None:
+        _balance_experts(model, elb_config)
     named = named_layers(model)
     if named is not None:
         chain = chain_of_named(model, named)
@@ -121,8 +131,21 @@ def convert_to_deepopt(
     args, kwargs = _example(model, example_inputs)
     recording = record_as_trained(model, args=args, kwargs=kwargs)
     chain = chain_of_recorded(model, split(recording))
+    for module in model.modules():
+        if isinstance(module, ElbRouter):  # the recorded forward was no training
+            module.discard_counts()
     specs = [TensorSpec(v.shape, v.dtype, v.requires_grad) for v in recording.values]
     return DeepModel(chain=chain, layers=_layers(chain, specs), placement=placement)
+
+
+def _balance_experts(model: torch.nn.Module, elb_config: Mapping[str, Any]) -> None:
+    elb = map_elb_config(elb_config).elb
+    if not configure_routers(model, elb, devices=1) and elb.mode != "none":
+        raise InputError(
+            f"elb_config is given, but {type(model).__name__} has no router of a mixture of experts that "
+            "is known",
+            remedy="leave elb_config out, or use deepopt.moe.ElbRouter in the model",
+        )
 
 
 def _layers(chain: Chain, specs: Sequence[TensorSpec] | None) -> tuple[DeepLayer, ...]:
