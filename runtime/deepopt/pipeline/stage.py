@@ -151,7 +151,7 @@ class Stage:
             for module in layer.module.modules():
                 if hasattr(module, "loss_scale"):  # losses that a layer adds on its own
                     module.loss_scale = 1.0 / num_microbatches  # type: ignore[assignment]
-        self.experts = StageExperts(self.layers, device=device, keep_routes=recompute)
+        self.experts = StageExperts(self.layers, device=device, recomputed=recompute)
         self._runs = self._cut_into_runs()
         self._is_evaluating = False
         self._take_output: Callable[[int, Any], None] | None = None

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -85,11 +85,11 @@ class StageExperts:
     Args:
         layers: of the stage.
         device: where they are.
-        keep_routes: repeat a micro-batch's choices when its forward runs again.
+        recomputed: indices of the layers whose forward runs again: it repeats a micro-batch's choices.
     """
 
     def __init__(
-        self, layers: Sequence[_Layer], *, device: torch.device, keep_routes: bool
+        self, layers: Sequence[_Layer], *, device: torch.device, recomputed: Collection[int]
     ) -> None:
         self._places: list[_Place] = []
         self._in_layer: dict[int, list[ElbRouter]] = {}
@@ -100,13 +100,13 @@ class StageExperts:
                     part = slice(length, length + module.num_counts)
                     experts = _expert_weights(layer, path, module.num_experts)
                     self._places.append(_Place(layer.name, module, part, experts))
+                    module.keeps_routes = layer.index in recomputed
                     self._in_layer.setdefault(layer.index, []).append(module)
                     length = part.stop
         self._counts = torch.zeros(length, dtype=torch.int32, device=device)
         self._totals = np.zeros(length, dtype=np.int32)
         for place in self._places:
             place.router.count_into(self._counts[place.part])
-            place.router.keeps_routes = keep_routes
 
     def __bool__(self) -> bool:
         return bool(self._places)
