@@ -137,3 +137,25 @@ def test_cuts_that_do_not_fit_are_refused() -> None:
         costs().table((0, 1, 2), placement=line)
     with pytest.raises(PlanError, match="3 ranks in rank_factor, the placement has 2"):
         costs(rank_factor=(1.0, 1.0, 2.0)).table((0, 1), placement=line)
+
+
+def test_tied_weights_on_two_ranks_pay_the_exchange_of_their_gradients() -> None:
+    tied = costs(ties=((0, 3, 100.0),), bytes_per_s=10.0)
+    apart = tied.table((0, 2), placement=place(LINE, num_ranks=2))
+    assert apart.reduce_s == (10.0, 10.0)
+    together = tied.table((0, 1, 2, 3), placement=place(PlacementKind.V, num_ranks=2))
+    assert together.reduce_s == ()  # rank 0 holds the first and the last stage
+    assert LayerCosts.from_json(json.loads(json.dumps(tied.to_json()))) == tied
+    with pytest.raises(PlanError, match="layers 0 and 4 cannot share"):
+        costs(ties=((0, 4, 1.0),))
+
+
+def test_only_the_chosen_layers_run_again_and_keep_their_inputs() -> None:
+    whole = costs(
+        prepare_s=(1.0,) * 4, input_bytes=(1.0,) * 4, activation_bytes=(5.0,) * 4, action_s=0.5
+    )
+    some = whole.recomputing({1})
+    assert some.kept_bytes == (5.0, 1.0, 5.0, 5.0)
+    table = some.table((0, 2), placement=place(LINE, num_ranks=2))
+    assert table.prepare_s == (1.5, 0.0)  # a stage that repeats nothing has no R
+    assert not whole.recomputing(()).recomputes

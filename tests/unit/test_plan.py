@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from deepopt.config import JobConfig
 from deepopt.errors import PlanError
 from deepopt.planner.decide import make_plan, resolve_groups
-from deepopt.planner.estimate import relative_costs
+from deepopt.planner.estimate import estimated_costs, relative_costs
 from deepopt.planner.layer_costs import LayerCosts
 from deepopt.planner.outcome import Candidate
 from deepopt.planner.plan import Plan
@@ -369,3 +370,18 @@ def test_as_few_layers_run_again_as_the_memory_needs() -> None:
 def test_a_model_that_fits_nowhere_is_told_how_much_memory_would_do() -> None:
     with pytest.raises(PlanError, match="smallest memory that would do is"):
         plan(2, **emulated(memory_mb=[30, 30]))
+
+
+def test_both_uses_of_tied_weights_have_states_and_an_exchange() -> None:
+    plain = model(3)
+    last = plain.layers[-1]
+    tied = replace(
+        plain,
+        layers=(
+            *plain.layers[:-1],
+            replace(last, parameters=(replace(last.parameters[0], tied_to="blocks.0.weight"),)),
+        ),
+    )
+    costs = estimated_costs(job(), tied)
+    assert costs.ties == ((0, 2, 16.0),)
+    assert costs.state_bytes == estimated_costs(job(), plain).state_bytes

@@ -57,8 +57,26 @@ def estimated_costs(job: JobConfig, skeleton: ModelSkeleton) -> LayerCosts:
         weight_s=tuple(time * _WEIGHT_PER_FORWARD for time in forward),
         prepare_s=forward if recompute else (),
         gradient_bytes=tuple(_GRADIENT_BYTES * _trainable(layer) for layer in skeleton.layers),
-        state_bytes=tuple(_STATE_BYTES * layer.num_parameters for layer in skeleton.layers),
+        # Each use of tied weights is a copy with moments of its own.
+        state_bytes=tuple(
+            float(_STATE_BYTES * sum(p.numel for p in layer.parameters))
+            for layer in skeleton.layers
+        ),
+        ties=_ties(skeleton),
         source="estimated",
+    )
+
+
+def _ties(skeleton: ModelSkeleton) -> tuple[tuple[int, int, float], ...]:
+    """Both layers of each pair of tied weights, and the bytes of their gradient."""
+    holder = {
+        p.name: index for index, layer in enumerate(skeleton.layers) for p in layer.parameters
+    }
+    return tuple(
+        (holder[p.tied_to], index, float(_GRADIENT_BYTES * p.numel))
+        for index, layer in enumerate(skeleton.layers)
+        for p in layer.parameters
+        if p.tied_to is not None and p.requires_grad and p.tied_to in holder
     )
 
 
