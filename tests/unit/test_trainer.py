@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import IterableDataset, TensorDataset
+from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from deepopt import convert_to_deepopt
 from deepopt.cluster.hostfile import parse_hostfile
 from deepopt.config import JobConfig
+from deepopt.convert import build_layers
 from deepopt.datasets.evaluation import evaluation_batches
 from deepopt.errors import (
     CheckpointError,
@@ -28,6 +29,7 @@ from deepopt.errors import (
 from deepopt.job_file import load_job
 from deepopt.launch.follow import Outcome
 from deepopt.launch.run_view import Supervisor
+from deepopt.moe.configure import configure_routers
 from deepopt.run_directory import RunDirectory
 from deepopt.trainer import Callback, DeepTrainer
 from deepopt.trainer import run as runs
@@ -163,6 +165,29 @@ def test_a_validation_set_that_does_not_fit_is_refused(
 def test_a_converted_model_keeps_its_placement(launched: Any) -> None:
     job = launched(model=convert_to_deepopt(make_model()), workers=2)
     assert job.pipeline.placement == "mirror"
+
+
+def test_other_people_s_experts_are_balanced_and_the_model_has_a_place_for_it(
+    launched: Any,
+) -> None:
+    from support import transformers_models as hf
+
+    class Tokens(Dataset[Any]):
+        def __len__(self) -> int:
+            return 8
+
+        def __getitem__(self, index: int) -> Any:
+            return {"input_ids": torch.arange(12) + index, "labels": torch.arange(12)}
+
+    model = hf.mixtral()
+    job = launched(Tokens(), model=model, elb_config={"alpha": 0.3}, loss_fn=None, workers=2)
+    assert job.elb.replace_routers
+    layers, _ = build_layers(job, range(4), device=torch.device("cpu"))
+    trained = {name for layer in layers for name in (*layer.parameters, *layer.buffers)}
+    here = {n for n, _ in (*model.named_parameters(), *model.named_buffers())}
+    assert not trained <= here
+    configure_routers(model, job.elb, devices=job.parallel.expert)
+    assert trained <= {n for n, _ in (*model.named_parameters(), *model.named_buffers())}
 
 
 def test_max_steps_ends_epochs_early(launched: Any) -> None:

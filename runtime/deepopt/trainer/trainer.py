@@ -13,9 +13,11 @@ from deepopt.checkpoint.verification import Found
 from deepopt.config import JobConfig
 from deepopt.convert import DeepModel
 from deepopt.errors import InputError
+from deepopt.job_file import load_job
 from deepopt.launch.run_files import new_run_path
 from deepopt.launch.run_view import request
 from deepopt.launch.script import launched, merged, next_run_dir, note_run
+from deepopt.moe.configure import configure_routers
 from deepopt.run_directory import RunDirectory
 from deepopt.telemetry.files import read_json
 from deepopt.trainer import run as runs
@@ -54,7 +56,7 @@ class DeepTrainer:
 
     Args:
         model: any module, or what `convert_to_deepopt` made of one. `fit` changes its weights in
-            place and nothing else.
+            place; with `elb_config` also its routers, for those that it was trained with.
         device_map: device -> indices of its layers: `{"gpu0": [0, 1], "gpu1": [2, 3]}`; `cpuN` for
             processes without a GPU, `HOST:gpuN` with `hostfile`. None: planned.
         workers: how many; None: one a device of the map, or a GPU, or 4 where there is none.
@@ -325,7 +327,7 @@ class DeepTrainer:
         runs.raise_failure(outcome, run=run, supervisor=supervisor)
         status = outcome.status or {}
         if int(status.get("step") or 0):
-            load_weights(self.model, find_checkpoint(run.root))
+            self._take_weights(run)
         result = FitResult(
             run_dir=run.root,
             state=str(status.get("state")),
@@ -339,6 +341,13 @@ class DeepTrainer:
         for callback in self._callbacks:
             callback.on_end(self, result)
         return result
+
+    def _take_weights(self, run: RunDirectory) -> None:
+        """Put the newest checkpoint's weights, and the routers they were trained with, into the model."""
+        if self._settings.elb:
+            job = load_job(run.job)
+            configure_routers(self.model, job.elb, devices=job.parallel.expert)
+        load_weights(self.model, find_checkpoint(run.root))
 
 
 def _num_steps(data: Data, *, epochs: int, max_steps: int | None) -> int:
