@@ -7,9 +7,9 @@ import shutil
 import sys
 from collections.abc import Sequence
 from datetime import datetime
+from importlib import metadata
 from pathlib import Path
 
-import deepopt
 from deepopt.clock import utc_now
 from deepopt.config import JobConfig
 from deepopt.errors import RunDirectoryError
@@ -92,10 +92,17 @@ def write_launch(run: RunDirectory, *, import_roots: Sequence[Path]) -> None:
     content = {
         "import_roots": [str(root) for root in import_roots],
         "command": sys.argv,
-        "version": deepopt.__version__,
+        "version": _version(),
         "time": utc_now(),
     }
     write_json_atomic(run.launch, content, durable=True)
+
+
+def _version() -> str:
+    try:
+        return metadata.version("deepopt-cuda")
+    except metadata.PackageNotFoundError:  # a source tree that was never installed
+        return "0+unknown"
 
 
 def launch_roots(run: RunDirectory) -> list[Path]:
