@@ -12,9 +12,10 @@ def expert_lines(experts: Mapping[str, Any]) -> list[str]:
     Args:
         experts: the section `experts` of `report.json`.
     """
-    first, last = experts["first"], experts["last"]
+    first, last, worst = experts["first"], experts["last"], experts["worst"]
     lines = [
         f"experts     MaxVio {first['max_vio']:.2f} in step {experts['first_step']}, "
+        f"at most {worst['max_vio']:.2f} (step {worst['step']}), "
         f"{last['max_vio']:.2f} at the end, mean of {experts['num_routers']} layers "
         f"(about {last['max_vio_unbiased']:.2f} without bias)",
         f"            busiest device {last['straggler_factor']:.2f}x the mean, gate mass lost "

@@ -128,7 +128,8 @@ def test_the_closing_report_shows_the_map_and_the_fall(tmp_path: Path) -> None:
     experts = expert_report(lines, loads, forecast={}, errors={10: 0.013})
     text = "\n".join(report_lines({"experts": experts}))
     assert (
-        "MaxVio 1.00 in step 1, 0.16 at the end, mean of 2 layers (about 2.00 without" in text
+        "MaxVio 1.00 in step 1, at most 1.00 (step 1), 0.16 at the end, mean of 2 layers (about 2.00 without"
+        in text
     )
     assert "load forecast off by 1.3 % over 10 steps" in text
     assert "  0 |=======" in text

@@ -38,6 +38,7 @@ def expert_report(
         return None
     ordered = [steps[step] for step in sorted(steps)]
     last = ordered[-LAST_STEPS:]
+    worst = max(ordered, key=lambda line: float(line["max_vio"]))
     windows = windows_by_layer(loads)
     layer = next(iter(windows), None)
     drawn = [tokens for _, tokens in windows[layer]] if layer is not None else []
@@ -48,6 +49,7 @@ def expert_report(
             name: sum(float(line.get(name) or 0) for line in last) / len(last)
             for name in FIGURES
         },
+        "worst": {"step": worst["step"], "max_vio": worst["max_vio"]},
         "num_routers": len(windows),
         "layer": layer,
         "load_map": draw_load_map(drawn),
