@@ -8,10 +8,13 @@ import pytest
 import torch
 
 from deepopt import convert_to_deepopt
-from deepopt.config import ElbConfig
+from deepopt.config import ElbConfig, JobConfig
+from deepopt.convert import describe
 from deepopt.errors import InputError
 from deepopt.moe import ElbRouter, configure_routers
 from deepopt.moe.configure import ReplacedGate
+from deepopt.pipeline.stage_experts import count_routers
+from support.converted import in_stages
 from support.transformers_models import VOCABULARY, deepseek_v3, llama, mixtral, qwen3_moe
 
 FAMILIES = pytest.mark.parametrize(
@@ -162,3 +165,23 @@ def test_a_bad_elb_config_changes_nothing() -> None:
             model, example_inputs={"input_ids": tokens()}, elb_config={"alpha": 2}
         )
     assert not routers(model)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
+def test_replaced_routers_give_the_same_bits_in_stages_and_recomputed(name: str) -> None:
+    source = "support.transformers_models"
+    job = JobConfig.model_validate(
+        {
+            "model": {"factory": f"{source}:{name}"},
+            "data": {"dataset": f"{source}:Batches", "kwargs": {"kind": "padded"}},
+            "training": {"microbatches": 1, "microbatch_size": 2},
+            "elb": {"replace_routers": True},
+        }
+    )
+    layers = describe(job).layers
+    assert sum(count_routers(layer.buffers) for layer in layers) >= 3
+    loss, gradients, _ = in_stages(job, [0])
+    for boundaries, recompute in (([0, 2, 4], False), ([0, 3], True)):
+        other, found, _ = in_stages(job, boundaries, recompute=recompute)
+        assert torch.equal(loss, other)
+        assert all(torch.equal(gradients[name], found[name]) for name in gradients)
