@@ -1,4 +1,4 @@
-"""Tokens a second of deepopt's 1F1B and mirror pipelines against torch.distributed.pipelining.
+"""Tokens a second of deepopt's searched, 1F1B and mirror pipelines against torch.distributed.pipelining.
 
 Same model, initial values, batches, micro-batches, optimizer, clipping and threads on all
 sides; the losses of the first steps must agree. deepopt runs by `deepopt launch`, the peer by
@@ -31,6 +31,7 @@ from deepopt.job_file import dump_job, load_job
 AIM = 1.00
 WORKERS = 4
 OURS = {
+    "deepopt auto": (),  # the default: a searched order, its costs measured at launch
     "deepopt 1f1b": ("pipeline.placement=line", "pipeline.schedule=1f1b"),
     "deepopt mirror": ("pipeline.placement=mirror", "pipeline.schedule=bi_stream"),
 }

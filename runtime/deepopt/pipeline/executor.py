@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol
 from deepopt.datasets.samples import Batch, model_inputs
 from deepopt.errors import TrainingError
 from deepopt.pipeline.receives import Receives, SpecKey
-from deepopt.pipeline.reduction import Bucket, Reducer, sum_terms
+from deepopt.pipeline.reduction import Bucket, Reducer
 from deepopt.pipeline.spans import SpanRecorder
 from deepopt.pipeline.stage import Stage, Tensors
 from deepopt.pipeline.transport import Channel, Kind, TensorSpec, Transport
@@ -377,13 +377,16 @@ class Executor:
         return run
 
     def _bind_reduce(self, action: Action) -> Callable[[], None]:
-        bucket = self._buckets[action.stage]
-        if len(bucket.holders) > 1:
-            return partial(self._reducer.start, bucket)
+        bucket, gradients = self._buckets[action.stage], self._stages[action.stage].gradients
+        exchanged = len(bucket.holders) > 1
 
         def run() -> None:
-            sum_terms(bucket)
-            self._on_whole(action.stage)
+            gradients.finish()
+            if exchanged:
+                self._reducer.start(bucket)
+            else:
+                gradients.sum_groups()
+                self._on_whole(action.stage)
 
         return run
 

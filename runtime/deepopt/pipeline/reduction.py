@@ -61,16 +61,6 @@ def channels(holders: Sequence[int], rank: int) -> list[Channel]:
     ]
 
 
-def sum_terms(bucket: Bucket) -> None:
-    """Sum a bucket that no other rank has a term of.
-
-    Args:
-        bucket: all its terms are whole.
-    """
-    assert len(bucket.holders) == 1, f"bucket {bucket.index} has terms on {bucket.holders}"
-    _deliver(bucket, _ordered_sum(bucket.owners, bucket.terms), slice(0, bucket.numel))
-
-
 class Reducer:
     """Sums buckets; communication of one bucket overlaps the computation after `start`.
 

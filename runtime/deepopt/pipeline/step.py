@@ -505,7 +505,7 @@ class PipelineStep:
     def _scale(self, coefficient: float) -> None:
         if coefficient < 1.0:
             for stage in self._stages.values():
-                stage.gradients.rows[0].mul_(coefficient)
+                stage.gradients.scale(coefficient)
 
     def _confirm(self, step: int, result: StepResult, coefficient: float) -> StepResult:
         """Keep what ran ahead, or take it back and do it right."""
@@ -548,7 +548,8 @@ class PipelineStep:
         plan, job = self._plan, self._job
         held = [layers[i] for i in plan.stage_layers(index)]
         bounds = [b for d in range(plan.data_size) for b in plan.replica_groups(d)]
-        groups = [g for g, r in enumerate(plan.group_owners(index)) if r == self._rank]
+        owners = plan.group_owners(index)
+        groups = [g for g, r in enumerate(owners) if r == self._rank]
         parameters = {name: p for layer in held for name, p in layer.trainable.items()}
         return Stage(
             index,
@@ -558,6 +559,7 @@ class PipelineStep:
                 apart=[name for name in parameters if name in self._trainable.tied_names],
                 groups=groups,
                 device=self._device,
+                exchanged=len(set(owners)) > 1,
             ),
             group_of={m: g for g in groups for m in range(*bounds[g])},
             seed=job.training.seed,
