@@ -11,6 +11,8 @@ from deepopt_cli.expert_words import expert_lines
 from deepopt_cli.fault_words import doing
 from deepopt_cli.output import human_count, human_percent, human_seconds, ranges, table
 
+_WORTH_NAMING = 0.05  # a prediction that is off by more names the causes
+
 
 def step_line(record: Mapping[str, Any], *, last_step: int | None, eta_s: float | None) -> str:
     """A line of `metrics.jsonl` in words.
@@ -248,10 +250,14 @@ def report_lines(report: Mapping[str, Any]) -> list[str]:
     measured, simulated = report.get("measured_step_s"), report.get("simulated_step_s")
     if measured is not None:
         words = f"measured {_milliseconds(measured)}"
-        if simulated:
+        predicted = report.get("predicted_step_s")
+        if predicted and (off := report.get("prediction_error")) is not None:
+            words += f", predicted {_milliseconds(predicted)} ({100 * off:+.1f} %)"
+        elif simulated:
             error = 100 * (simulated / measured - 1)
             words += f", simulated {_milliseconds(simulated)} ({error:+.1f} %)"
         lines.append(f"step time   {words}")
+    lines += _cause_lines(report)
     measured, simulated = report.get("measured_bubble"), report.get("simulated_bubble")
     if measured is not None:
         words = f"measured {human_percent(measured)}"
@@ -268,6 +274,20 @@ def report_lines(report: Mapping[str, Any]) -> list[str]:
             f"{_milliseconds(emulated['late_s'])} in all"
         )
     return lines
+
+
+def _cause_lines(report: Mapping[str, Any]) -> list[str]:
+    """Why the step took something else than predicted, where that is worth naming."""
+    off = report.get("prediction_error")
+    if off is None or abs(off) <= _WORTH_NAMING:
+        return []
+    large = [
+        one
+        for one in report.get("prediction_causes", ())
+        if abs(one["share"]) >= _WORTH_NAMING / 5
+    ]
+    words = "; ".join(f"{one['what']} {100 * one['share']:+.1f} %" for one in large[:4])
+    return [f"of that     {words}"] if words else []
 
 
 def _milliseconds(seconds: float) -> str:

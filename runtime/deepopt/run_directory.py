@@ -4,7 +4,7 @@
 |---|---|
 | launch.json, job.yaml, model.json, plan.json | the command line, before anything starts;
 plan.json again by the head |
-| costs.json, schedules/ | the command line, with each plan |
+| costs.json, prediction.json, schedules/ | the command line, with each plan |
 | profile/rank-N.json | the workers of a profile |
 | supervisor.json, logs/supervisor.log | the supervisor |
 | journal.jsonl, status.json, metrics.jsonl, events.jsonl, expert_loads.jsonl | the head alone |
@@ -59,6 +59,11 @@ class RunDirectory:
     def profile(self) -> Path:
         """What each worker of a profile measured, one file a rank."""
         return self.root / "profile"
+
+    @property
+    def prediction(self) -> Path:
+        """What the newest plan said a step would take, before it ran."""
+        return self.root / "prediction.json"
 
     @property
     def schedules(self) -> Path:

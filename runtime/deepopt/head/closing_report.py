@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deepopt.head.expert_report import expert_report
+from deepopt.head.prediction_report import prediction_fields
 from deepopt.planner.choose import yardstick
 from deepopt.planner.emulated_costs import emulated_costs
 from deepopt.planner.estimate import estimated_costs
@@ -141,6 +142,9 @@ def make_report(controller: Controller) -> dict[str, Any]:
             forecast=controller.load_forecast.all_shares(),
             errors=controller.load_forecast.errors(),
         ),
+        "predicted_step_s": None,
+        "prediction_error": None,
+        "prediction_causes": [],
         "op_times_s": {},
         "setup_s": {},
     }
@@ -182,6 +186,15 @@ def make_report(controller: Controller) -> dict[str, Any]:
         report["simulated_step_s"] = timeline.makespan_s
         report["simulated_bubble"] = timeline.bubble
         report["shared_cores"] = cores
+    report |= prediction_fields(
+        controller.prediction,
+        plan=controller.plan,
+        run=controller.run,
+        step_s=pace.step_s,
+        hosts=[word.host for word in ready],
+        op_times_s=[word.op_times_s for word in ended],
+        parts_s=[word.parts_s for word in ended],
+    )
     return report
 
 

@@ -46,6 +46,7 @@ from deepopt.head.journal import Journal, replay
 from deepopt.head.liveness import Cause, Finding
 from deepopt.head.load_forecast import LoadForecast
 from deepopt.head.measures import Pace, figures_of, metrics_line
+from deepopt.head.prediction_report import load_prediction, prediction_error
 from deepopt.head.state import ENDED, JobState, advance
 from deepopt.head.status import Identity, Progress, error_of, status_of
 from deepopt.head.survivors import restore
@@ -138,6 +139,7 @@ class Controller:
         self.progress = Progress()
         self.pace = Pace()
         self.load_forecast = LoadForecast()
+        self.prediction = load_prediction(run, plan)
         self.generation: Generation | None = None
         self.state = JobState.STARTING
         self.outcome: Outcome | None = None
@@ -820,6 +822,7 @@ class Controller:
         self._tokens_seen[report.step] = None if before is None else before + report.tokens
         self.pace.add(report, figures)
         progress.step, progress.report, progress.figures = report.step, report, figures
+        progress.prediction_error = prediction_error(self.prediction, self.pace.step_s)
         progress.time_left_s = self.pace.time_left_s(self.identity.last_step - report.step)
         generation.liveness.note_step(report.step_time_s)
         fault = self.faults.open

@@ -26,6 +26,8 @@ class Progress:
         report: the last step's report; None before the first of this launch.
         figures: its figures.
         time_left_s: predicted seconds to the last step.
+        prediction_error: measured / predicted - 1 of the median step; None where nothing was
+            predicted.
         restarts: generations formed after a loss, in this launch.
     """
 
@@ -35,6 +37,7 @@ class Progress:
     report: StepReport | None = None
     figures: StepFigures | None = None
     time_left_s: float | None = None
+    prediction_error: float | None = None
     restarts: int = 0
 
 
@@ -99,6 +102,7 @@ def status_of(
         "tokens_per_s_per_worker": None if figures is None else figures.tokens_per_s_per_worker,
         "mfu": None if figures is None else figures.mfu,
         "eta_s": progress.time_left_s,
+        "prediction_error": progress.prediction_error,
         "stage_busy": {}
         if figures is None
         else {str(rank): busy for rank, busy in enumerate(figures.stage_busy)},

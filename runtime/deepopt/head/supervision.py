@@ -43,6 +43,7 @@ _EMPTY_STATUS: dict[str, Any] = {
     "tokens_per_s_per_worker": None,
     "mfu": None,
     "eta_s": None,
+    "prediction_error": None,
     "stage_busy": {},
     "bubble": None,
     "restarts": 0,

@@ -24,6 +24,7 @@ from deepopt.planner.skeleton import ModelSkeleton
 if TYPE_CHECKING:
     from deepopt.planner.decide import Planned
     from deepopt.planner.layer_costs import LayerCosts
+    from deepopt.planner.prediction import Prediction
     from deepopt.run_directory import RunDirectory
     from deepopt.schedule.ir import Schedule
     from deepopt.schedule.simulate import Timeline
@@ -41,6 +42,7 @@ class Prepared:
         skeleton: the model.
         planned: who holds which layers, in which order they work, and why.
         timeline: the first replica's schedule, simulated with the planner's costs.
+        prediction: what a step will take; None where the costs are no seconds.
         source: the data in words.
     """
 
@@ -48,6 +50,7 @@ class Prepared:
     skeleton: ModelSkeleton
     planned: Planned
     timeline: Timeline
+    prediction: Prediction | None
     source: str
 
     @property
@@ -178,6 +181,7 @@ def prepare(
     from deepopt.pipeline.update_rule import make_rule
     from deepopt.planner.decide import make_plan
     from deepopt.planner.orders import known_orders
+    from deepopt.planner.prediction import predict
     from deepopt.schedule.simulate import simulate
     from deepopt.schedule.verify import verify
 
@@ -215,6 +219,13 @@ def prepare(
         skeleton=skeleton,
         planned=planned,
         timeline=simulate(planned.schedules[0], table, cores=per_replica),
+        prediction=predict(
+            _with_messages(planned.costs, job=job, num_workers=num_workers),
+            plan=plan,
+            schedules=planned.schedules,
+            cores=cores,
+            overlap=job.pipeline.overlap_steps,
+        ),
         source=source,
     )
 
@@ -315,12 +326,24 @@ def _known_costs(
     from deepopt.worker.calibrate import calibrate
     from deepopt.worker.device import choose_device
 
-    return calibrate(
+    found = calibrate(
         job,
         skeleton,
         batches=build_batch_source(job, run_dir=None),
         device=choose_device(job),
     )
+    return None if found is None else _with_messages(found, job=job, num_workers=num_workers)
+
+
+def _with_messages(costs: LayerCosts, *, job: JobConfig, num_workers: int) -> LayerCosts:
+    """Costs with what messages between the workers of this machine take, where nobody has measured it."""
+    elsewhere = job.cluster.address is not None or job.cluster.hostfile is not None
+    known = costs.message_s > 0 or costs.source == "estimated"
+    if elsewhere or known or not job.pipeline.calibrate:
+        return costs
+    from deepopt.worker.calibrate import with_messages
+
+    return with_messages(costs, job=job, num_workers=num_workers)
 
 
 def _has_small_text(job: JobConfig) -> bool:

@@ -150,7 +150,17 @@ def _make_run(
     )
     changes: dict[str, Any] = {
         "name": f"profile-{job.name}",
-        "faults": job.faults.model_copy(update={"max_restarts": 0, "inject": ()}),
+        "faults": job.faults.model_copy(
+            update={
+                "max_restarts": 0,
+                "max_host_losses": 0,
+                "max_preemptions": 0,
+                "max_head_restarts": 0,
+                # A layer may take longer than a step's action.
+                "hang_after_s": job.faults.step_timeout_s,
+                "inject": (),
+            }
+        ),
         "logging": job.logging.model_copy(update={"tensorboard": False}),
         "checkpoint": job.checkpoint.model_copy(update={"directory": None}),
     }

@@ -128,6 +128,11 @@ def write_plan(run: RunDirectory, prepared: Prepared) -> None:
     planned = prepared.planned
     write_orders(run.schedules, orders=planned.orders)
     write_json_atomic(run.costs, planned.costs.to_json(), durable=True)
+    if prepared.prediction is None:
+        run.prediction.unlink(missing_ok=True)  # of an earlier plan
+    else:
+        content = {**prepared.prediction.to_json(), "plan": prepared.plan.fingerprint()}
+        write_json_atomic(run.prediction, content, durable=True)
     write_json_atomic(run.model, prepared.skeleton.to_json(), durable=True)
     write_json_atomic(run.plan, prepared.plan.to_json(), durable=True)
     # Last: a folder with a job in it is a run directory.

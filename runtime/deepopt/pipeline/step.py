@@ -189,6 +189,7 @@ class PipelineStep:
         self._rank = rank
         self._device = device
         self._update_s = 0.0
+        self.parts_s: dict[str, float] = {}  # of the last step's end, by name
         self._forecast = ClipForecast()
         self._is_balanced = False  # the routers' biases were updated in the step in work
         self._may_run_ahead = False  # nobody asked to wait in the last exchange
@@ -382,6 +383,7 @@ class PipelineStep:
             TransportError: a peer is gone.
         """
         began = time.perf_counter()
+        self.parts_s.clear()
         ahead = go_on and self._may_run_ahead and self._forecast.is_unlikely
         self._updated.clear()
         self._is_balanced = False
@@ -394,7 +396,7 @@ class PipelineStep:
             self._eager_rate = self._rule.rate(step)
         self.executor.run_step(step)
         self._eager_rate = None
-        reducing = time.perf_counter()
+        reducing, cpu = time.perf_counter(), time.thread_time()
         self._reducer.finish()
         for bucket in (*self._tied_buckets, *self._count_buckets):
             self._reducer.start(bucket)
@@ -407,6 +409,7 @@ class PipelineStep:
         totals.reduce_s += time.perf_counter() - reducing
 
         exchanging = time.perf_counter()
+        cpu = self._part("reduce_cpu_s", cpu)
         own = self._row(take_wishes(), totals, step_s=exchanging - began)
         exchange = self._transport.start_all_gather(own)
         if ahead:
@@ -416,7 +419,10 @@ class PipelineStep:
         if ahead:
             self._buffers.keep(step)
             self.executor.run_ahead(step + 1)
+        posted = time.perf_counter()
         agreement = Agreement(step=step, rows=tuple(map(tuple, exchange.wait())))
+        self.parts_s["agree_wall_s"] = time.perf_counter() - posted
+        cpu = self._part("agree_cpu_s", cpu)
         result, coefficient = self._agree(step, agreement.rows, spans)
         if result.bad is not None:
             if ahead:
@@ -428,6 +434,7 @@ class PipelineStep:
             self._scale(coefficient)
             self._update(result.learning_rate)
             self._update_s = time.perf_counter() - exchanging
+        self._part("update_cpu_s", cpu)
         self.version, self.agreement = step, agreement
         self._is_eager = self.ready = False
         self._forecast = self._forecast.after(clipped=result.clipped)
@@ -456,6 +463,12 @@ class PipelineStep:
             for stage in self._stages.values():
                 stage.looks_for_bad = False
         return replace(again, bad=bad)
+
+    def _part(self, name: str, since_s: float) -> float:
+        """Note the thread's CPU time since a moment under a name; the present moment."""
+        now_s = time.thread_time()
+        self.parts_s[name] = now_s - since_s
+        return now_s
 
     # The update, early or late. ----------------------------------------------------------------
 

@@ -58,6 +58,9 @@ class LayerCosts:
         inter_host_bytes_per_s: bytes_per_s between ranks of different hosts.
         ties: weights with two uses: the layers of both, and bytes of the gradient of one.
         action_s: what each action takes on top, whatever its stage: the price of small pieces.
+        message_s: CPU time of a message at each of its ends, apart from its bytes.
+        message_bytes_per_s: bytes that an end moves in a second of CPU time; None for no limit.
+        agree_s: the exchange of all ranks at the end of a step.
         source: where the figures are from, in a word: measured, estimated, emulated, ...
     """
 
@@ -80,6 +83,9 @@ class LayerCosts:
     inter_host_bytes_per_s: float | None = None
     ties: tuple[tuple[int, int, float], ...] = ()
     action_s: float = 0.0
+    message_s: float = 0.0
+    message_bytes_per_s: float | None = None
+    agree_s: float = 0.0
     source: str
 
     def __post_init__(self) -> None:
@@ -98,7 +104,7 @@ class LayerCosts:
                         f"the costs hold {name}[{index}] = {figure}",
                         remedy="costs are finite and not negative",
                     )
-        for name in ("latency_s", "inter_host_latency_s", "action_s"):
+        for name in ("latency_s", "inter_host_latency_s", "action_s", "message_s", "agree_s"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise PlanError(f"{name} {getattr(self, name)} must be finite and not negative")
         for first, second, size in self.ties:
@@ -108,7 +114,7 @@ class LayerCosts:
                     f"of {num_layers}",
                     remedy="name two layers of the chain and the bytes of a gradient",
                 )
-        for rate in (self.bytes_per_s, self.inter_host_bytes_per_s):
+        for rate in (self.bytes_per_s, self.inter_host_bytes_per_s, self.message_bytes_per_s):
             if rate is not None and not 0 < rate < float("inf"):
                 raise PlanError(
                     f"a route of {rate} bytes/s carries nothing",
@@ -229,6 +235,8 @@ class LayerCosts:
             inter_host_transfer_s=_route_s(largest, self.inter_host_bytes_per_s),
             reduce_s=tuple(reduce_s) if any(reduce_s) else (),
             update_s=stages(self.update_s) if self.update_s else (),
+            message_s=self.message_s + _route_s(largest, self.message_bytes_per_s),
+            agree_s=self.agree_s if placement.num_ranks * num_replicas > 1 else 0.0,
         )
 
     def per_stage(

@@ -233,14 +233,31 @@ def _link_costs(hardware: HardwareSection, ranks: int) -> dict[str, Any]:
     hosts = [device.host for device in hardware.devices[:ranks]]
     numbers = {host: index for index, host in enumerate(dict.fromkeys(hosts))}
     several = len(numbers) > 1
-    costs: dict[str, Any] = {}
+    costs: dict[str, Any] = {"agree_s": hardware.exchange_us * 1e-6}
     near = inside or across
     if near:
         costs["latency_s"], costs["bytes_per_s"] = _middle(near)
+        costs |= _message_costs(hardware, near)
+        # Both ends' part of it is counted as theirs.
+        costs["latency_s"] = max(0.0, costs["latency_s"] - 2 * costs["message_s"])
     if several and across:
         costs["host_of"] = tuple(numbers[host] for host in hosts)
         costs["inter_host_latency_s"], costs["inter_host_bytes_per_s"] = _middle(across)
     return costs
+
+
+def _message_costs(hardware: HardwareSection, links: list[LinkSection]) -> dict[str, Any]:
+    """CPU time of a message at each end: of all threads where workers share cores, else of the thread
+    that trains; nothing on GPUs, whose messages go by themselves."""
+    if any(device.device == "cuda" for device in hardware.devices):
+        return {"message_s": 0.0}
+    if hardware.shared_cores is None:
+        return {"message_s": median(link.cpu_us for link in links) * 1e-6}
+    rates = [link.core_gb_per_s for link in links if link.core_gb_per_s is not None]
+    return {
+        "message_s": median(link.core_us for link in links) * 1e-6,
+        "message_bytes_per_s": median(rates) * 1e9 if rates else None,
+    }
 
 
 def _middle(links: list[LinkSection]) -> tuple[float, float | None]:

@@ -15,6 +15,7 @@ from deepopt.planner.plan_file import (
     PlanFile,
     StageSection,
 )
+from deepopt.planner.prediction import cores_of_replica, step_of
 from deepopt.planner.profile import (
     MEGABYTE,
     HardwareSection,
@@ -23,11 +24,9 @@ from deepopt.planner.profile import (
     PredictedSection,
     Source,
 )
-from deepopt.planner.shapes import sizes_of
+from deepopt.planner.rank_memory import rank_bytes
 from deepopt.planner.skeleton import ModelSkeleton
 from deepopt.schedule.bound import lower_bound_s
-from deepopt.schedule.ir import Schedule
-from deepopt.schedule.memory import peaks
 from deepopt.schedule.simulate import CostTable, Timeline, simulate
 
 
@@ -129,67 +128,54 @@ def predicted(plan_file: PlanFile) -> PlanFile:
         plan_file: what it says so far does not matter.
     """
     costs = plan_file.costs()
-    timeline = timeline_of(plan_file)
-    times = [times for times, _ in plan_file.resolved()]
-    shares = [own.spread / 2 for own in times]
-    slow = _scaled(costs, [1 + share for share in shares])
-    fast = _scaled(costs, [max(0.0, 1 - share) for share in shares])
-    plan = plan_file.plan(plan_id=1)
-    placement = plan.make_placement()
-    table = _table(plan, costs)
+    plan, schedules = plan_file.plan(plan_id=1), plan_file.schedules()
+    cores = cores_of_replica(plan_file.hardware.shared_cores, plan)
+    shares = [times.spread / 2 for times, _ in plan_file.resolved()]
+
+    def step(table_costs: LayerCosts) -> tuple[float, float]:
+        table = _table(plan, table_costs)
+        return max(step_of(own, table, cores=cores, overlap=False) for own in schedules)
+
+    step_s, bubble = step(costs)
     gap = None
-    if plan_file.hardware.shared_cores is None:
-        bound = lower_bound_s(placement, directions=timeline.schedule.directions, costs=table)
-        gap = round(max(0.0, timeline.makespan_s / bound - 1), 4) if bound > 0 else None
-    work = costs.per_stage(costs.work_s, plan.boundaries)
+    if cores is None:
+        bound = lower_bound_s(
+            plan.make_placement(),
+            directions=schedules[0].directions,
+            costs=_table(plan, costs),
+        )
+        gap = round(max(0.0, step_s / bound - 1), 4) if bound > 0 else None
     section = PredictedSection(
-        step_ms=round(timeline.makespan_s * 1e3, 4),
+        step_ms=round(step_s * 1e3, 4),
         range_ms=(
-            round(timeline_of(plan_file, costs=fast).makespan_s * 1e3, 4),
-            round(timeline_of(plan_file, costs=slow).makespan_s * 1e3, 4),
+            round(step(_scaled(costs, [max(0.0, 1 - share) for share in shares]))[0] * 1e3, 4),
+            round(step(_scaled(costs, [1 + share for share in shares]))[0] * 1e3, 4),
         ),
-        bubble=round(timeline.bubble, 4),
+        bubble=round(bubble, 4),
         gap=gap,
-        stage_ms=tuple(round(seconds * 1e3, 4) for seconds in work),
+        stage_ms=tuple(
+            round(seconds * 1e3, 4)
+            for seconds in costs.per_stage(costs.work_s, plan.boundaries)
+        ),
         memory_mb=tuple(
-            round(size / MEGABYTE, 3) for size in rank_bytes(costs, plan, timeline.schedule)
+            round(size / MEGABYTE, 3) for size in rank_bytes(costs, plan, schedules[0])
         ),
     )
     return plan_file.model_copy(update={"predicted": section})
 
 
-def timeline_of(plan_file: PlanFile, *, costs: LayerCosts | None = None) -> Timeline:
-    """The step of the first replica in time.
+def timeline_of(plan_file: PlanFile) -> Timeline:
+    """The step of the first replica in time, for drawing: one step from its first action on.
 
     Args:
         plan_file: stages, order and costs.
-        costs: others than its own.
     """
     plan = plan_file.plan(plan_id=1)
-    cores = plan_file.hardware.shared_cores
     return simulate(
         plan_file.schedules()[0],
-        _table(plan, costs or plan_file.costs()),
-        cores=None if cores is None else max(1, cores // plan.data_size),
+        _table(plan, plan_file.costs()),
+        cores=cores_of_replica(plan_file.hardware.shared_cores, plan),
     )
-
-
-def rank_bytes(costs: LayerCosts, plan: Plan, schedule: Schedule) -> tuple[float, ...]:
-    """What each pipeline rank holds at its peak: states, and activations of micro-batches in flight.
-
-    Args:
-        costs: of the layers.
-        plan: who holds them.
-        schedule: in which order.
-    """
-    placement = plan.make_placement()
-    states = costs.rank_state_bytes(plan.boundaries, placement=placement)
-    if not any(costs.activation_bytes):
-        return states
-    memory = sizes_of(
-        costs, boundaries=plan.boundaries, caps=(float("inf"),) * placement.num_ranks
-    )
-    return tuple(map(sum, zip(peaks(schedule, memory), states, strict=True)))
 
 
 def _table(plan: Plan, costs: LayerCosts) -> CostTable:

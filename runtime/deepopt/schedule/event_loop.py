@@ -38,6 +38,8 @@ def run(
     hop_s: Callable[[int, int], tuple[float, float]],
     cores: int | None,
     unprepared_s: Sequence[float] = (),
+    message_s: float = 0.0,
+    ready_s: Sequence[float] = (),
 ) -> tuple[tuple[Times, ...], tuple[Times, ...]]:
     """Start and end of every action, per rank.
 
@@ -53,6 +55,10 @@ def run(
         cores: host cores that the ranks share; None where each has a device of its own.
         unprepared_s: of each stage, what an I or B takes on top where its micro-batch had no R;
             empty for nothing.
+        message_s: what each end of a message between ranks takes of its rank, and of a core: after
+            the action that makes the tensor, and with the one that uses it.
+        ready_s: when each rank is free to begin; empty for at once. With shared cores, what
+            it does until then keeps a core busy.
 
     Raises:
         ScheduleError: the order deadlocks.
@@ -67,17 +73,21 @@ def run(
     arrival = array("d", [_UNKNOWN]) * (2 * placement.num_stages * count)
     arrival[0 : 2 * count : 2] = array("d", bytes(8 * count))
     arrival[2 * last_stage * count + 1 :: 2] = array("d", bytes(8 * count))
+    came = bytearray(len(arrival) if message_s else 0)  # from another rank
     prepared = bytearray(placement.num_stages * count if unprepared_s else 0)
     blocked = [_IDLE] * num_ranks
     # By source, then target: occupancy, latency, and when the route is free (forward, backward).
     routes: list[dict[int, list[float]]] = [{} for _ in range(num_ranks)]
     at = [0] * num_ranks
-    free_at = [0.0] * num_ranks
+    free_at = list(ready_s) or [0.0] * num_ranks
     starts = tuple(array("d", bytes(8 * len(row))) for row in rows)
     ends = tuple(array("d", bytes(8 * len(row))) for row in rows)
     shared = cores is not None
     core_free = [0.0] * (cores or 0)
-    todo = [(0.0, rank) for rank in range(num_ranks)]
+    if shared and ready_s:
+        free_at = _in_turns(ready_s, core_free)
+    todo = [(free, rank) for rank, free in enumerate(free_at)]
+    heapq.heapify(todo)
     while todo:
         turn, rank = heapq.heappop(todo) if shared else todo.pop()
         row, index, free = rows[rank], at[rank], free_at[rank]
@@ -110,6 +120,10 @@ def run(
                     prepared[unit] = 1
                 elif 0 < op < _FIRST_WITHOUT_INPUT and not prepared[unit]:
                     free += unprepared_s[stage] * factor
+            if message_s:
+                free += message_s * _num_ends(
+                    op, came, unit, stage, last_stage, rank, count, down, rank_of
+                )
             if shared:
                 heapq.heappush(core_free, free)
             start_of[index] = start
@@ -138,6 +152,8 @@ def run(
                     arrived += occupied_s
                     link[backward] = arrived
                 arrived += link[1]
+                if message_s:
+                    came[made] = 1
             arrival[made] = arrived
             if blocked[target] == made:
                 blocked[target] = _IDLE
@@ -155,6 +171,37 @@ def run(
                 remedy="verify the schedule to see why",
             )
     return starts, ends
+
+
+def _in_turns(work_s: Sequence[float], core_free: list[float]) -> list[float]:
+    """When each rank has done its work, the first ranks first, on cores that it keeps busy."""
+    ends = []
+    for seconds in work_s:
+        ends.append(heapq.heappop(core_free) + seconds)
+        heapq.heappush(core_free, ends[-1])
+    return ends
+
+
+def _num_ends(
+    op: int,
+    came: bytearray,
+    unit: int,
+    stage: int,
+    last_stage: int,
+    rank: int,
+    count: int,
+    down: Sequence[int],
+    rank_of: Sequence[Sequence[int]] | None,
+) -> int:
+    """Ends of messages between ranks that an action has to do with: 0, 1 or 2."""
+    if op >= _FIRST_WITHOUT_INPUT:
+        return 0
+    received = came[2 * unit + 1 if op else 2 * unit]
+    user = stage - 1 if op else stage + 1
+    if not 0 <= user <= last_stage:
+        return received
+    target = down[user] if rank_of is None else rank_of[unit - stage * count][user]
+    return received + (target != rank)
 
 
 def _ranks_by_microbatch(schedule: CompactSchedule) -> list[tuple[int, ...]]:

@@ -39,6 +39,9 @@ class CostTable:
             last of them is whole; it occupies no rank. Empty for zero.
         update_s: optimizer update of each stage, on every rank that holds it, after the rank's
             last action and the stage's exchange. Empty for zero.
+        message_s: what each end of a message between ranks takes of its rank, and of a core: its
+            sender after the action, its receiver with the next one.
+        agree_s: the exchange of all ranks at the end of a step, before any update (`period_s`).
     """
 
     forward_s: tuple[float, ...]
@@ -53,6 +56,8 @@ class CostTable:
     inter_host_transfer_s: float = 0.0
     reduce_s: tuple[float, ...] = ()
     update_s: tuple[float, ...] = ()
+    message_s: float = 0.0
+    agree_s: float = 0.0
 
     def __post_init__(self) -> None:
         num_stages = len(self.forward_s)
@@ -76,6 +81,8 @@ class CostTable:
             self.inter_host_transfer_s,
             *self.reduce_s,
             *self.update_s,
+            self.message_s,
+            self.agree_s,
         )
         if any(not 0 <= time < float("inf") for time in everything):
             raise ScheduleError("the cost table holds a time that is negative or not finite")
@@ -306,6 +313,7 @@ def simulate_compact(
         ),
         cores=cores,
         unprepared_s=costs.prepare_s if any(costs.prepare_s) else (),
+        message_s=costs.message_s,
     )
     updates = _updates(schedule, costs, ends)
     lasts = [
@@ -366,7 +374,7 @@ def _updates(
             held[rank].append(stage)
     whole_at = list(zeros)
     for rank, times in enumerate(ends):
-        for stage, end in _last_gradients(
+        for stage, end in last_gradients(
             schedule, times, rank=rank, num_stages=len(held[rank])
         ):
             whole_at[stage] = max(whole_at[stage], end)
@@ -383,10 +391,17 @@ def _updates(
     return tuple(updates)
 
 
-def _last_gradients(
+def last_gradients(
     schedule: CompactSchedule, times: Times, *, rank: int, num_stages: int
 ) -> Iterable[tuple[int, float]]:
-    """Each stage of a rank with the end of its last W or B; from the back, because ends ascend."""
+    """Each stage of a rank with the end of its last W or B; from the back, because ends ascend.
+
+    Args:
+        schedule: codes per rank.
+        times: ends of the rank's actions.
+        rank: which.
+        num_stages: that it holds.
+    """
     row, count = schedule.rows[rank], schedule.num_microbatches
     seen: set[int] = set()
     for index in range(len(row) - 1, -1, -1):

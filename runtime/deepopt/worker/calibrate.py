@@ -29,6 +29,7 @@ from deepopt.worker.layer_trial import (
     real_clock,
     try_layer,
 )
+from deepopt.worker.message_trial import try_messages
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,35 @@ def calibrate(
     except Exception as error:  # noqa: BLE001 - the user's code, at the edge to it
         logger.info("no layer costs measured: %s: %s", type(error).__name__, error)
         return None
+
+
+def with_messages(costs: LayerCosts, *, job: JobConfig, num_workers: int) -> LayerCosts:
+    """Costs with what messages between workers of this host take of its CPU.
+
+    Args:
+        costs: of the layers.
+        job: the resolved job.
+        num_workers: of the job: all of them meet at the end of a step.
+
+    Returns:
+        The costs as they are for devices other than CPUs: their messages go by themselves.
+    """
+    if num_workers < 2 or job.worker.device == "cuda" or torch.cuda.is_available():
+        return costs
+    try:
+        trial = try_messages()
+    except RuntimeError as error:
+        logger.info("no messages measured: %s", error)
+        return costs
+    # A message is a dozen figures for each rank, handed on around the ring of ranks.
+    hops = num_workers - 1
+    return replace(
+        costs,
+        message_s=trial.process.alpha_s,
+        message_bytes_per_s=trial.process.bytes_per_s,
+        latency_s=costs.latency_s or max(0.0, trial.wall.alpha_s - 2 * trial.process.alpha_s),
+        agree_s=hops * max(trial.wall.alpha_s, 2 * trial.process.alpha_s),
+    )
 
 
 def _calibrate(

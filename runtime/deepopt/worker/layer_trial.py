@@ -112,7 +112,7 @@ class LayerTrial:
         forward_s: F, without those that warmed up.
         input_s: I.
         weight_s: W.
-        update_s: of the optimizer.
+        update_s: norms, clipping, the optimizer's step and the zeroing of gradients.
         activation_bytes: what autograd kept for a micro-batch, weights left out.
         outputs: to feed the next layer; empty for the last one.
     """
@@ -185,8 +185,8 @@ def try_layer(
         grads = tuple(torch.ones_like(out) for out in outputs if out.requires_grad)
         times[1].append(clock.measure("I", partial(stage.backward_input, repeat, grads))[0])
         times[2].append(clock.measure("W", partial(stage.backward_weight, repeat))[0])
-        totals = gradients.totals()
-        times[3].append(clock.measure("update", partial(optimizer.step, totals, 0.0))[0])
+        update = partial(_update, gradients, optimizer)
+        times[3].append(clock.measure("update", update)[0])
     forward_s, input_s, weight_s, update_s = (tuple(own[1:]) for own in times)
     return LayerTrial(
         forward_s=forward_s,
@@ -196,6 +196,16 @@ def try_layer(
         activation_bytes=activation_bytes,
         outputs=outputs,
     )
+
+
+def _update(gradients: StageGradients, optimizer: LayerOptimizer) -> None:
+    """Everything that a step does with a layer once: norms, clipping, update, zeros."""
+    totals = gradients.totals()
+    if totals:
+        torch.stack([torch.linalg.vector_norm(total) for total in totals.values()]).tolist()
+    gradients.rows[0].mul_(1.0)
+    optimizer.step(totals, 0.0)
+    gradients.zero()
 
 
 def _kept_noted(note: Callable[[torch.Tensor], torch.Tensor]) -> AbstractContextManager[Any]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
+from operator import sub
+from statistics import quantiles
 
 import torch
 
@@ -68,12 +69,9 @@ def try_link(
     for size in sizes_bytes:
         tensor = torch.zeros(size // 4, dtype=torch.float32, device=device)
         spec = (TensorSpec.of(tensor),)
-        took: list[float] = []
-        marks = (0.0, 0.0)
-        for index in range(_WARM_UP + rounds):
-            if index == _WARM_UP:
-                marks = (time.thread_time(), time.process_time())
-            began = time.perf_counter()
+        took: list[tuple[float, float, float]] = []
+        for _ in range(_WARM_UP + rounds):
+            began = (time.perf_counter(), time.thread_time(), time.process_time())
             pending = transport.receive(receives, message, spec)
             if begins:
                 transport.send(sends, message, (tensor,))
@@ -83,16 +81,24 @@ def try_link(
                 transport.send(sends, message, (tensor,))
             transport.finish_sends()
             message += 1
-            took.append((time.perf_counter() - began) / 2)
+            ended = (time.perf_counter(), time.thread_time(), time.process_time())
+            wall, thread, process = map(sub, ended, began)
+            took.append((wall / 2, thread / 2, process / 2))  # a round is two messages
         sizes.append(float(size))
-        walls.append(median(took[_WARM_UP:]))
-        threads.append((time.thread_time() - marks[0]) / rounds / 2)
-        processes.append((time.process_time() - marks[1]) / rounds / 2)
+        wall, thread, process = map(_low, zip(*took[_WARM_UP:], strict=True))
+        walls.append(wall)
+        threads.append(thread)
+        processes.append(process)
     return LinkTrial(
         wall=fit(sizes, times_s=walls),
         thread=fit(sizes, times_s=threads),
         process=fit(sizes, times_s=processes),
     )
+
+
+def _low(times_s: Sequence[float]) -> float:
+    """The lower quartile: what else runs on a host only ever adds to a time."""
+    return quantiles(times_s, n=4)[0]
 
 
 def num_messages(sizes_bytes: Sequence[int] = SIZES_BYTES, *, rounds: int = _ROUNDS) -> int:

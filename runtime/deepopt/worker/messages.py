@@ -337,6 +337,7 @@ class RunEnded:
         reason: `finished` (last_step reached) or `stopped` (asked to).
         op_times_s: median seconds by `STAGE OP`, for example `2F`, measured on this worker.
         overruns: of this worker's emulated device; None where the device is real.
+        parts_s: seconds of a step by part, see `worker.step_parts`.
         standing: what it has, for the case that another one cannot end so.
     """
 
@@ -345,4 +346,5 @@ class RunEnded:
     reason: str
     op_times_s: Mapping[str, float] = field(default_factory=dict)
     overruns: Overruns | None = None
+    parts_s: Mapping[str, float] = field(default_factory=dict)
     standing: Standing | None = None

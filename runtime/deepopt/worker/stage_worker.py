@@ -63,6 +63,7 @@ from deepopt.worker.messages import (
 )
 from deepopt.worker.replicas import ReplicaKeeper, keeps_replicas, layers_without_copy
 from deepopt.worker.state_transfer import transfer
+from deepopt.worker.step_parts import StepParts
 from deepopt.worker.validation import Validation
 
 logger = logging.getLogger(__name__)
@@ -112,6 +113,7 @@ class StageWorker:
         self._is_set_up = False
         self._wishes = Wish.NONE
         self._wishes_lock = threading.Lock()
+        self._parts = StepParts()
         self._busy_s: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=_TIMES_KEPT))
         self._taken = Wish.NONE  # wishes that the exchange of the step in work carries
         self._told_weight_work = False
@@ -411,6 +413,7 @@ class StageWorker:
             step=self._step,
             reason=reason,
             op_times_s={name: statistics.median(times) for name, times in self._busy_s.items()},
+            parts_s=self._parts.medians(),
             overruns=self._pipeline.overruns,
             standing=self.standing(),
         )
@@ -570,6 +573,10 @@ class StageWorker:
                 if span.action.op in COMPUTE_OPS:
                     name = f"{span.action.stage}{span.action.op}"
                     self._busy_s[name].append(span.busy_ns * 1e-9)
+            assert self._pipeline is not None, "a step before setup()"
+            self._parts.add(result.spans, parts_s=self._pipeline.parts_s)
+        else:
+            self._parts.skip()
         if self._step in self._job.logging.trace_steps:
             self._write_trace(result.spans)
         if not self._told_weight_work:

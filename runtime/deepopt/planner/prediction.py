@@ -1,0 +1,269 @@
+"""What a step was said to take before it ran, and by which measured parts it took something else. Pure.
+
+A prediction is made with the plan and kept. When the run has ended, its predicted costs are exchanged for
+measured ones part by part, always through the same simulation; what each exchange moves the step by
+is the share of that part, and what is left over is named as what was not measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from statistics import fmean
+from typing import Any
+
+from deepopt.planner.layer_costs import LayerCosts
+from deepopt.planner.measured import stage_times
+from deepopt.planner.plan import Plan
+from deepopt.planner.rank_memory import rank_bytes
+from deepopt.schedule.ir import Op, Schedule
+from deepopt.schedule.period import num_messages, period
+from deepopt.schedule.simulate import CostTable, simulate
+
+_SECONDS = frozenset({"measured", "emulated"})  # sources of costs whose times are seconds
+OTHERS = "other processes on the cores that the workers share"
+REST = "waiting for links and cores, and what no part measures"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """A step that has not run yet.
+
+    Args:
+        step_s: from the end of one step to the end of the next.
+        bubble: idle share of it.
+        stage_s: F, I, W and R of each stage.
+        memory_bytes: peak of each pipeline rank.
+        costs: that it was made from.
+        cores: that all workers share; None where each has a device of its own.
+        overlap: whether steps overlap.
+    """
+
+    step_s: float
+    bubble: float
+    stage_s: tuple[tuple[float, float, float, float], ...]
+    memory_bytes: tuple[float, ...]
+    costs: LayerCosts
+    cores: int | None
+    overlap: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON-ready data."""
+        return {**asdict(self), "costs": self.costs.to_json()}
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Prediction:
+        """From what `to_json` gave."""
+        return cls(
+            step_s=fields["step_s"],
+            bubble=fields["bubble"],
+            stage_s=tuple(tuple(own) for own in fields["stage_s"]),
+            memory_bytes=tuple(fields["memory_bytes"]),
+            costs=LayerCosts.from_json(fields["costs"]),
+            cores=fields["cores"],
+            overlap=fields["overlap"],
+        )
+
+
+def predict(
+    costs: LayerCosts,
+    *,
+    plan: Plan,
+    schedules: Sequence[Schedule],
+    cores: int | None,
+    overlap: bool,
+) -> Prediction | None:
+    """What a step will take.
+
+    Args:
+        costs: of the layers.
+        plan: who holds them.
+        schedules: the order of each replica; the slowest counts.
+        cores: that all workers share; None where each has a device of its own.
+        overlap: whether steps overlap.
+
+    Returns:
+        None where the costs are no seconds, but only in proportion.
+    """
+    if costs.source not in _SECONDS:
+        return None
+    table = _table(costs, plan)
+    per_replica = cores_of_replica(cores, plan)
+    slowest = max(
+        (step_of(own, table, cores=per_replica, overlap=overlap) for own in schedules),
+        key=lambda found: found[0],
+    )
+    prepare = table.prepare_s or (0.0,) * plan.num_stages
+    return Prediction(
+        step_s=slowest[0],
+        bubble=slowest[1],
+        stage_s=tuple(
+            zip(table.forward_s, table.input_s, table.weight_s, prepare, strict=True)
+        ),
+        memory_bytes=tuple(
+            max(sizes)
+            for sizes in zip(*(rank_bytes(costs, plan, own) for own in schedules), strict=True)
+        ),
+        costs=costs,
+        cores=cores,
+        overlap=overlap,
+    )
+
+
+def cores_of_replica(cores: int | None, plan: Plan) -> int | None:
+    """Cores for each replica of the pipeline, which all work at the same time.
+
+    Args:
+        cores: that all workers share.
+        plan: says how many replicas there are.
+    """
+    return None if cores is None else max(1, cores // plan.data_size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredRun:
+    """What the workers of a run measured.
+
+    Args:
+        step_s: median, without the first steps.
+        op_times_s: of each worker, seconds by `STAGE OP`.
+        parts_s: of each worker, seconds of a step by part (`worker.step_parts`).
+    """
+
+    step_s: float
+    op_times_s: Sequence[Mapping[str, float]]
+    parts_s: Sequence[Mapping[str, float]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cause:
+    """A part that moved the step.
+
+    Args:
+        what: in words.
+        share: of the predicted step; positive where it made the step longer.
+    """
+
+    what: str
+    share: float
+
+
+def causes(
+    prediction: Prediction, run: MeasuredRun, *, plan: Plan, schedule: Schedule
+) -> tuple[Cause, ...]:
+    """By which parts a step took something else than predicted; the largest first.
+
+    Args:
+        prediction: of the step.
+        run: what was measured.
+        plan: what ran.
+        schedule: the order of a replica.
+    """
+    if not run.parts_s or prediction.step_s <= 0:
+        return ()
+    cores = cores_of_replica(prediction.cores, plan)
+    found = []
+    before = prediction.step_s
+    for what, table in _exchanged(prediction, run, plan=plan, schedule=schedule):
+        now, _ = step_of(schedule, table, cores=cores, overlap=prediction.overlap)
+        found.append(Cause(what=what, share=(now - before) / prediction.step_s))
+        before = now
+    if prediction.cores is not None:
+        others = max(0.0, fmean(parts.get("others_cpu_s", 0.0) for parts in run.parts_s))
+        taken = min(0.9, others / (prediction.cores * run.step_s))
+        now = before / (1 - taken)
+        found.append(Cause(what=OTHERS, share=(now - before) / prediction.step_s))
+        before = now
+    found.append(Cause(what=REST, share=(run.step_s - before) / prediction.step_s))
+    return tuple(sorted(found, key=lambda cause: -abs(cause.share)))
+
+
+def _exchanged(
+    prediction: Prediction, run: MeasuredRun, *, plan: Plan, schedule: Schedule
+) -> Iterator[tuple[str, CostTable]]:
+    """Cost tables in which ever more parts are the measured ones, and which part came last."""
+    table = _table(prediction.costs, plan)
+    times = stage_times(run.op_times_s)
+    table = replace(
+        table,
+        rank_factor=(),
+        forward_s=_measured(table.forward_s, times, Op.F),
+        input_s=_backward(table, times)[0],
+        weight_s=_backward(table, times)[1],
+        prepare_s=_measured(table.prepare_s, times, Op.R) if table.prepare_s else (),
+    )
+    yield "stage times differ from the profile", table
+    ends = [count for count in num_messages(schedule) if count]
+    if ends:
+        shared = prediction.cores is not None
+        spent = [_message_cpu_s(parts, shared=shared) for parts in run.parts_s]
+        table = replace(table, message_s=max(0.0, fmean(spent) / fmean(ends)))
+        yield "CPU time of sends and receives", table
+    held = fmean(len(plan.held_stages(rank)) for rank in range(plan.pipeline_size))
+    once_s = fmean(
+        parts.get("reduce_cpu_s", 0.0)
+        + parts.get("agree_cpu_s", 0.0)
+        + parts.get("update_cpu_s", 0.0)
+        for parts in run.parts_s
+    )
+    table = replace(table, update_s=(once_s / held,) * plan.num_stages)
+    yield "norms, optimizer and sums of gradients", table
+    agree_s = min(parts.get("agree_wall_s", 0.0) for parts in run.parts_s)
+    yield "the exchange at the end of a step", replace(table, agree_s=agree_s)
+
+
+def _message_cpu_s(parts: Mapping[str, float], *, shared: bool) -> float:
+    """CPU time of a worker's messages in a step: of its thread, or with shared cores of all its threads."""
+    own = parts.get("send_cpu_s", 0.0) + parts.get("receive_cpu_s", 0.0)
+    if not shared:
+        return own
+    return own + max(0.0, parts.get("process_cpu_s", 0.0) - parts.get("thread_cpu_s", 0.0))
+
+
+def _measured(
+    times_s: Sequence[float], found: Mapping[tuple[int, Op], float], op: Op
+) -> tuple[float, ...]:
+    return tuple(found.get((stage, op), own) for stage, own in enumerate(times_s))
+
+
+def _backward(
+    table: CostTable, found: Mapping[tuple[int, Op], float]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """I and W of each stage; where they ran as one, in the predicted proportion."""
+    inputs, weights = [], []
+    for stage, (own_i, own_w) in enumerate(zip(table.input_s, table.weight_s, strict=True)):
+        whole = found.get((stage, Op.B))
+        if whole is not None and (stage, Op.I) not in found:
+            share = own_i / (own_i + own_w) if own_i + own_w > 0 else 1.0
+            inputs.append(whole * share)
+            weights.append(whole * (1 - share))
+        else:
+            inputs.append(found.get((stage, Op.I), own_i))
+            weights.append(found.get((stage, Op.W), own_w))
+    return tuple(inputs), tuple(weights)
+
+
+def _table(costs: LayerCosts, plan: Plan) -> CostTable:
+    return costs.table(
+        plan.boundaries, placement=plan.make_placement(), num_replicas=plan.data_size
+    )
+
+
+def step_of(
+    schedule: Schedule, table: CostTable, *, cores: int | None, overlap: bool
+) -> tuple[float, float]:
+    """Step time and bubble.
+
+    Args:
+        schedule: the order of a replica.
+        table: what its actions take.
+        cores: that the ranks of the replica share; None where each has a device of its own.
+        overlap: whether steps overlap.
+    """
+    if overlap:
+        timeline = simulate(schedule, table, cores=cores)
+        busy = sum(timeline.busy_s) / len(timeline.busy_s)
+        steady_s = timeline.steady_s
+        return steady_s, max(0.0, 1 - busy / steady_s) if steady_s > 0 else 0.0
+    found = period(schedule, table, cores=cores)
+    return found.step_s, found.bubble

@@ -1,0 +1,97 @@
+"""What a message costs the CPU of a host at each end, tried in one process: two ends of a gloo group
+on two threads, over the loopback.
+
+Workers of one host talk through the same sockets. `link_trial` measures the same between real workers;
+this is for a launch that calibrates without any.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import HashStore  # type: ignore[attr-defined]
+
+from deepopt.planner.alpha_beta import AlphaBeta, fit
+
+SIZES_BYTES = (1 << 12, 1 << 16, 1 << 19)
+_ROUNDS = 40
+_TIMEOUT = timedelta(seconds=10)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MessageTrial:
+    """A message between two workers of this host.
+
+    Args:
+        wall: one way.
+        process: CPU time of each end, all of its threads.
+    """
+
+    wall: AlphaBeta
+    process: AlphaBeta
+
+
+def try_messages(sizes_bytes: Sequence[int] = SIZES_BYTES) -> MessageTrial:
+    """Send messages to and fro between two threads; the fastest of each size counts, since what
+    else runs on the host only ever adds to a time.
+
+    Args:
+        sizes_bytes: of the messages.
+
+    Raises:
+        RuntimeError: gloo cannot be used here.
+    """
+    store = HashStore()
+    walls: list[float] = []
+    processes: list[float] = []
+
+    def answer() -> None:
+        _ping_pong(store, 1, sizes_bytes, walls=[], processes=[])
+
+    other = threading.Thread(target=answer, name="answer", daemon=True)
+    other.start()
+    _ping_pong(store, 0, sizes_bytes, walls=walls, processes=processes)
+    other.join(_TIMEOUT.total_seconds())
+    sizes = [float(size) for size in sizes_bytes]
+    return MessageTrial(wall=fit(sizes, times_s=walls), process=fit(sizes, times_s=processes))
+
+
+def _ping_pong(
+    store: HashStore,
+    rank: int,
+    sizes_bytes: Sequence[int],
+    *,
+    walls: list[float],
+    processes: list[float],
+) -> None:
+    gloo: Any = dist.ProcessGroupGloo  # its annotations are half there
+    options = gloo._Options()
+    options._devices = [gloo.create_device(interface="lo")]
+    options._timeout = _TIMEOUT
+    group = gloo(store, rank, 2, options)
+    tensors = [torch.zeros(size // 4) for size in sizes_bytes]
+    took: list[list[float]] = [[] for _ in tensors]
+    used: list[list[float]] = [[] for _ in tensors]
+    # In turns, so that a busy moment of the host meets all sizes.
+    for index in range(_ROUNDS * len(tensors)):
+        size = index % len(tensors)
+        before, began = time.process_time(), time.perf_counter()
+        arrived = torch.empty_like(tensors[size])  # fresh storage, as the transport has it
+        works = [group.recv([arrived], 1 - rank, 2 * index + 1 - rank)]
+        if rank:
+            works.pop().wait()
+        group.send([tensors[size]], 1 - rank, 2 * index + rank).wait()
+        for work in works:
+            work.wait()
+        took[size].append((time.perf_counter() - began) / 2)
+        # Each round is two messages with two ends each, all in this process.
+        used[size].append((time.process_time() - before) / 4)
+    walls += map(min, took)
+    processes += map(min, used)
