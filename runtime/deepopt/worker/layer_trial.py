@@ -20,6 +20,7 @@ import torch
 from deepopt.config import JobConfig
 from deepopt.pipeline.emulated_clock import sharpen_timer, wait_until
 from deepopt.pipeline.gradients import StageGradients
+from deepopt.pipeline.optimizer import LayerOptimizer
 from deepopt.pipeline.stage import Layer, Loss, Stage, Tensors
 from deepopt.pipeline.update_rule import make_rule
 

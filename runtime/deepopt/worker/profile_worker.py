@@ -82,9 +82,6 @@ class ProfileWorker:
         self._progress = 0
         self._doing = "starting"
 
-    is_set_up = False
-    """It has nothing that another generation could go on with."""
-
     def setup(self) -> WorkerReady:
         """Find the device and join the other workers.
 
@@ -94,11 +91,7 @@ class ProfileWorker:
         """
         began = time.perf_counter()
         self._device = choose_device(self._job)
-        transport = rendezvous.make_transport(self._assignment, device=self._device)
-        self._transport = transport
-        transport.join(
-            rendezvous.open_store(self._assignment), generation=self._sender.generation
-        )
+        self._transport = rendezvous.join(self._assignment, device=self._device)
         return WorkerReady(
             sender=self._sender,
             pid=os.getpid(),
@@ -181,18 +174,10 @@ class ProfileWorker:
         """Never called: a profile trains nothing."""
         raise AssertionError(f"a profile was asked to export {checkpoint_dir}")
 
-    def interrupt(self, generation: int) -> None:
-        """End the waits on peers: the generation has ended. From any thread.
-
-        Args:
-            generation: which.
-        """
+    def close(self) -> None:
+        """Leave the process group."""
         if self._transport is not None:
-            self._transport.interrupt(generation)
-
-    def let_go(self) -> None:
-        """After an error of one's own: end the peers' waits."""
-        self.interrupt(self._sender.generation)
+            self._transport.close()
 
     # Layers. ---------------------------------------------------------------------------------
 

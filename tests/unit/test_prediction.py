@@ -1,0 +1,135 @@
+"""A step among others is predicted, and what it took instead is put down to measured parts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deepopt.head.prediction_report import prediction_error, with_others
+from deepopt.planner.layer_costs import LayerCosts
+from deepopt.planner.plan import Plan
+from deepopt.planner.prediction import REST, MeasuredRun, Prediction, causes, predict
+from deepopt.schedule.builders import build
+from deepopt.schedule.ir import Direction, PlacementKind, place
+from deepopt.schedule.period import num_messages, period
+from deepopt.schedule.simulate import CostTable, simulate
+from support.head_fakes import make_plan
+
+PLAN: Plan = make_plan()  # two stages on a line, 1f1b, four micro-batches, four layers
+SCHEDULE = build("1f1b", placement=PLAN.make_placement(), directions=PLAN.directions(0))
+COSTS = LayerCosts(
+    forward_s=(1.0,) * 4,
+    input_s=(1.5,) * 4,
+    weight_s=(0.5,) * 4,
+    update_s=(0.25,) * 4,
+    source="measured",
+)
+
+
+def predicted(costs: LayerCosts = COSTS, *, cores: int | None = None) -> Prediction:
+    found = predict(costs, plan=PLAN, schedules=(SCHEDULE,), cores=cores, overlap=False)
+    assert found is not None
+    return found
+
+
+def measured(prediction: Prediction, *, factor: float = 1.0, **parts: float) -> MeasuredRun:
+    """A run whose stages took `factor` times as long as predicted, with parts of its steps."""
+    times = {}
+    for stage, (forward, inputs, weights, _) in enumerate(prediction.stage_s):
+        times |= {f"{stage}F": forward * factor, f"{stage}B": (inputs + weights) * factor}
+    own = {"update_cpu_s": 0.5, "agree_wall_s": 0.0, **parts}
+    return MeasuredRun(step_s=prediction.step_s, op_times_s=[times], parts_s=[own, own])
+
+
+def test_a_step_is_predicted_with_updates_in_the_next_warm_up() -> None:
+    # rank 0: update 0.5, then (4 + 1) x (F 2 + B 4); rank 1 updates while it waits.
+    assert predicted().step_s == pytest.approx(0.5 + 5 * 6.0)
+    assert predicted(replace(COSTS, agree_s=0.1)).step_s == pytest.approx(30.6)
+    shared = predicted(cores=1)
+    assert shared.step_s == pytest.approx(2 * (0.5 + 4 * 6.0))
+    assert shared.bubble == pytest.approx(0.5)
+
+
+def test_costs_that_are_no_seconds_predict_nothing() -> None:
+    estimated = replace(COSTS, source="estimated")
+    found = predict(estimated, plan=PLAN, schedules=(SCHEDULE,), cores=None, overlap=False)
+    assert found is None
+
+
+def test_each_end_of_a_message_takes_its_rank_and_a_core() -> None:
+    assert num_messages(SCHEDULE) == (8, 8)
+    with_messages = predicted(replace(COSTS, message_s=0.01), cores=1)
+    assert with_messages.step_s == pytest.approx(2 * (0.5 + 4 * 6.0 + 8 * 0.01))
+
+
+@given(
+    ranks=st.integers(1, 4),
+    count=st.integers(1, 8),
+    message_s=st.floats(0, 0.5),
+    cores=st.none() | st.integers(1, 3),
+)
+def test_messages_never_shorten_a_step_and_add_up_on_one_core(
+    ranks: int, count: int, message_s: float, cores: int | None
+) -> None:
+    placement = place(PlacementKind.LINE, num_ranks=ranks)
+    order = build("1f1b", placement=placement, directions=(Direction.DOWN,) * count)
+    plain = CostTable.uniform(ranks, forward_s=1.0, input_s=1.0, weight_s=1.0)
+    loaded = replace(plain, message_s=message_s)
+    before, after = (period(order, t, cores=cores) for t in (plain, loaded))
+    assert sum(after.busy_s) == pytest.approx(
+        sum(before.busy_s) + sum(num_messages(order)) * message_s
+    )
+    if cores is None or cores == 1:
+        assert after.step_s >= before.step_s - 1e-9
+    if cores == 1:
+        assert after.step_s == pytest.approx(sum(after.busy_s))
+    if cores is None:
+        assert before.step_s == pytest.approx(simulate(order, plain).makespan_s)
+
+
+def test_a_prediction_survives_its_file() -> None:
+    found = predicted(cores=2)
+    assert Prediction.from_json(found.to_json()) == found
+
+
+def test_slow_stages_are_named_as_the_cause() -> None:
+    prediction = predicted()
+    run = replace(measured(prediction, factor=1.2), step_s=0.5 + 1.2 * 30)
+    first, *others = causes(prediction, run, plan=PLAN, schedule=SCHEDULE)
+    assert first.what == "stage times differ from the profile"
+    assert first.share == pytest.approx(6 / 30.5)
+    assert all(abs(cause.share) < 1e-9 for cause in others)
+
+
+def test_messages_other_processes_and_the_rest_are_told_apart() -> None:
+    prediction = predicted(cores=1)
+    run = measured(
+        prediction, send_cpu_s=0.5, receive_cpu_s=0.3, thread_cpu_s=1.0, process_cpu_s=1.2
+    )
+    run = replace(
+        run,
+        step_s=1.5 * prediction.step_s,
+        parts_s=[{**parts, "others_cpu_s": 0.1 * run.step_s} for parts in run.parts_s],
+    )
+    found = {c.what: c.share for c in causes(prediction, run, plan=PLAN, schedule=SCHEDULE)}
+    assert found["CPU time of sends and receives"] == pytest.approx(2.0 / prediction.step_s)
+    assert found["other processes on the cores that the workers share"] > 0.05
+    assert sum(found.values()) == pytest.approx(0.5)
+    assert found[REST] > 0.2
+
+
+def test_the_error_is_that_of_the_median_step_without_the_first() -> None:
+    prediction = predicted()
+    steps = [99.0, 99.0, *(prediction.step_s * f for f in (1.0, 1.1, 1.2))]
+    assert prediction_error(prediction, steps) == pytest.approx(0.1)
+    assert prediction_error(prediction, steps[:2]) is None
+    assert prediction_error(None, steps) is None
+
+
+def test_what_the_host_did_beside_its_workers_is_others() -> None:
+    parts = [{"own_cpu_s": 1.0, "host_cpu_s": 2.5}, {"own_cpu_s": 1.0, "host_cpu_s": 2.5}]
+    assert [own["others_cpu_s"] for own in with_others(parts, ["a", "a"])] == [0.5, 0.5]
+    assert [own["others_cpu_s"] for own in with_others(parts, ["a", "b"])] == [1.5, 1.5]
