@@ -121,6 +121,15 @@ def test_messages_other_processes_and_the_rest_are_told_apart() -> None:
     assert found[REST] > 0.2
 
 
+def test_real_work_that_overran_its_emulated_time_is_named() -> None:
+    prediction = predicted()
+    run = replace(measured(prediction), step_s=prediction.step_s + 6.0, late_s=6.0)
+    first, *others = causes(prediction, run, plan=PLAN, schedule=SCHEDULE)
+    assert first.what.startswith("operations whose real work overran")
+    assert first.share == pytest.approx(6.0 / prediction.step_s)
+    assert all(abs(cause.share) < 1e-9 for cause in others)
+
+
 def test_the_error_is_that_of_the_median_step_without_the_first() -> None:
     prediction = predicted()
     steps = [99.0, 99.0, *(prediction.step_s * f for f in (1.0, 1.1, 1.2))]

@@ -194,6 +194,7 @@ def make_report(controller: Controller) -> dict[str, Any]:
         hosts=[word.host for word in ready],
         op_times_s=[word.op_times_s for word in ended],
         parts_s=[word.parts_s for word in ended],
+        late_s=[one.late_s for one in overruns],
     )
     return report
 

@@ -16,7 +16,6 @@ from deepopt.schedule.ir import Op
 from deepopt.telemetry.files import read_json
 
 WARM_UP_STEPS = 2  # left out of the median: caches and allocators fill
-_OPS = (Op.F, Op.I, Op.W, Op.R)
 
 
 def load_prediction(run: RunDirectory, plan: Plan) -> Prediction | None:
@@ -57,6 +56,7 @@ def prediction_fields(
     hosts: Sequence[str],
     op_times_s: Sequence[Mapping[str, float]],
     parts_s: Sequence[Mapping[str, float]],
+    late_s: Sequence[float] = (),
 ) -> dict[str, Any]:
     """The part of the closing report that compares.
 
@@ -68,6 +68,7 @@ def prediction_fields(
         hosts: of each worker.
         op_times_s: of each worker, seconds by `STAGE OP`.
         parts_s: of each worker, seconds of a step by part.
+        late_s: of each emulated device, by how much its operations overran, in all steps.
     """
     error = prediction_error(prediction, step_s)
     if prediction is None or error is None:
@@ -76,6 +77,7 @@ def prediction_fields(
         step_s=median(step_s[WARM_UP_STEPS:]),
         op_times_s=op_times_s,
         parts_s=with_others(parts_s, hosts),
+        late_s=max(late_s, default=0.0) / len(step_s),
     )
     schedule = load_schedule(plan, data_index=0, folder=run.schedules)
     found = causes(prediction, measured, plan=plan, schedule=schedule)
@@ -115,8 +117,9 @@ def _stages(
     """Predicted and measured compute of each stage a micro-batch."""
     rows = []
     for stage, predicted in enumerate(prediction.stage_s):
-        measured = [times.get((stage, op)) for op in (*_OPS, Op.B)]
-        known = [own for own in measured if own is not None]
+        apart = (stage, Op.I) in times and (stage, Op.W) in times
+        ops = (Op.F, Op.I, Op.W, Op.R) if apart else (Op.F, Op.B, Op.R)
+        known = [times[stage, op] for op in ops if (stage, op) in times]
         rows.append(
             {
                 "stage": stage,

@@ -22,6 +22,7 @@ from deepopt.schedule.simulate import CostTable, simulate
 
 _SECONDS = frozenset({"measured", "emulated"})  # sources of costs whose times are seconds
 OTHERS = "other processes on the cores that the workers share"
+OVERRAN = "operations whose real work overran their emulated time"
 REST = "waiting for links and cores, and what no part measures"
 
 
@@ -128,11 +129,13 @@ class MeasuredRun:
         step_s: median, without the first steps.
         op_times_s: of each worker, seconds by `STAGE OP`.
         parts_s: of each worker, seconds of a step by part (`worker.step_parts`).
+        late_s: by how much the operations of the latest emulated device overran in a step.
     """
 
     step_s: float
     op_times_s: Sequence[Mapping[str, float]]
     parts_s: Sequence[Mapping[str, float]]
+    late_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,6 +177,9 @@ def causes(
         now = before / (1 - taken)
         found.append(Cause(what=OTHERS, share=(now - before) / prediction.step_s))
         before = now
+    if run.late_s:
+        found.append(Cause(what=OVERRAN, share=run.late_s / prediction.step_s))
+        before += run.late_s
     found.append(Cause(what=REST, share=(run.step_s - before) / prediction.step_s))
     return tuple(sorted(found, key=lambda cause: -abs(cause.share)))
 
