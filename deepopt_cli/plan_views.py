@@ -12,11 +12,6 @@ from deepopt.schedule.draw_files import draw_svg
 from deepopt.schedule.simulate import Timeline
 from deepopt_cli.output import human_percent, ranges, table
 
-_ANALYTIC = (
-    "analytic: computed from operation counts and data sheets, nothing was measured",
-    "emulated: devices took the times that the job states",
-)
-
 
 def plan_file_lines(plan_file: PlanFile) -> list[str]:
     """A plan file for the terminal.
@@ -70,9 +65,8 @@ def source_words(plan_file: PlanFile) -> str:
     Args:
         plan_file: says it.
     """
-    for words in _ANALYTIC:
-        if words.startswith(plan_file.source):
-            return words
+    if plan_file.source == "emulated":
+        return f"emulated: devices took the times that the job states, {plan_file.made}"
     return f"measured, {plan_file.made}"
 
 

@@ -57,12 +57,6 @@ def use_plan_file(
     """
     plan_file = load_plan_file(path)
     assert job.worker.count is not None, "a resolved job has a number of workers"
-    if plan_file.source == "analytic":
-        raise PlanError(
-            f"{path} is a plan for {plan_file.hardware.devices[0].name}, from a table, not from a "
-            "measurement",
-            remedy=f"on those machines: deepopt profile JOB.yaml -o {path}",
-        )
     check_fits(
         plan_file,
         job=asked,
