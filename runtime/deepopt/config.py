@@ -394,6 +394,10 @@ class EvaluationConfig(Section):
         description="Micro-batches to evaluate at most, each of `training.microbatch_size`; null: "
         "all whole ones that the data has.",
     )
+    alone: Annotated[bool, Strict()] = Field(
+        default=False,
+        description="Only evaluate: no step is trained, nothing is saved. `DeepTrainer.evaluate` sets it.",
+    )
 
     @property
     def is_wanted(self) -> bool:
@@ -408,7 +412,9 @@ class EvaluationConfig(Section):
                 remedy="set one of them",
                 fields=("files", "dataset"),
             )
-        if not self.is_wanted and (self.every or self.kwargs or self.microbatches):
+        if not self.is_wanted and (
+            self.every or self.kwargs or self.microbatches or self.alone
+        ):
             refuse(
                 "evaluation has neither files nor a dataset",
                 remedy="name the validation set in evaluation.files or evaluation.dataset",

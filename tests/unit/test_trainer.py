@@ -55,6 +55,12 @@ def mean_square(output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return (output - targets).square().mean()
 
 
+class Endless(IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        while True:
+            yield torch.zeros(4), torch.zeros(4)
+
+
 class Launched(Exception):
     """The job would have started."""
 
@@ -141,6 +147,26 @@ def test_a_validation_set_is_carried_and_measured_whole_in_its_own_order(launche
     assert batches.num_microbatches == 8  # 16 of 21 samples: whole batches of 8
     found = torch.cat([batches.batch(1, number)[0] for number in range(8)])
     assert torch.equal(found, make_data(21).tensors[0][:16])
+
+
+def test_evaluate_is_a_job_that_trains_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen = []
+
+    def refuse(run: RunDirectory, **_: Any) -> None:
+        seen.append(load_job(run.job))
+        raise Launched
+
+    monkeypatch.setattr(runs, "follow", refuse)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Launched):
+        DeepTrainer(make_model(), batch_size=8, progress=False).evaluate(make_data(19))
+    (job,) = seen
+    assert job.evaluation.alone
+    assert evaluation_batches(job, run_dir=None).num_microbatches == 16
+    with pytest.raises(InputError, match="is a stream"):
+        DeepTrainer(make_model(), batch_size=8).evaluate(Endless())
 
 
 @pytest.mark.parametrize(

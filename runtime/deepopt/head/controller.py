@@ -929,6 +929,8 @@ class Controller:
                 JobState.RECOVERING, reason="the last checkpoint went with the last head"
             )
             self._form(reason="the last checkpoint is written again", before=generation)
+        elif self.job.evaluation.alone:
+            self._end(JobState.FINISHED, exit_code=0)
         elif progress.checkpoint_step != step or progress.checkpoint_path is None:
             newest = progress.checkpoint_step
             self._end_failed(

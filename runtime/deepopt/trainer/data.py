@@ -98,6 +98,31 @@ def read_data(dataset: Any, *, model: torch.nn.Module, reading: Reading) -> Data
     )
 
 
+def read_evaluation(dataset: Any, *, model: torch.nn.Module, reading: Reading) -> Data:
+    """Make a dataset ready to be measured: in its own order.
+
+    Args:
+        dataset: as for `read_data`, with `len()`.
+        model: whose forward names the inputs.
+        reading: how a training set is read.
+
+    Raises:
+        InputError: as `read_data`; or it is a stream.
+    """
+    own = replace(reading, shuffle=False, drop_last=True)
+    return _measurable(read_data(dataset, model=model, reading=own), dataset)
+
+
+def _measurable(found: Data, dataset: Any) -> Data:
+    if not isinstance(found.source, EpochSource):
+        raise InputError(
+            f"a {type(dataset).__name__} is a stream, which cannot be measured again and again",
+            remedy="give a torch Dataset with len() and [index], a DataLoader of one, or a list of "
+            "batches",
+        )
+    return found
+
+
 def read_validation(
     dataset: Any, *, data: Data, model: torch.nn.Module, reading: Reading
 ) -> Data:
@@ -121,14 +146,7 @@ def read_validation(
         drop_last=True,
         collate=None if isinstance(dataset, DataLoader) else reading.collate,
     )
-    found = read_data(dataset, model=model, reading=own)
-    if not isinstance(found.source, EpochSource):
-        raise InputError(
-            f"validation: a {type(dataset).__name__} is a stream, which cannot be measured again and "
-            "again",
-            remedy="give a torch Dataset with len() and [index], a DataLoader of one, or a list of "
-            "batches",
-        )
+    found = _measurable(read_data(dataset, model=model, reading=own), dataset)
     if found.layout.batch_size != data.layout.batch_size:
         raise InputError(
             f"validation: its batches have {found.layout.batch_size} samples, those of training "

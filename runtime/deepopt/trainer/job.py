@@ -73,6 +73,7 @@ def job_of(
     folder: Path,
     validation: Data | None = None,
     validate_every: int = 0,
+    alone: bool = False,
 ) -> JobConfig:
     """The job of a fit; writes model, loss, optimizer and data into a folder.
 
@@ -84,6 +85,7 @@ def job_of(
         folder: exists; part of the run directory.
         validation: a validation set; None: none.
         validate_every: steps between two looks at it; 0: only after the last.
+        alone: measure it and train nothing.
 
     Raises:
         DeepoptError: something cannot be carried, or does not fit.
@@ -94,6 +96,7 @@ def job_of(
             "dataset": "deepopt.carried:dataset",
             "kwargs": _carry_data(validation, folder / "validation.pkl"),
             "every": validate_every,
+            "alone": alone,
             **fields.get("evaluation", {}),
         }
     elif validate_every:

@@ -23,7 +23,7 @@ from deepopt.telemetry.files import read_json
 from deepopt.trainer import run as runs
 from deepopt.trainer.callbacks import Callback, as_callbacks
 from deepopt.trainer.checkpoints import copy_checkpoint, find_checkpoint, is_run, load_weights
-from deepopt.trainer.data import Data, Reading, read_data, read_validation
+from deepopt.trainer.data import Data, Reading, read_data, read_evaluation, read_validation
 from deepopt.trainer.export import export_model
 from deepopt.trainer.job import Settings, check_elb, job_of
 from deepopt.trainer.progress import NoView, make_view
@@ -233,6 +233,41 @@ class DeepTrainer:
                 f"{data.source.description}: it has no state_dict(), so this run cannot resume"
             )
         return self._follow(run, data=data, view=view, fresh=not goes_on)
+
+    def evaluate(self, dataset: Any) -> float:
+        """The mean loss of a dataset with the weights that the model has now.
+
+        Forwards alone through the pipeline, in eval mode, without gradients; in the dataset's own order,
+        in batches of `batch_size`. What does not fill one is left out. The run directory stays.
+
+        Args:
+            dataset: of the kinds that have `len()`, as for `validation` of `fit`.
+
+        Raises:
+            DeepoptError: the data or the model is wrong, or the evaluation failed.
+            KeyboardInterrupt: Ctrl-C.
+        """
+        data = read_evaluation(dataset, model=self.model, reading=self._reading)
+
+        def make_job(folder: Path) -> JobConfig:
+            return job_of(
+                self.model,
+                data,
+                self._settings,
+                steps=1,
+                folder=folder,
+                validation=data,
+                alone=True,
+            )
+
+        run = runs.open_new(new_run_path(f"{self._settings.name}-evaluation"), make_job)
+        note_run(run.root)
+        relay = Relay(self, [], view=NoView(), steps_per_epoch=None)
+        outcome, supervisor = runs.follow(run, view=relay, fresh=True)
+        runs.raise_failure(outcome, run=run, supervisor=supervisor)
+        if outcome.interrupts or 1 not in relay.val_losses:
+            raise KeyboardInterrupt
+        return relay.val_losses[1]
 
     def export(
         self,

@@ -386,6 +386,8 @@ class StageWorker:
         """
         assert self._pipeline is not None, "run() before setup()"
         assert self._checkpointer is not None, "run() before setup()"
+        if self._job.evaluation.alone:
+            return self._only_evaluate()
         reason = "finished"
         self._catch_up()
         ended = time.perf_counter()
@@ -432,6 +434,33 @@ class StageWorker:
             self._report(self._step_report(result, step_time_s=step_time_s, scalars=scalars))
         if in_place.save:
             self._save()
+
+    def _only_evaluate(self) -> RunEnded:
+        """One evaluation in the place of all steps."""
+        assert self._validation is not None, "an evaluation without a validation set"
+        self._step = self._assignment.last_step
+        scalars = self._validation.run()
+        if self._sender.rank == 0:
+            self._report(
+                StepReport(
+                    sender=self._sender,
+                    step=self._step,
+                    loss=scalars["val_loss"],
+                    grad_norm=0.0,
+                    learning_rate=0.0,
+                    tokens=0,
+                    step_time_s=scalars["val_time_s"],
+                    workers=(),
+                    scalars=scalars,
+                )
+            )
+        return RunEnded(
+            sender=self._sender,
+            step=self._step,
+            reason="finished",
+            op_times_s={},
+            overruns=None,
+        )
 
     def _evaluate_if_due(self) -> dict[str, float]:
         """Figures of the validation set after the step done; none where it is not due."""
