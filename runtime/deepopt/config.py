@@ -331,7 +331,9 @@ class ElbConfig(Section):
     warmup: Annotated[bool, Strict()] = Field(
         default=True,
         description="In step 1 each micro-batch first solves for the bias that balances itself "
-        "(modes `elb` and `quantile`).",
+        "(modes `elb` and `quantile`). In mode `elb`, while scores move too much from step to step for "
+        "a bias of the step before, at most for the first window, the feedback inside the step is at "
+        "the level of experts.",
     )
     target_share: Annotated[float, Strict(), Field(ge=0, le=1)] = Field(
         default=0.0,

@@ -47,6 +47,24 @@ def test_tracking_settles_whatever_the_scale_of_the_scores(scale: float) -> None
     assert balancer.max_violation(counts.load) < 0.2  # three times the noise of 500 tokens
 
 
+def test_scores_that_move_by_more_than_their_spread_are_noticed_and_those_that_rest_are_not() -> (
+    None
+):
+    rng = np.random.default_rng(3)
+    popular, elb = rng.normal(size=16), ElbConfig()
+    for speed, unsettled in ((0.0, False), (4.0, True)):
+        state = first_state(16)
+        for _ in range(8):
+            moved = popular * speed * state.step
+            counts = simulated(rng.normal(size=(4000, 16)) + moved, state, 2)
+            state = update(state, counts, elb=elb, top_k=2)
+        assert balancer.is_unsettled(state.drift, step=state.step, elb=elb) == unsettled
+        assert not balancer.is_unsettled(state.drift, step=elb.monitor_freq, elb=elb)
+        assert not balancer.is_unsettled(
+            state.drift, step=state.step, elb=ElbConfig(warmup=False)
+        )
+
+
 def test_a_sudden_shift_is_followed() -> None:
     rng = np.random.default_rng(1)
     state, elb = first_state(16), ElbConfig()

@@ -72,10 +72,28 @@ def test_feedback_inside_the_step_evens_out_sequences_that_differ() -> None:
             router.update()
         return sum(found[4:]) / 8
 
-    without = spread(devices=1)
+    without = spread(devices=1, warmup=False)
     assert without > 1.3
     assert spread(devices=8) < 1 + (without - 1) / 3
     assert spread(level="expert") < 1 + (without - 1) / 3
+
+
+def test_the_warm_up_balances_scores_that_move_by_more_than_their_spread() -> None:
+    """As those of a new model do while its learning rate warms up."""
+
+    def worst(**kwargs: Any) -> float:
+        router = make(num_experts=8, top_k=2, **kwargs)
+        direction = torch.linspace(-1, 1, 8)
+        found = []
+        for step in range(10):
+            logits = 0.3 * torch.randn(1024, 8, generator=torch.Generator().manual_seed(step))
+            _, _, load = router.route(logits + step * direction, sequence_length=128)
+            found.append(balancer.max_violation(load.numpy()))
+            router.update()
+        return max(found[2:])
+
+    assert worst(warmup=False) > 1.5
+    assert worst() < 0.5
 
 
 def test_no_token_sees_a_later_one_after_the_first_step() -> None:

@@ -26,6 +26,9 @@ FIRST_WIDTH = 0.05  # of a bin of log scores before anything is known; right wit
 SPREAD_BINS = 16.0  # bins that a change of the load by a factor of 4 shall span
 WANDERING = 8.0  # bins that a quantile may lie from the origin before bins move
 SHIFT = 0.4  # error of a load, of its target, that twice running is no noise
+UNSETTLED = math.log(
+    1.5
+)  # drift above which biases of the step before are too old in the warm-up
 LOW, HIGH = 0.2, 3.0  # clamp of the load formula's factor
 OVERLOADED = 1.25  # loads above so many times the mean take part in gradient compensation
 NATURAL_DECAY = 0.95  # of the natural shares behind tempered targets
@@ -46,6 +49,8 @@ class BalancerState:
         window: [E] tokens since the window began; a window has `monitor_freq` steps.
         load: [E] tokens of the last step.
         natural: [E] decayed tokens that top-k without bias would have sent.
+        drift: [E] how much too high the last step's bias was, in logs of the load: what feedback
+            inside the step had to make good.
     """
 
     step: int
@@ -57,6 +62,7 @@ class BalancerState:
     window: Array
     load: Array
     natural: Array
+    drift: Array
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -92,7 +98,21 @@ def first_state(num_experts: int, *, unit: float = 1.0) -> BalancerState:
         window=zeros,
         load=zeros,
         natural=zeros,
+        drift=zeros,
     )
+
+
+def is_unsettled(drift: Array, *, step: int, elb: ElbConfig) -> bool:
+    """Whether the warm-up goes on: scores move so much from step to step that no bias of the step before
+    fits, as they do while the learning rate of a new model warms up.
+
+    Args:
+        drift: [E] of the last step.
+        step: updates done.
+        elb: says how long a warm-up is at most: `monitor_freq` steps, or none.
+    """
+    in_time = elb.warmup and elb.mode == "elb" and step < elb.monitor_freq
+    return in_time and bool((np.abs(drift) > UNSETTLED).any())
 
 
 def needs_histogram(elb: ElbConfig) -> bool:
@@ -273,7 +293,11 @@ def _track(
     slope = np.maximum(spread, 0.1) * state.width / np.log(high / low)
     known = cumulative[:, -1] > 0
     bias, slope = np.where(known, bias, state.bias), np.where(known, slope, state.slope)
-    moved = replace(state, histogram=histogram, slope=slope)
+    alone = np.cumsum(counts.histogram, axis=1).astype(np.float64)
+    wanted = state.origin + _quantile(alone, part) * state.width
+    drift = np.where(alone[:, -1] > 0, (state.bias - wanted) / slope, 0.0)
+    drift -= _sum(drift) / num_experts  # one bias more for all changes no choice
+    moved = replace(state, histogram=histogram, slope=slope, drift=drift)
     if follow:
         # Cutoffs fall with the mean of the biases, and so does what tokens will need.
         mean = _sum(bias) / num_experts

@@ -46,6 +46,7 @@ STATE_BUFFERS = {
     "window": "elb_window",
     "load": "elb_load",
     "natural": "elb_natural",
+    "drift": "elb_drift",
 }
 STEP_BUFFER = "elb_step"
 
@@ -83,6 +84,7 @@ class ElbRouter(torch.nn.Module):
     elb_width: torch.Tensor
     elb_slope: torch.Tensor
     elb_load: torch.Tensor
+    elb_drift: torch.Tensor
     elb_step: torch.Tensor
 
     def __init__(
@@ -126,6 +128,7 @@ class ElbRouter(torch.nn.Module):
         self._routes: dict[tuple[Hashable, int], torch.Tensor] = {}
         self._counted: set[tuple[Hashable, int]] = set()
         self._is_cold: bool | None = None  # no update yet; None: look
+        self._is_unsettled: bool | None = None  # see `balancer.is_unsettled`; None: look
         self._gain_was_said = False
         self.reset_parameters()
 
@@ -223,7 +226,7 @@ class ElbRouter(torch.nn.Module):
 
     def begin_step(self) -> None:
         """Forget micro-batches of the step before, and look at the state anew."""
-        self._is_cold = None
+        self._look_anew()
         self._pass = None
         self._routes.clear()
         self._counted.clear()
@@ -252,7 +255,7 @@ class ElbRouter(torch.nn.Module):
         counts = self.read_counts(totals)
         state = balancer.update(self.state(), counts, elb=self.elb, top_k=self.top_k)
         self._store(state)
-        self._is_cold = None
+        self._look_anew()
         self._pass = None
 
     def update(self, all_reduce: Callable[[torch.Tensor], object] | None = None) -> None:
@@ -358,6 +361,19 @@ class ElbRouter(torch.nn.Module):
             self._is_cold = int(self.elb_step) == 0
         return self._is_cold
 
+    def _still_warms_up(self) -> bool:
+        if self.expert_bias.is_meta:
+            return False
+        if self._is_unsettled is None:
+            drift = self.elb_drift.cpu().numpy()
+            self._is_unsettled = balancer.is_unsettled(
+                drift, step=int(self.elb_step), elb=self.elb
+            )
+        return self._is_unsettled
+
+    def _look_anew(self) -> None:
+        self._is_cold = self._is_unsettled = None
+
     def _warm(self, u_TE: torch.Tensor, counted_T: torch.Tensor | None) -> torch.Tensor:
         if self.top_k >= self.num_experts or self.elb.target_share:
             return self.expert_bias
@@ -367,9 +383,12 @@ class ElbRouter(torch.nn.Module):
 
     def _feedback(self, length: int) -> Feedback | None:
         elb = self.elb
-        devices = self.num_experts if elb.level == "expert" else self.num_devices
-        off = elb.mode != "elb" or elb.chunks == 1 or devices == 1 or length < 2
-        if off or self.top_k >= self.num_experts:
+        if elb.mode != "elb" or elb.chunks == 1 or length < 2 or self.top_k >= self.num_experts:
+            return None
+        warms_up = self._still_warms_up()
+        by_expert = elb.level == "expert" or warms_up
+        devices = self.num_experts if by_expert else self.num_devices
+        if devices == 1:
             return None
         blocks = balancer.device_blocks(self.num_experts, devices)
         if elb.target_share:
@@ -383,6 +402,7 @@ class ElbRouter(torch.nn.Module):
             blocks=blocks,
             slope_E=self.elb_slope,
             share_E=share_E,
+            solves=warms_up and not elb.target_share,
         )
 
     def _weights(self, logits_TE: torch.Tensor, ids_TK: torch.Tensor) -> torch.Tensor:
@@ -502,7 +522,7 @@ class ElbRouter(torch.nn.Module):
                 f"{self.num_experts}",
                 remedy="load a checkpoint of the same number of experts, or leave the router's state out",
             )
-        self._is_cold = None
+        self._look_anew()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 

@@ -2,7 +2,9 @@
 
 Each sequence of a micro-batch is cut into chunks of positions. What the earlier chunks sent to each
 device (or expert) tells how long its queue is; the load formula 1 + alpha x deficit / mean load turns
-that into a bias for the next chunk. No token sees a later one, and none sees another micro-batch.
+that into a bias for the next chunk. In the warm-up, where the step's bias may fit nothing, what the
+first 1, 2, 4, 8 ... chunks needed becomes the bias of those after them. No token sees a later one, and
+none sees another micro-batch.
 
 Shapes: B sequences, S positions, T = B x S tokens, E experts, K choices a token.
 """
@@ -15,7 +17,10 @@ from dataclasses import dataclass
 import torch
 
 from deepopt.moe.balancer import HIGH, LOW
+from deepopt.moe.warmup import solve_bias
 from deepopt_kernels.elb_select import elb_select
+
+_ROUNDS = 4  # of solving: from the bias of half as many chunks
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,6 +33,7 @@ class Feedback:
         blocks: (first, end) of experts whose joint load shall be even; one each at expert level.
         slope_E: change of the bias that multiplies an expert's load by e.
         share_E: target share of each expert; sums to 1.
+        solves: set the bias anew from what earlier chunks needed; for equal shares.
     """
 
     alpha: float
@@ -35,6 +41,7 @@ class Feedback:
     blocks: Sequence[tuple[int, int]]
     slope_E: torch.Tensor
     share_E: torch.Tensor
+    solves: bool = False
 
 
 def select_in_chunks(
@@ -77,6 +84,10 @@ def select_in_chunks(
     for chunk in range(num_chunks):
         start = chunk * sequence_length // num_chunks
         end = (chunk + 1) * sequence_length // num_chunks
+        if feedback.solves and chunk.bit_count() == 1:  # after 1, 2, 4, 8 ... chunks
+            seen_TE = u_BSE[:, :start].reshape(-1, num_experts)
+            counted = None if counted_BS is None else counted_BS[:, :start].reshape(-1)
+            bias_E = _solved(seen_TE, bias_E, counted, top_k=top_k)
         v_bias = bias_E
         if total is not None:
             tokens = u_BSE.shape[0] * (end - start)
@@ -100,6 +111,19 @@ def select_in_chunks(
         total = stats if total is None else total + stats
     assert total is not None, "a sequence has a position"
     return ids_BSK.view(-1, top_k), total
+
+
+def _solved(
+    seen_TE: torch.Tensor,
+    bias_E: torch.Tensor,
+    counted_T: torch.Tensor | None,
+    *,
+    top_k: int,
+) -> torch.Tensor:
+    """[E] the bias that would have evened out the tokens so far."""
+    own_TE = seen_TE if counted_T is None else seen_TE[counted_T]
+    own_TE = own_TE[own_TE.isfinite().all(-1)] + bias_E
+    return bias_E + solve_bias(own_TE, top_k=top_k, rounds=_ROUNDS)
 
 
 def _push(

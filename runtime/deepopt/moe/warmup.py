@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import torch
 
-_ROUNDS = (
-    12  # cutoffs and quantiles in turn; from no bias, the load is even to a few percent after 8
-)
+ROUNDS = 12  # cutoffs and quantiles in turn; from no bias, even to a few percent after 8
 _MOST_TOKENS = 2048  # of the batch that are looked at
 
 
-def solve_bias(u_TE: torch.Tensor, *, top_k: int) -> torch.Tensor:
+def solve_bias(u_TE: torch.Tensor, *, top_k: int, rounds: int = ROUNDS) -> torch.Tensor:
     """Alternate between the tokens' cutoffs and the experts' quantiles.
 
     Args:
         u_TE: fp32 scores to choose by, finite.
         top_k: choices a token, below the number of experts.
+        rounds: how often; few do where a bias that is nearly right is in the scores.
 
     Returns:
         [E] fp32 that sums to about 0; zeros where there are too few tokens to tell.
@@ -30,7 +29,7 @@ def solve_bias(u_TE: torch.Tensor, *, top_k: int) -> torch.Tensor:
     wanted = round(num_tokens * top_k / num_experts)
     if not 1 <= wanted < num_tokens:
         return bias_E
-    for _ in range(_ROUNDS):
+    for _ in range(rounds):
         cutoff_T = (u_TE + bias_E).topk(top_k + 1, dim=-1).values[:, top_k]
         need_TE = (cutoff_T.unsqueeze(-1) - u_TE).sort(dim=0).values
         bias_E = (need_TE[wanted - 1] + need_TE[wanted]) / 2
