@@ -4,7 +4,8 @@ Same model, initial values, batches, micro-batches, optimizer, clipping and thre
 sides; the losses of the first steps must agree. deepopt runs by `deepopt launch`, the peer by
 `torchrun`; a step ends with its update. The model has two blocks for each worker, so that every
 placement shares it out evenly, and untied embeddings, because the peer has no tied weights
-across ranks. Nobody writes checkpoints or TensorBoard files. On fewer cores than workers
+across ranks, and routes with plain top-k: the peer would never update the biases of ELB. Nobody writes
+checkpoints or TensorBoard files. On fewer cores than workers
 bubbles cost little: then this compares work more than waiting.
 """
 
@@ -69,6 +70,7 @@ def _job(*, quick: bool) -> JobConfig:
     settings = [
         f"model.kwargs={{num_blocks: {2 * WORKERS}, tie_embeddings: false{size}}}",
         f"training.microbatches={2 * WORKERS}",  # the least that DualPipeV takes
+        "elb.mode=none",
         "checkpoint.every=0",
         "logging.tensorboard=false",
     ]

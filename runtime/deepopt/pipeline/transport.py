@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from deepopt.errors import TransportError
 from deepopt.pipeline.gloo_links import GlooLinks
+from deepopt.pipeline.send_waits import SendWaits
 
 Store = torch.distributed.distributed_c10d.Store
 
@@ -267,6 +268,7 @@ class ProcessGroupTransport:
         self._roads: dict[Channel, _Road] = {}
         self._sends: deque[tuple[dist.Work, torch.Tensor]] = deque()
         self._links = GlooLinks()
+        self._send_waits = SendWaits()
         self._lock = threading.Lock()  # of the next three
         self._generation = 0
         self._ended_generation = 0  # the newest that was interrupted
@@ -334,17 +336,22 @@ class ProcessGroupTransport:
 
     def finish_sends(self) -> None:
         """Block until every posted send is out."""
-        with _as_transport_error("a posted send"):
-            while self._sends:
-                work, _ = self._sends.popleft()
-                work.wait()
+        what = "a posted send"
+        with _as_transport_error(what):
+            if self._device.type == "cuda":  # only makes this thread's stream wait
+                for work, _ in self._sends:
+                    work.wait()
+            else:
+                self._send_waits.wait([work for work, _ in self._sends], what)
+        self._sends.clear()
 
     def send_apart(self, channel: Channel, message: int, tensor: torch.Tensor) -> Pending:
         """Post a send of a CPU tensor that `finish_sends` does not wait for. From any thread."""
         road, tag = self._road(channel), _tag(channel, message)
-        with _as_transport_error(f"send to rank {channel.target}"):
+        what = f"send to rank {channel.target}"
+        with _as_transport_error(what):
             work = road.group.send([tensor], road.peer, tag)
-        return _Posted(f"send to rank {channel.target}", work, tensor)
+        return _PostedSend(what, work, tensor, self._send_waits)
 
     def receive_into(self, channel: Channel, message: int, tensor: torch.Tensor) -> Pending:
         """Post a receive into a contiguous CPU tensor. From any thread."""
@@ -398,8 +405,10 @@ class ProcessGroupTransport:
         with self._lock:
             self._generation = generation
             self._interrupted.clear()
+            self._send_waits.begin()
             if self._ended_generation >= generation:
                 self._interrupted.set()
+                self._send_waits.end()
         self._form()
         self.open(self._channels)
 
@@ -415,6 +424,7 @@ class ProcessGroupTransport:
                 return
             self._interrupted.set()
             self._links.cut()
+            self._send_waits.end()
             if self._device.type == "cuda" and dist.is_initialized():
                 # All communicators together, or one waits for another.
                 dist.distributed_c10d._abort_process_group()
@@ -499,6 +509,20 @@ class _Posted:
     def wait(self) -> None:
         with _as_transport_error(self._what):
             self._work.wait()
+
+
+class _PostedSend:
+    def __init__(
+        self, what: str, work: dist.Work, tensor: torch.Tensor, waits: SendWaits
+    ) -> None:
+        self._what = what
+        self._work = work
+        self._tensor = tensor  # must live until it is done
+        self._waits = waits
+
+    def wait(self) -> None:
+        with _as_transport_error(self._what):
+            self._waits.wait([self._work], self._what)
 
 
 class _Gather:
