@@ -217,6 +217,7 @@ class Outcome:
         measured_s: the median of `metrics.jsonl`.
         predicted_bytes: of the fullest rank.
         held_bytes: the same, counted over the actions that ran.
+        others_cores: that other programs kept busy meanwhile.
         cause: the part that the closing report names first.
     """
 
@@ -225,6 +226,7 @@ class Outcome:
     measured_s: float
     predicted_bytes: float
     held_bytes: float
+    others_cores: float
     cause: str
 
     @property
@@ -258,13 +260,16 @@ def launch(job: JobConfig, folder: Path) -> Outcome:
     plan = Plan.from_json(read_json(run.plan))
     lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     held = held_bytes(run, plan=plan, job=job)
-    causes = read_json(run.report).get("prediction_causes", [])
+    report = read_json(run.report)
+    causes, parts = report["prediction_causes"], report["step_parts_s"]
+    measured_s = statistics.median(line["step_time_s"] for line in lines[WARM_UP_STEPS:])
     return Outcome(
         stages=f"{plan.num_stages} {plan.placement}",
         predicted_s=prediction["step_s"],
-        measured_s=statistics.median(line["step_time_s"] for line in lines[WARM_UP_STEPS:]),
+        measured_s=measured_s,
         predicted_bytes=max(prediction["memory_bytes"]),
         held_bytes=max(held.values()),
+        others_cores=statistics.fmean(own["others_cpu_s"] for own in parts) / measured_s,
         cause=f"{causes[0]['share']:+.1%} {causes[0]['what']}" if causes else "-",
     )
 
@@ -301,7 +306,11 @@ def held_bytes(run: RunDirectory, *, plan: Plan, job: JobConfig) -> dict[int, fl
         events = [e for e in read_json(path)["traceEvents"] if e.get("cat") == "compute"]
         for event in sorted(events, key=lambda event: event["ts"]):
             action = event["args"]
-            stage, op, key = action["stage"], action["op"], (action["stage"], action["microbatch"])
+            stage, op, key = (
+                action["stage"],
+                action["op"],
+                (action["stage"], action["microbatch"]),
+            )
             full = of_stage(section.activation_mb, stage)
             kept = min(full, of_stage(section.output_mb, stage)) if recompute else full
             held[key] = kept if op == "F" else full  # type: ignore[assignment]
@@ -353,6 +362,7 @@ def main() -> None:
             f"{one.predicted_bytes / MEGABYTE:,.0f}",
             f"{one.held_bytes / MEGABYTE:,.0f}",
             f"{one.memory_error:+.2%}",
+            f"{one.others_cores:.2f}",
             one.cause,
         )
         for setting in settings
@@ -360,7 +370,7 @@ def main() -> None:
     ]
     header = (
         *("setting", "p", "m", "stages", "predicted ms", "measured ms", "error"),
-        *("predicted MB", "held MB", "error", "largest part of it"),
+        *("predicted MB", "held MB", "error", "others' cores", "largest part of the step's"),
     )
     say(table(header, rows) + "\n")
     ratios = []

@@ -67,6 +67,8 @@ def source_words(plan_file: PlanFile) -> str:
     """
     if plan_file.source == "emulated":
         return f"emulated: devices took the times that the job states, {plan_file.made}"
+    if plan_file.source == "analytic":
+        return f"analytic, nothing was measured: {plan_file.basis}, {plan_file.made}"
     return f"measured, {plan_file.made}"
 
 

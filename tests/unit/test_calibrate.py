@@ -10,10 +10,12 @@ import torch
 from deepopt.config import JobConfig
 from deepopt.convert import describe
 from deepopt.datasets.batch_source import build_batch_source
+from deepopt.planner.alpha_beta import AlphaBeta
 from deepopt.planner.layer_costs import LayerCosts
 from deepopt.planner.skeleton import ModelSkeleton
 from deepopt.worker import calibrate as calibration
-from deepopt.worker.calibrate import calibrate
+from deepopt.worker.calibrate import calibrate, with_messages
+from deepopt.worker.message_trial import MessageTrial
 from support.worker_processes import tiny_job
 
 CPU = torch.device("cpu")
@@ -22,6 +24,26 @@ CPU = torch.device("cpu")
 def tried(job: JobConfig, skeleton: ModelSkeleton | None = None) -> LayerCosts | None:
     batches = build_batch_source(job, run_dir=None)
     return calibrate(job, skeleton or describe(job), batches=batches, device=CPU)
+
+
+def test_a_message_costs_its_thread_where_cores_are_not_shared(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fits = [AlphaBeta(alpha_s=a, beta_s=1e-9, error=0.0) for a in (9e-5, 4e-5, 1e-5)]
+    trial = MessageTrial(wall=fits[0], process=fits[1], thread=fits[2])
+    monkeypatch.setattr(calibration, "try_messages", lambda: trial)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    costs = LayerCosts(forward_s=(1.0,), input_s=(1.0,), weight_s=(1.0,), source="measured")
+
+    def found(device: str, cores: int | None) -> tuple[float, float | None, float]:
+        job = tiny_job(worker={"device": device})
+        priced = with_messages(costs, job=job, num_workers=2, cores=cores)
+        return priced.message_s, priced.message_bytes_per_s, priced.latency_s
+
+    assert found("cpu", 1) == pytest.approx((4e-5, 1e9, 1e-5))
+    assert found("cpu", None) == pytest.approx((1e-5, 1e9, 7e-5))
+    # What an emulated layer hands on has a stated size, and passes through no CPU.
+    assert found("emulated", None)[1] is None
 
 
 def test_every_layer_gets_times_and_sizes_and_threads_are_as_before() -> None:

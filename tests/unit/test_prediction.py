@@ -130,6 +130,13 @@ def test_real_work_that_overran_its_emulated_time_is_named() -> None:
     assert all(abs(cause.share) < 1e-9 for cause in others)
 
 
+def test_an_emulated_optimizer_is_not_taken_for_faster_than_stated() -> None:
+    prediction = predicted(replace(COSTS, source="emulated"))
+    run = measured(prediction, reduce_cpu_s=0.0, agree_cpu_s=0.0, update_cpu_s=1e-3)
+    found = {c.what: c.share for c in causes(prediction, run, plan=PLAN, schedule=SCHEDULE)}
+    assert found["norms, optimizer and sums of gradients"] == pytest.approx(0.0)
+
+
 def test_the_error_is_that_of_the_median_step_without_the_first() -> None:
     prediction = predicted()
     steps = [99.0, 99.0, *(prediction.step_s * f for f in (1.0, 1.1, 1.2))]

@@ -343,7 +343,8 @@ def _with_messages(costs: LayerCosts, *, job: JobConfig, num_workers: int) -> La
         return costs
     from deepopt.worker.calibrate import with_messages
 
-    return with_messages(costs, job=job, num_workers=num_workers)
+    cores = shared_cores(job, num_workers)
+    return with_messages(costs, job=job, num_workers=num_workers, cores=cores)
 
 
 def _has_small_text(job: JobConfig) -> bool:

@@ -105,9 +105,15 @@ def device_differences(
         found: at hand.
     """
     for before, now in zip(planned, found, strict=True):
-        for name, words in (("device", "is"), ("name", "is"), ("cores", "has cores")):
+        if before.device != now.device:
+            yield (
+                f"rank {before.rank} is {now.device} ({now.name}), "
+                f"planned {before.device} ({before.name})"
+            )
+            continue
+        for name, words in (("name", "is"), ("cores", "has cores")):
             old, new = getattr(before, name), getattr(now, name)
-            if old != new:
+            if old != new and (name != "cores" or old):  # a data sheet says nothing of cores
                 yield f"rank {before.rank} {words} {new}, planned {old}"
                 break
 

@@ -69,6 +69,7 @@ class PlanFile(Section):
     format: Literal[1]
     made: str = ""
     source: Source
+    basis: str = Field(default="", description="What figures that nobody measured rest on.")
     model: ModelSection
     hardware: HardwareSection
     pipeline: PipelineSection

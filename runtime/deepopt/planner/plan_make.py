@@ -39,12 +39,14 @@ class Measured:
         model: what they are of.
         hardware: what they were measured on.
         layers: in chain order.
+        basis: what figures that nobody measured rest on.
     """
 
     source: Source
     model: ModelSection
     hardware: HardwareSection
     layers: tuple[LayerSection, ...]
+    basis: str = ""
 
 
 def make_plan_file(measured: Measured, *, job: JobConfig, skeleton: ModelSkeleton) -> PlanFile:
@@ -94,6 +96,7 @@ def _written(measured: Measured, planned: Planned) -> PlanFile:
         format=FORMAT,
         made=utc_now(),
         source=measured.source,
+        basis=measured.basis,
         model=measured.model,
         hardware=measured.hardware,
         pipeline=PipelineSection(

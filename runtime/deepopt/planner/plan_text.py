@@ -43,6 +43,7 @@ def write_plan_file(plan: PlanFile) -> str:
         f"format: {plan.format}",
         f"made: {_text(plan.made)}",
         f"source: {plan.source}",
+        *([f"basis: {_text(plan.basis)}"] if plan.basis else []),
     ]
     for name in ("model", "hardware", "pipeline", "predicted"):
         section: Section | None = getattr(plan, name)

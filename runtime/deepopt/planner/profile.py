@@ -148,7 +148,7 @@ class PredictedSection(Section):
     memory_mb: tuple[Figure, ...] = Field(description="Peak of each pipeline rank.")
 
 
-Source = Literal["measured", "emulated"]
+Source = Literal["measured", "emulated", "analytic"]
 
 
 def hardware_fingerprint(devices: tuple[DeviceSection, ...]) -> str:

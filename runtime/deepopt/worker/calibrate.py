@@ -60,13 +60,17 @@ def calibrate(
         return None
 
 
-def with_messages(costs: LayerCosts, *, job: JobConfig, num_workers: int) -> LayerCosts:
+def with_messages(
+    costs: LayerCosts, *, job: JobConfig, num_workers: int, cores: int | None
+) -> LayerCosts:
     """Costs with what messages between workers of this host take of its CPU.
 
     Args:
         costs: of the layers.
         job: the resolved job.
         num_workers: of the job: all of them meet at the end of a step.
+        cores: that all workers share: then all threads of a message count; None where each has a
+            device of its own: then it is kept from work by what its own thread does.
 
     Returns:
         The costs as they are for devices other than CPUs: their messages go by themselves.
@@ -80,12 +84,14 @@ def with_messages(costs: LayerCosts, *, job: JobConfig, num_workers: int) -> Lay
         return costs
     # A message is a dozen figures for each rank, handed on around the ring of ranks.
     hops = num_workers - 1
+    end = trial.thread if cores is None else trial.process
     return replace(
         costs,
-        message_s=trial.process.alpha_s,
-        message_bytes_per_s=trial.process.bytes_per_s,
-        latency_s=costs.latency_s or max(0.0, trial.wall.alpha_s - 2 * trial.process.alpha_s),
-        agree_s=hops * max(trial.wall.alpha_s, 2 * trial.process.alpha_s),
+        message_s=end.alpha_s,
+        # Bytes that a job states of emulated layers pass through no CPU: real tensors are small.
+        message_bytes_per_s=None if job.worker.device == "emulated" else end.bytes_per_s,
+        latency_s=costs.latency_s or max(0.0, trial.wall.alpha_s - 2 * end.alpha_s),
+        agree_s=hops * max(trial.wall.alpha_s, 2 * end.alpha_s),
     )
 
 

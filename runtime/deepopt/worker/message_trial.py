@@ -32,10 +32,12 @@ class MessageTrial:
     Args:
         wall: one way.
         process: CPU time of each end, all of its threads.
+        thread: CPU time of each end, of the thread that calls alone.
     """
 
     wall: AlphaBeta
     process: AlphaBeta
+    thread: AlphaBeta
 
 
 def try_messages(sizes_bytes: Sequence[int] = SIZES_BYTES) -> MessageTrial:
@@ -51,16 +53,21 @@ def try_messages(sizes_bytes: Sequence[int] = SIZES_BYTES) -> MessageTrial:
     store = HashStore()
     walls: list[float] = []
     processes: list[float] = []
+    threads: list[float] = []
 
     def answer() -> None:
-        _ping_pong(store, 1, sizes_bytes, walls=[], processes=[])
+        _ping_pong(store, 1, sizes_bytes, walls=[], processes=[], threads=[])
 
     other = threading.Thread(target=answer, name="answer", daemon=True)
     other.start()
-    _ping_pong(store, 0, sizes_bytes, walls=walls, processes=processes)
+    _ping_pong(store, 0, sizes_bytes, walls=walls, processes=processes, threads=threads)
     other.join(_TIMEOUT.total_seconds())
     sizes = [float(size) for size in sizes_bytes]
-    return MessageTrial(wall=fit(sizes, times_s=walls), process=fit(sizes, times_s=processes))
+    return MessageTrial(
+        wall=fit(sizes, times_s=walls),
+        process=fit(sizes, times_s=processes),
+        thread=fit(sizes, times_s=threads),
+    )
 
 
 def _ping_pong(
@@ -70,6 +77,7 @@ def _ping_pong(
     *,
     walls: list[float],
     processes: list[float],
+    threads: list[float],
 ) -> None:
     gloo: Any = dist.ProcessGroupGloo  # its annotations are half there
     options = gloo._Options()
@@ -79,10 +87,11 @@ def _ping_pong(
     tensors = [torch.zeros(size // 4) for size in sizes_bytes]
     took: list[list[float]] = [[] for _ in tensors]
     used: list[list[float]] = [[] for _ in tensors]
+    called: list[list[float]] = [[] for _ in tensors]
     # In turns, so that a busy moment of the host meets all sizes.
     for index in range(_ROUNDS * len(tensors)):
         size = index % len(tensors)
-        before, began = time.process_time(), time.perf_counter()
+        before, own, began = time.process_time(), time.thread_time(), time.perf_counter()
         arrived = torch.empty_like(tensors[size])  # fresh storage, as the transport has it
         works = [group.recv([arrived], 1 - rank, 2 * index + 1 - rank)]
         if rank:
@@ -93,5 +102,7 @@ def _ping_pong(
         took[size].append((time.perf_counter() - began) / 2)
         # Each round is two messages with two ends each, all in this process.
         used[size].append((time.process_time() - before) / 4)
+        called[size].append((time.thread_time() - own) / 2)
     walls += map(min, took)
     processes += map(min, used)
+    threads += map(min, called)
