@@ -401,6 +401,12 @@ class EvaluationConfig(Section):
         description="Only evaluate: no step is trained, nothing is saved. `DeepTrainer.evaluate` sets it.",
     )
 
+    outputs: Annotated[bool, Strict()] = Field(
+        default=False,
+        description="With `alone`: write the model's outputs into the run directory instead of computing "
+        "losses. `DeepTrainer.predict` sets it.",
+    )
+
     @property
     def is_wanted(self) -> bool:
         """Whether there is a validation set."""
@@ -413,6 +419,12 @@ class EvaluationConfig(Section):
                 f"evaluation.dataset ({self.dataset}) and evaluation.files are both set",
                 remedy="set one of them",
                 fields=("files", "dataset"),
+            )
+        if self.outputs and not self.alone:
+            refuse(
+                "evaluation.outputs is set, and evaluation.alone is not",
+                remedy="set both: outputs are written by jobs that do nothing else",
+                fields=("outputs",),
             )
         if not self.is_wanted and (
             self.every or self.kwargs or self.microbatches or self.alone

@@ -12,6 +12,7 @@ plan.json again by the head |
 | logs/rank-N.log, trace/, checkpoints/*.tmp | workers |
 | carried/ | a script's trainer, before anything starts |
 | final/ | worker 0, after the last checkpoint |
+| predictions/ | the workers with the last layers, in a job of `DeepTrainer.predict` |
 """
 
 from __future__ import annotations
@@ -129,6 +130,11 @@ class RunDirectory:
     def checkpoints(self) -> Path:
         """Checkpoints, one folder a step."""
         return self.root / "checkpoints"
+
+    @property
+    def predictions(self) -> Path:
+        """The model's outputs, of a job that was to write them: a folder a generation."""
+        return self.root / "predictions"
 
     @property
     def final(self) -> Path:

@@ -56,6 +56,20 @@ def test_every_sample_is_evaluated_once() -> None:
     assert torch.equal(batches.batch(1, 5)[1], batches.batch(99, 5)[1])
 
 
+def test_a_job_that_only_evaluates_leaves_no_sample_out() -> None:
+    job = make_job(dataset=f"{__name__}:Samples", kwargs={"count": 23}, alone=True)
+    batches = evaluation_batches(job, run_dir=None)
+    assert (batches.num_microbatches, batches.last_size) == (12, 1)
+    sizes = [2] * 11 + [1]
+    seen = [int(x) for k, size in enumerate(sizes) for x in batches.batch(1, k)[1][:size]]
+    assert sorted(seen) == list(range(23))
+    few = make_job(
+        dataset=f"{__name__}:Samples", kwargs={"count": 23}, alone=True, microbatches=3
+    )
+    batches = evaluation_batches(few, run_dir=None)
+    assert (batches.num_microbatches, batches.last_size) == (3, 2)
+
+
 def test_batches_of_a_users_own_are_asked_step_by_step() -> None:
     job = make_job(dataset=f"{__name__}:Unbounded", microbatches=6)
     batches = evaluation_batches(job, run_dir=None)
@@ -86,6 +100,7 @@ def test_what_cannot_be_evaluated_is_refused(evaluation: Any, message: str) -> N
     ("evaluation", "message"),
     [
         ({"every": 5}, "neither files nor a dataset"),
+        ({"files": [argparse.__file__], "outputs": True}, "evaluation.alone is not"),
         ({"files": [argparse.__file__], "dataset": "a:b"}, "are both set"),
     ],
 )

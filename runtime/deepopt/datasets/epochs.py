@@ -8,7 +8,14 @@ from typing import Any
 from torch.utils.data import default_collate
 
 from deepopt.datasets.indexed import not_a_stream
-from deepopt.datasets.layout import Layout, SameShapes, num_tokens, split, to_batch
+from deepopt.datasets.layout import (
+    Layout,
+    SameShapes,
+    filled_up,
+    num_tokens,
+    split,
+    to_batch,
+)
 from deepopt.datasets.order import sample_index
 from deepopt.datasets.samples import Batch
 from deepopt.datasets.seeded import seeded
@@ -29,6 +36,8 @@ class EpochSource:
         shuffle: in an order of its own in each epoch, by the layout's seed.
         sampler: gives the indices of each step of an epoch, instead of `shuffle`; it is asked once
             an epoch, with generators seeded by seed and epoch.
+        num_samples: of an epoch, where its last step may lack some: it is filled up with its last
+            sample again and again; None: all steps are whole.
         name: of the dataset, for errors.
         fingerprint: tells one dataset from another.
         description: for people.
@@ -48,11 +57,13 @@ class EpochSource:
         collate: Callable[[list[Any]], Any] | None = default_collate,
         shuffle: bool = True,
         sampler: Any = None,
+        num_samples: int | None = None,
     ) -> None:
         self.fingerprint = fingerprint
         self.description = description
         self.tokens_per_microbatch = layout.microbatch_size
         self.steps_per_epoch = steps_per_epoch
+        self.num_samples = num_samples
         self._dataset = dataset
         self._layout = layout
         self._collate = collate
@@ -113,6 +124,8 @@ class EpochSource:
             with seeded(self._layout.seed, step):
                 whole = self._dataset[index]
             batch = to_batch(whole, layout=self._layout, where=where)
+            if self.num_samples is not None:
+                batch = filled_up(batch, size=self._layout.batch_size)
             self._parts[step] = split(batch, layout=self._layout, where=where)
         return self._parts[step]
 
@@ -124,7 +137,7 @@ class EpochSource:
         length = len(self._dataset)
         positions = range(index * size, (index + 1) * size)
         if not self._shuffle:
-            return positions
+            return [min(position, length - 1) for position in positions]
         seed = self._layout.seed
         return [
             sample_index(epoch * length + p, num_samples=length, seed=seed) for p in positions
@@ -136,6 +149,8 @@ class EpochSource:
                 del self._orders[known]
             order = epoch_order(self._sampler, epoch=epoch, seed=self._layout.seed)
             size = self._layout.batch_size
+            if self.num_samples is not None:
+                order = [[*own, *own[-1:] * (size - len(own))] for own in order]
             self._orders[epoch] = [indices for indices in order if len(indices) == size]
             if len(self._orders[epoch]) < self.steps_per_epoch:
                 raise InputError(

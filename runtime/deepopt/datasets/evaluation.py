@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,11 +20,15 @@ class EvaluationBatches:
         source: where they come from.
         per_step: micro-batches that make a step of the source.
         num_microbatches: how many are evaluated.
+        microbatch_size: samples of one.
+        last_size: samples of the last one that count; its others are there for the shape.
     """
 
     source: BatchSource
     per_step: int
     num_microbatches: int
+    microbatch_size: int
+    last_size: int
 
     def batch(self, step: int, microbatch: int) -> Batch:
         """Inputs and targets.
@@ -59,6 +64,9 @@ def evaluation_batches(job: JobConfig, *, run_dir: Path | None) -> EvaluationBat
 
     Raises:
         InputError: it is a stream, has no whole micro-batch, or does not say how large it is.
+
+    Evaluated between steps, what does not fill a micro-batch is left out. A job that only evaluates sees
+    all samples: the last micro-batch is filled up, and `last_size` says how many of it count.
     """
     source = build_batch_source(with_evaluation_data(job), run_dir=run_dir)
     if source.state_dict() is not None:
@@ -66,7 +74,11 @@ def evaluation_batches(job: JobConfig, *, run_dir: Path | None) -> EvaluationBat
             f"evaluation: {source.description} is a stream, which cannot be read again",
             remedy="give something with len() and [index], or with batch(step, microbatch)",
         )
+    size = job.training.microbatch_size
     available = getattr(source, "num_microbatches", None)
+    num_samples = getattr(source, "num_samples", None) if job.evaluation.alone else None
+    if num_samples is not None:
+        available = math.ceil(num_samples / size)
     wanted = job.evaluation.microbatches
     if available is None and wanted is None:
         raise InputError(
@@ -75,11 +87,14 @@ def evaluation_batches(job: JobConfig, *, run_dir: Path | None) -> EvaluationBat
         )
     if available is not None and available < 1:
         raise InputError(
-            f"evaluation: {source.description} is less than one micro-batch of "
-            f"{job.training.microbatch_size}",
+            f"evaluation: {source.description} is less than one micro-batch of {size}",
             remedy="name more data, or lower training.microbatch_size",
         )
-    sizes = [size for size in (available, wanted) if size is not None]
+    count = min(number for number in (available, wanted) if number is not None)
     return EvaluationBatches(
-        source=source, per_step=job.training.microbatches, num_microbatches=min(sizes)
+        source=source,
+        per_step=job.training.microbatches,
+        num_microbatches=count,
+        microbatch_size=size,
+        last_size=size if num_samples is None else min(size, num_samples - (count - 1) * size),
     )

@@ -64,6 +64,11 @@ class IndexedSource:
         return stack([self._get_sample(index) for index in indices], where=where)
 
     @property
+    def num_samples(self) -> int:
+        """Of one epoch."""
+        return self._num_samples
+
+    @property
     def num_microbatches(self) -> int:
         """Whole micro-batches of one epoch."""
         return self._num_samples // self._training.microbatch_size

@@ -29,6 +29,7 @@ class Layout:
         input_names: of the model's arguments, in order; empty where its layers take positions.
         takes_any_name: whether the model takes arguments of any name.
         seed: of the data order and of the data code's random numbers.
+        needs_targets: whether a batch without targets is an error.
     """
 
     microbatches: int
@@ -36,6 +37,7 @@ class Layout:
     input_names: tuple[str, ...] = ()
     takes_any_name: bool = False
     seed: int = 0
+    needs_targets: bool = True
 
     @property
     def batch_size(self) -> int:
@@ -58,6 +60,8 @@ def to_batch(batch: Any, *, layout: Layout, where: str) -> Batch:
     Raises:
         InputError: it is none of these.
     """
+    if not layout.needs_targets:
+        batch = with_targets(batch)
     if isinstance(batch, Mapping):
         found = [name for name in TARGET_NAMES if isinstance(batch.get(name), torch.Tensor)]
         if not found:
@@ -91,6 +95,46 @@ def to_batch(batch: Any, *, layout: Layout, where: str) -> Batch:
             remedy=_REMEDY,
         )
     return _named(dict(zip(names, inputs, strict=False)), where=where), targets
+
+
+def with_targets(batch: Any) -> Any:
+    """A batch of inputs alone as a pair with targets that nobody looks at; other batches as they are.
+
+    Args:
+        batch: a tensor, a tuple of one, a dict without targets; or with targets.
+    """
+    if isinstance(batch, tuple | list) and len(batch) == 1:
+        batch = batch[0]
+    if isinstance(batch, torch.Tensor):
+        values = [batch]
+    elif isinstance(batch, Mapping) and not any(name in batch for name in TARGET_NAMES):
+        values = [value for value in batch.values() if isinstance(value, torch.Tensor)]
+    else:
+        return batch
+    length = next((value.shape[0] for value in values if value.dim()), None)
+    return batch if length is None else (batch, torch.zeros(length, dtype=torch.int64))
+
+
+def filled_up(batch: Batch, *, size: int) -> Batch:
+    """A batch with its last sample repeated up to a size.
+
+    Args:
+        batch: inputs and targets; tensors whose first dimension is not that of the samples stay.
+        size: samples wanted, at least those that there are.
+    """
+    inputs, targets = batch
+    own = targets.shape[0] if targets.dim() else 0
+    if own in (0, size):
+        return batch
+
+    def longer(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dim() == 0 or tensor.shape[0] != own:
+            return tensor
+        return torch.cat([tensor, *[tensor[-1:]] * (size - own)])
+
+    if isinstance(inputs, torch.Tensor):
+        return longer(inputs), longer(targets)
+    return {name: longer(tensor) for name, tensor in inputs.items()}, longer(targets)
 
 
 def split(batch: Batch, *, layout: Layout, where: str) -> list[Batch]:

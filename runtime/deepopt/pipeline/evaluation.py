@@ -1,7 +1,7 @@
 """A validation set through the pipeline: forwards alone, by the same executor and the same stages.
 
-The loss is the mean over the micro-batches, each computed as it would be in one process, and added
-exactly: so it has the same bits wherever the layers are.
+The loss is the mean over the micro-batches, each computed as it would be in one process and weighted
+by its samples, and added exactly: so it has the same bits wherever the layers are.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from deepopt.pipeline.executor import Batches, Executor
 from deepopt.pipeline.reduction import Reducer
 from deepopt.pipeline.spans import SpanRecorder
-from deepopt.pipeline.stage import Stage
+from deepopt.pipeline.stage import Cut, Stage
 from deepopt.pipeline.transport import (
     Transport,
 )
@@ -34,7 +34,7 @@ class Evaluation:
     """What every worker knows after an evaluation.
 
     Args:
-        loss: mean over the micro-batches; None where their outputs were taken instead.
+        loss: mean over the samples; None where their outputs were taken instead.
         time_s: it took, on this worker.
     """
 
@@ -109,12 +109,20 @@ class Evaluator:
             shapes="evaluation",  # eval mode may carry other tensors over the cuts
         )
 
-    def run(self, *, take_output: Callable[[int, Any], None] | None = None) -> Evaluation:
+    def run(
+        self,
+        *,
+        take_output: Callable[[int, Any], None] | None = None,
+        cut: Cut | None = None,
+        samples: Sequence[int] | None = None,
+    ) -> Evaluation:
         """Evaluate the layers as they are. Nothing may be in flight.
 
         Args:
             take_output: takes (micro-batch, the model's output), on the workers that hold the last
                 stage, instead of a loss being computed.
+            cut: leaves the output and targets that a loss is computed of.
+            samples: that count, of each micro-batch; None: equally many.
 
         Raises:
             TransportError: a peer is gone.
@@ -122,7 +130,7 @@ class Evaluator:
         began = time.perf_counter()
         with ExitStack() as stack:
             for stage in self._stages.values():
-                stack.enter_context(stage.evaluating(take_output=take_output))
+                stack.enter_context(stage.evaluating(take_output=take_output, cut=cut))
             self.executor.run_step(1)
         self._transport.finish_sends()
         self._spans.take()
@@ -136,5 +144,17 @@ class Evaluator:
         loss = None
         if take_output is None:
             own = [rows[owner][index] for index, owner in enumerate(self._owners)]
-            loss = math.fsum(own) / len(own)
+            loss = weighted_mean(own, samples or [1] * len(own))
         return Evaluation(loss=loss, time_s=time.perf_counter() - began)
+
+
+def weighted_mean(values: Sequence[float], weights: Sequence[int]) -> float:
+    """The mean, added exactly; equal weights of any size give the same bits.
+
+    Args:
+        values: of float32, or narrower.
+        weights: at least 1 each, below 2**29: their products with the values are exact.
+    """
+    unit = math.gcd(*weights)
+    parts = [weight // unit for weight in weights]
+    return math.fsum(v * w for v, w in zip(values, parts, strict=True)) / sum(parts)

@@ -26,6 +26,8 @@ from deepopt_kernels.weight_grad import WeightGradHolder, WeightGradQueue, defer
 
 Tensors = tuple[torch.Tensor, ...]
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+# (micro-batch, output, targets) -> output and targets of the samples that count.
+Cut = Callable[[int, Any, torch.Tensor], tuple[Any, torch.Tensor]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,19 +157,21 @@ class Stage:
         self._runs = self._cut_into_runs()
         self._is_evaluating = False
         self._take_output: Callable[[int, Any], None] | None = None
+        self._cut: Cut | None = None
 
     @contextmanager
     def evaluating(
-        self, *, take_output: Callable[[int, Any], None] | None = None
+        self, *, take_output: Callable[[int, Any], None] | None = None, cut: Cut | None = None
     ) -> Iterator[None]:
         """While this is open, F runs in eval mode and keeps nothing for a backward.
 
         Args:
             take_output: of the last stage: takes (micro-batch, the model's output) instead of a
                 loss being computed.
+            cut: of the last stage: leaves what a loss is computed of.
         """
         modules = [layer.module for layer in self.layers]
-        self._is_evaluating, self._take_output = True, take_output
+        self._is_evaluating, self._take_output, self._cut = True, take_output, cut
         try:
             for module in modules:
                 module.eval()
@@ -175,7 +179,7 @@ class Stage:
         finally:
             for module in modules:
                 module.train()
-            self._is_evaluating, self._take_output = False, None
+            self._is_evaluating, self._take_output, self._cut = False, None, None
 
     def begin_step(self, step: int) -> None:
         """Forget the last step's losses; its gradients stay until somebody zeroes them."""
@@ -237,7 +241,10 @@ class Stage:
             self._take_output(microbatch, outputs[0])
             return ()
         assert targets is not None, "the last stage was given no targets"
-        self.losses[microbatch] = self._loss(outputs[0], targets)
+        output: Any = outputs[0]
+        if self._cut is not None:
+            output, targets = self._cut(microbatch, output, targets)
+        self.losses[microbatch] = self._loss(output, targets)
         return ()
 
     def prepare(self, microbatch: int) -> None:

@@ -11,12 +11,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, default_collate
+from torch.utils.data import (
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+    default_collate,
+)
 
 from deepopt.convert.chain import named_layers
 from deepopt.datasets.epoch_stream import EpochStream
 from deepopt.datasets.epochs import EpochSource, epoch_order
-from deepopt.datasets.layout import Layout
+from deepopt.datasets.layout import Layout, with_targets
 from deepopt.errors import InputError
 
 DEFAULT_BATCH_SIZE = 32
@@ -54,6 +61,8 @@ class Reading:
         drop_last: leave out what does not fill a step at the end of an epoch.
         collate: makes a batch of a list of samples; None: torch's default.
         seed: of the order and of the data code's random numbers.
+        fills_up: fill up the last step of an epoch instead of leaving it out.
+        needs_targets: whether batches without targets are an error.
     """
 
     batch_size: int | None = None
@@ -62,6 +71,8 @@ class Reading:
     drop_last: bool = False
     collate: Any = None
     seed: int = 0
+    fills_up: bool = False
+    needs_targets: bool = True
 
 
 def read_data(dataset: Any, *, model: torch.nn.Module, reading: Reading) -> Data:
@@ -99,7 +110,7 @@ def read_data(dataset: Any, *, model: torch.nn.Module, reading: Reading) -> Data
 
 
 def read_evaluation(dataset: Any, *, model: torch.nn.Module, reading: Reading) -> Data:
-    """Make a dataset ready to be measured: in its own order.
+    """Make a dataset ready to be measured: in its own order, its last batch filled up.
 
     Args:
         dataset: as for `read_data`, with `len()`.
@@ -109,8 +120,30 @@ def read_evaluation(dataset: Any, *, model: torch.nn.Module, reading: Reading) -
     Raises:
         InputError: as `read_data`; or it is a stream.
     """
-    own = replace(reading, shuffle=False, drop_last=True)
+    own = replace(reading, shuffle=False, drop_last=False, fills_up=True)
     return _measurable(read_data(dataset, model=model, reading=own), dataset)
+
+
+def read_prediction(dataset: Any, *, model: torch.nn.Module, reading: Reading) -> Data:
+    """Make a dataset ready to be predicted: as `read_evaluation`, with or without targets.
+
+    Args:
+        dataset: as for `read_data`, with `len()`.
+        model: whose forward names the inputs.
+        reading: how a training set is read.
+
+    Raises:
+        InputError: as `read_evaluation`; or its order is random.
+    """
+    if isinstance(dataset, DataLoader):
+        kinds = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+        if isinstance(dataset.sampler, kinds):
+            raise InputError(
+                f"the DataLoader draws its samples at random ({type(dataset.sampler).__name__}): "
+                "outputs could not be told apart",
+                remedy="make it with shuffle=False, or give its dataset",
+            )
+    return read_evaluation(dataset, model=model, reading=replace(reading, needs_targets=False))
 
 
 def _measurable(found: Data, dataset: Any) -> Data:
@@ -157,14 +190,16 @@ def read_validation(
 
 
 def _samples(dataset: Any, *, model: torch.nn.Module, reading: Reading) -> Data:
-    default = min(DEFAULT_BATCH_SIZE, len(dataset) or 1)
+    length = len(dataset)
+    default = DEFAULT_BATCH_SIZE if reading.fills_up else min(DEFAULT_BATCH_SIZE, length or 1)
     layout = _layout(model, reading, batch_size=reading.batch_size or default)
     source = EpochSource(
         dataset,
         layout=layout,
-        steps_per_epoch=_steps(len(dataset), layout, drop_last=reading.drop_last),
+        steps_per_epoch=_steps(length, layout, reading=reading),
         collate=reading.collate or default_collate,
         shuffle=reading.shuffle,
+        num_samples=length if reading.fills_up else None,
         **_about(dataset, order=["shuffle", reading.shuffle]),
     )
     return Data(source=source, layout=layout, steps_per_epoch=source.steps_per_epoch)
@@ -175,15 +210,17 @@ def _batches(dataset: Any, *, model: torch.nn.Module, reading: Reading) -> Data:
     _refuse_size(reading, what="a list of batches")
     if not dataset:
         raise _empty(dataset)
-    size = batch_length(dataset[0])
+    known = dataset if reading.needs_targets else map(with_targets, dataset)
+    sizes = [batch_length(batch) for batch in known]
+    size = sizes[0]
     layout = _layout(model, reading, batch_size=size)
-    sizes = [batch_length(batch) for batch in dataset]
-    whole = _whole_batches(sizes, size=size, drop_last=reading.drop_last)
+    whole = _whole_batches(sizes, size=size, reading=reading)
     source = EpochSource(
         dataset,
         layout=layout,
         steps_per_epoch=whole,
         collate=None,
+        num_samples=sum(sizes) if reading.fills_up else None,
         **_about(dataset, order=["batches"]),
     )
     return Data(source=source, layout=layout, steps_per_epoch=whole)
@@ -214,13 +251,14 @@ def _loader(loader: DataLoader[Any], *, model: torch.nn.Module, reading: Reading
         raise _empty(dataset)
     size = sizes[0]
     layout = _layout(model, reading, batch_size=size)
-    whole = _whole_batches(sizes, size=size, drop_last=reading.drop_last)
+    whole = _whole_batches(sizes, size=size, reading=reading)
     source = EpochSource(
         dataset,
         layout=layout,
         steps_per_epoch=whole,
         collate=loader.collate_fn,
         sampler=sampler,
+        num_samples=sum(sizes) if reading.fills_up else None,
         **_about(dataset, order=["sampler", type(sampler).__name__, size]),
     )
     return Data(source=source, layout=layout, steps_per_epoch=whole)
@@ -237,7 +275,7 @@ def _sample_stream(dataset: Any, *, model: torch.nn.Module, reading: Reading) ->
     )
     steps = None
     if _has(dataset, "__len__"):
-        steps = _steps(len(dataset), layout, drop_last=reading.drop_last)
+        steps = _steps(len(dataset), layout, reading=reading)
     return Data(source=source, layout=layout, steps_per_epoch=steps)
 
 
@@ -299,15 +337,18 @@ def _layout(model: torch.nn.Module, reading: Reading, *, batch_size: int) -> Lay
         input_names=names,
         takes_any_name=takes_any,
         seed=reading.seed,
+        needs_targets=reading.needs_targets,
     )
 
 
-def _steps(num_samples: int, layout: Layout, *, drop_last: bool) -> int:
-    """Whole steps of an epoch."""
+def _steps(num_samples: int, layout: Layout, *, reading: Reading) -> int:
+    """Steps of an epoch: whole ones, or filled up."""
     if num_samples < 1:
         raise InputError("the dataset is empty: its len() is 0", remedy="check how it is made")
     steps, left = divmod(num_samples, layout.batch_size)
-    if left and (not drop_last or not steps):
+    if left and reading.fills_up:
+        return steps + 1
+    if left and (not reading.drop_last or not steps):
         divisor = math.gcd(num_samples, layout.batch_size)
         raise InputError(
             f"the dataset's {num_samples} samples do not divide into batches of "
@@ -320,13 +361,15 @@ def _steps(num_samples: int, layout: Layout, *, drop_last: bool) -> int:
     return steps
 
 
-def _whole_batches(sizes: list[int], *, size: int, drop_last: bool) -> int:
+def _whole_batches(sizes: list[int], *, size: int, reading: Reading) -> int:
     odd = [(index, one) for index, one in enumerate(sizes) if one != size]
     if not odd:
         return len(sizes)
     index, one = odd[0]
     is_last = len(odd) == 1 and index == len(sizes) - 1
-    if is_last and drop_last:
+    if is_last and reading.fills_up and one < size:
+        return len(sizes)
+    if is_last and reading.drop_last:
         return len(sizes) - 1
     where = "the last batch" if is_last else f"batch {index}"
     raise InputError(

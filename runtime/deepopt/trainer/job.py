@@ -74,6 +74,7 @@ def job_of(
     validation: Data | None = None,
     validate_every: int = 0,
     alone: bool = False,
+    outputs: bool = False,
 ) -> JobConfig:
     """The job of a fit; writes model, loss, optimizer and data into a folder.
 
@@ -86,6 +87,7 @@ def job_of(
         validation: a validation set; None: none.
         validate_every: steps between two looks at it; 0: only after the last.
         alone: measure it and train nothing.
+        outputs: write the model's outputs for it, and measure nothing.
 
     Raises:
         DeepoptError: something cannot be carried, or does not fit.
@@ -97,6 +99,7 @@ def job_of(
             "kwargs": _carry_data(validation, folder / "validation.pkl"),
             "every": validate_every,
             "alone": alone,
+            "outputs": outputs,
             **fields.get("evaluation", {}),
         }
     elif validate_every:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from deepopt.checkpoint.verification import Found
 from deepopt.config import JobConfig
 from deepopt.convert import DeepModel
+from deepopt.datasets.epochs import EpochSource
 from deepopt.errors import InputError
 from deepopt.job_file import load_job
 from deepopt.launch.run_files import new_run_path
@@ -23,11 +25,19 @@ from deepopt.telemetry.files import read_json
 from deepopt.trainer import run as runs
 from deepopt.trainer.callbacks import Callback, as_callbacks
 from deepopt.trainer.checkpoints import copy_checkpoint, find_checkpoint, is_run, load_weights
-from deepopt.trainer.data import Data, Reading, read_data, read_evaluation, read_validation
+from deepopt.trainer.data import (
+    Data,
+    Reading,
+    read_data,
+    read_evaluation,
+    read_prediction,
+    read_validation,
+)
 from deepopt.trainer.export import export_model
 from deepopt.trainer.job import Settings, check_elb, job_of
 from deepopt.trainer.progress import NoView, make_view
 from deepopt.trainer.relay import Relay
+from deepopt.worker.predictions import read_predictions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -238,7 +248,8 @@ class DeepTrainer:
         """The mean loss of a dataset with the weights that the model has now.
 
         Forwards alone through the pipeline, in eval mode, without gradients; in the dataset's own order,
-        in batches of `batch_size`. What does not fill one is left out. The run directory stays.
+        in batches of `batch_size`. Each sample counts once: the last batch is filled up with its last
+        sample, and what was added is left out of the loss. The run directory stays.
 
         Args:
             dataset: of the kinds that have `len()`, as for `validation` of `fit`.
@@ -248,6 +259,38 @@ class DeepTrainer:
             KeyboardInterrupt: Ctrl-C.
         """
         data = read_evaluation(dataset, model=self.model, reading=self._reading)
+        _, relay = self._only_forward(data, outputs=False)
+        if 1 not in relay.val_losses:
+            raise KeyboardInterrupt
+        return relay.val_losses[1]
+
+    def predict(self, dataset: Any) -> Any:
+        """The model's outputs for a dataset, in its order, with the weights that the model has now.
+
+        As `evaluate`, without a loss. The workers with the last layers write the outputs into the run
+        directory (`predictions/`), which stays; they are read from there into memory.
+
+        Args:
+            dataset: of the kinds that have `len()`, without targets or with targets that are left aside;
+                in a tuple of several tensors the last one is the targets.
+
+        Returns:
+            What the model returns, its tensors joined along their first dimension, on the CPU. Tensors
+            whose first dimension is not the samples (a loss, for example) are None.
+
+        Raises:
+            DeepoptError: the data or the model is wrong, or the forwards failed.
+            KeyboardInterrupt: Ctrl-C.
+        """
+        data = read_prediction(dataset, model=self.model, reading=self._reading)
+        run, _ = self._only_forward(data, outputs=True)
+        samples = data.source.num_samples if isinstance(data.source, EpochSource) else None
+        assert samples is not None, "a dataset that was filled up knows its samples"
+        count = math.ceil(samples / data.layout.microbatch_size)
+        return read_predictions(run.predictions, num_microbatches=count)
+
+    def _only_forward(self, data: Data, *, outputs: bool) -> tuple[RunDirectory, Relay]:
+        """Run a job of forwards alone to its end."""
 
         def make_job(folder: Path) -> JobConfig:
             return job_of(
@@ -258,16 +301,18 @@ class DeepTrainer:
                 folder=folder,
                 validation=data,
                 alone=True,
+                outputs=outputs,
             )
 
-        run = runs.open_new(new_run_path(f"{self._settings.name}-evaluation"), make_job)
+        kind = "prediction" if outputs else "evaluation"
+        run = runs.open_new(new_run_path(f"{self._settings.name}-{kind}"), make_job)
         note_run(run.root)
         relay = Relay(self, [], view=NoView(), steps_per_epoch=None)
         outcome, supervisor = runs.follow(run, view=relay, fresh=True)
         runs.raise_failure(outcome, run=run, supervisor=supervisor)
-        if outcome.interrupts or 1 not in relay.val_losses:
+        if outcome.interrupts:
             raise KeyboardInterrupt
-        return relay.val_losses[1]
+        return run, relay
 
     def export(
         self,

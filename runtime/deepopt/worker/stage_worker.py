@@ -61,6 +61,7 @@ from deepopt.worker.messages import (
     WorkerReady,
     WorkerTimes,
 )
+from deepopt.worker.predictions import generation_folder
 from deepopt.worker.replicas import ReplicaKeeper, keeps_replicas, layers_without_copy
 from deepopt.worker.state_transfer import transfer
 from deepopt.worker.step_parts import StepParts
@@ -439,7 +440,21 @@ class StageWorker:
         """One evaluation in the place of all steps."""
         assert self._validation is not None, "an evaluation without a validation set"
         self._step = self._assignment.last_step
-        scalars = self._validation.run()
+        if self._job.evaluation.outputs:
+            root = self._run_directory.predictions
+            folder = generation_folder(root, self._sender.generation)
+            self._validation.write_outputs(folder, rank=self._sender.rank)
+        else:
+            self._report_evaluation(self._validation.run())
+        return RunEnded(
+            sender=self._sender,
+            step=self._step,
+            reason="finished",
+            op_times_s={},
+            overruns=None,
+        )
+
+    def _report_evaluation(self, scalars: Mapping[str, float]) -> None:
         if self._sender.rank == 0:
             self._report(
                 StepReport(
@@ -454,13 +469,6 @@ class StageWorker:
                     scalars=scalars,
                 )
             )
-        return RunEnded(
-            sender=self._sender,
-            step=self._step,
-            reason="finished",
-            op_times_s={},
-            overruns=None,
-        )
 
     def _evaluate_if_due(self) -> dict[str, float]:
         """Figures of the validation set after the step done; none where it is not due."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from deepopt.config import JobConfig
 from deepopt.datasets.evaluation import EvaluationBatches
 from deepopt.pipeline.evaluation import Evaluator
 from deepopt.pipeline.step import PipelineStep
 from deepopt.pipeline.transport import Transport
+from deepopt.worker.predictions import OutputWriter, make_cut
 
 
 class Validation:
@@ -33,10 +36,22 @@ class Validation:
         self._last_step = last_step
         self.batches = batches
         # Those in the middle never see the data.
-        own = 0 if batches is None else batches.num_microbatches
-        counts = transport.start_all_gather([float(own)]).wait()
-        count = int(max(row[0] for row in counts))
-        self.evaluator: Evaluator = pipeline.make_evaluator(batches, num_microbatches=count)
+        own = (0, 0) if batches is None else (batches.num_microbatches, batches.last_size)
+        counts = transport.start_all_gather([*map(float, own)]).wait()
+        self._count, left = (int(max(row[part] for row in counts)) for part in (0, 1))
+        self._size = job.training.microbatch_size
+        self._samples = [self._size] * (self._count - 1) + [left]
+        self._cut = None
+        if left != self._size:
+            self._cut = make_cut(
+                last=self._count - 1,
+                size=self._size,
+                left=left,
+                own_loss_counts=job.model.loss is None,
+            )
+        self.evaluator: Evaluator = pipeline.make_evaluator(
+            batches, num_microbatches=self._count
+        )
 
     def is_due(self, step: int) -> bool:
         """Whether there is an evaluation after a step."""
@@ -49,6 +64,23 @@ class Validation:
         Raises:
             TransportError: a peer is gone.
         """
-        evaluation = self.evaluator.run()
+        evaluation = self.evaluator.run(cut=self._cut, samples=self._samples)
         assert evaluation.loss is not None, "a validation computes losses"
         return {"val_loss": evaluation.loss, "val_time_s": evaluation.time_s}
+
+    def write_outputs(self, folder: Path, *, rank: int) -> None:
+        """Write the model's outputs, those of this worker's micro-batches; no losses.
+
+        Args:
+            folder: of this generation.
+            rank: of this worker.
+
+        Raises:
+            TransportError: a peer is gone.
+            CheckpointError: they cannot be written.
+        """
+        writer = OutputWriter(
+            folder, rank=rank, size=self._size, samples=lambda number: self._samples[number]
+        )
+        self.evaluator.run(take_output=writer.take)
+        writer.flush()
