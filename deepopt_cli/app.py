@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from deepopt_cli.cmd_evaluate import evaluate
 from deepopt_cli.cmd_export import export
 from deepopt_cli.cmd_init import init
 from deepopt_cli.cmd_launch import launch
@@ -32,7 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (launch, profile, resume, status, logs, stop, export, init, schema):
+for command in (launch, profile, resume, status, logs, stop, evaluate, export, init, schema):
     app.command()(command)
 app.add_typer(moe)
 app.add_typer(plan)
