@@ -13,11 +13,13 @@ except PackageNotFoundError:  # a source tree that was never installed
 
 if TYPE_CHECKING:
     from deepopt.convert import DeepModel, convert_to_deepopt
+    from deepopt.own_loop import BiStreamPipeline
     from deepopt.trainer import DeepTrainer
 
-__all__ = ["DeepModel", "DeepTrainer", "__version__", "convert_to_deepopt"]
+__all__ = ["BiStreamPipeline", "DeepModel", "DeepTrainer", "__version__", "convert_to_deepopt"]
 
 _LAZY = {
+    "BiStreamPipeline": "deepopt.own_loop",
     "DeepModel": "deepopt.convert",
     "DeepTrainer": "deepopt.trainer",
     "convert_to_deepopt": "deepopt.convert",
