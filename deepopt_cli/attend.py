@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from deepopt.clock import SystemClock
 from deepopt.errors import ClusterError
-from deepopt.launch.follow import POLL_S, Follower, Interrupts, Outcome, View
-from deepopt.launch.run_view import Supervisor, read_supervisor
+from deepopt.launch.follow import Follower, Interrupts, Outcome, View
+from deepopt.launch.run_view import ENDED, Supervisor, read_status, read_supervisor
 from deepopt.launch.start import start
 from deepopt.run_directory import RunDirectory
 from deepopt.telemetry.files import read_json
@@ -23,6 +23,7 @@ from deepopt_cli.words import closing_lines, failure_details
 if TYPE_CHECKING:
     from deepopt.config import JobConfig
 
+SIGN_POLL_S = 0.02  # between two looks for that pid
 SIGN_TIMEOUT_S = 10.0  # for a new supervisor to write its pid into the run directory
 LOG_LINES = 20  # of a supervisor that died without a word
 
@@ -43,7 +44,7 @@ def detach(run: RunDirectory, *, shown_as: Path, json: bool, fresh: bool) -> int
         DeepoptError: the supervisor cannot be started.
     """
     supervisor = start(run, fresh=fresh)
-    if not _has_signed(run, supervisor):
+    if not _has_signed(run, supervisor, fresh=fresh):
         _show_vanished({}, run=run, supervisor=supervisor, shown_as=shown_as)
         return ClusterError.exit_code
     if json:
@@ -58,16 +59,20 @@ def detach(run: RunDirectory, *, shown_as: Path, json: bool, fresh: bool) -> int
     return 0
 
 
-def _has_signed(run: RunDirectory, supervisor: Supervisor) -> bool:
-    """Wait until `status` and `stop` can find a supervisor; False when it died before."""
+def _has_signed(run: RunDirectory, supervisor: Supervisor, *, fresh: bool) -> bool:
+    """Wait until `status` and `stop` can find a supervisor; False when it died before.
+
+    One that is gone again may have done its work: in a fresh run directory its last words say so.
+    """
     clock = SystemClock()
     deadline_s = clock.monotonic_s() + SIGN_TIMEOUT_S
     while supervisor.lives() and clock.monotonic_s() < deadline_s:
         found = read_supervisor(run)
         if found is not None and found.pid == supervisor.pid:
             return True
-        time.sleep(POLL_S / 4)
-    return bool(supervisor.lives())
+        time.sleep(SIGN_POLL_S)
+    status = read_status(run) if fresh else None
+    return bool(supervisor.lives()) or (status is not None and status.get("state") in ENDED)
 
 
 def attend(

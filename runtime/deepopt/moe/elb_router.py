@@ -365,7 +365,7 @@ class ElbRouter(torch.nn.Module):
         if self.expert_bias.is_meta:
             return False
         if self._is_unsettled is None:
-            drift = self.elb_drift.cpu().numpy()
+            drift = self.elb_drift.float().cpu().numpy()  # a bf16 model casts buffers, too
             self._is_unsettled = balancer.is_unsettled(
                 drift, step=int(self.elb_step), elb=self.elb
             )
