@@ -41,7 +41,7 @@ def launch(
     steps: StepsOption = None,
     run_dir: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="New run directory. [default: runs/NAME-DATE-XXXX]"),
+        typer.Option(metavar="DIR", help="New run directory. [default: runs/NAME-DATE-ID]"),
     ] = None,
     overrides: Annotated[
         list[str] | None,

@@ -201,7 +201,7 @@ def _without_memory(
     )
 
 
-# `torch.library.custom_op` would import torch's compiler into every process at the first call.
+# A `custom_op` would import torch's compiler into every process at the first call.
 _library = torch.library.Library("deepopt", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(  # type: ignore[no-untyped-call]
     "elb_select(Tensor u, Tensor bias, Tensor origin, Tensor width, Tensor? counted, "

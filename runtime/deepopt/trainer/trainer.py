@@ -92,7 +92,7 @@ class DeepTrainer:
         drop_last: leave out what does not fill a step at the end of an epoch.
         seed: of the data order, dropout and router noise.
         callbacks: `Callback`s, or functions of each step's record.
-        run_dir: new folder of each fit; None: `runs/NAME-DATE-XXXX`.
+        run_dir: new folder of each fit; None: `runs/NAME-DATE-ID`.
         name: of the job.
         progress: whether to show it.
         hostfile: hosts to use.
