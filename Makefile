@@ -19,7 +19,8 @@ run: setup  ## train the built-in model on the standard library's sources: four 
 	$(BIN)/deepopt launch --workers 4
 
 test: setup  ## all tests that this machine can run
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/unit
+	$(BIN)/python -m pytest --ignore tests/unit
 
 check: format lint types layers test
 
