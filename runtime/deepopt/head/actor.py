@@ -297,9 +297,8 @@ def create_head(arguments: HeadArguments) -> Any:
     while True:
         try:
             return head.remote(arguments)
-        except (
-            ActorAlreadyExistsError
-        ):  # Ray frees a dead head's name after telling of its death
+        except ActorAlreadyExistsError:
+            # Ray frees a dead head's name after telling of its death.
             if time.monotonic() > until_s:
                 raise
             time.sleep(TICK_S)

@@ -24,9 +24,8 @@ def start(run: RunDirectory, *, fresh: bool, stage_worker: str = STAGE_WORKER) -
     """
     from deepopt.head.supervisor import spawn_supervisor
 
-    for path in run.requests.glob(
-        "*.json"
-    ):  # to an earlier launch, which ended before it read them
+    # Requests to an earlier launch, which ended before it read them.
+    for path in run.requests.glob("*.json"):
         path.unlink(missing_ok=True)
     try:
         pid = spawn_supervisor(run.root, stage_worker=stage_worker)

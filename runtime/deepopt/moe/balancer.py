@@ -26,9 +26,7 @@ FIRST_WIDTH = 0.05  # of a bin of log scores before anything is known; right wit
 SPREAD_BINS = 16.0  # bins that a change of the load by a factor of 4 shall span
 WANDERING = 8.0  # bins that a quantile may lie from the origin before bins move
 SHIFT = 0.4  # error of a load, of its target, that twice running is no noise
-UNSETTLED = math.log(
-    1.5
-)  # drift above which biases of the step before are too old in the warm-up
+UNSETTLED = math.log(1.5)  # drift above which the last step's biases are too old in the warm-up
 LOW, HIGH = 0.2, 3.0  # clamp of the load formula's factor
 OVERLOADED = 1.25  # loads above so many times the mean take part in gradient compensation
 NATURAL_DECAY = 0.95  # of the natural shares behind tempered targets

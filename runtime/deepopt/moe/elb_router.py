@@ -122,9 +122,8 @@ class ElbRouter(torch.nn.Module):
             self.register_buffer(STATE_BUFFERS[field], torch.empty(value.shape))
         self.register_buffer(STEP_BUFFER, torch.zeros((), dtype=torch.int64))
         self._counts: torch.Tensor | None = None  # int32, flat; see `num_counts`
-        self._pass: tuple[Hashable, int] | None = (
-            None  # pass of a micro-batch, calls in it so far
-        )
+        # Pass of a micro-batch, calls in it so far.
+        self._pass: tuple[Hashable, int] | None = None
         self._routes: dict[tuple[Hashable, int], torch.Tensor] = {}
         self._counted: set[tuple[Hashable, int]] = set()
         self._is_cold: bool | None = None  # no update yet; None: look
@@ -456,9 +455,8 @@ class ElbRouter(torch.nn.Module):
 
     def _next_call(self) -> tuple[tuple[Hashable, int] | None, bool]:
         """The key of this call, and whether it repeats one that was counted."""
-        if (
-            _in_backward()
-        ):  # a checkpointed block runs its forward again: same tokens, same bias
+        if _in_backward():
+            # A checkpointed block runs its forward again: same tokens, same bias.
             return None, True
         if self._pass is None:
             return None, False
