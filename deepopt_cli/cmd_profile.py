@@ -60,7 +60,7 @@ def profile(
 ) -> None:
     """Measure each layer, device and link where the job would run, and plan its stages.
 
-    Takes well under a minute for a small model. Nothing is trained; repeated layers are measured once, and
+    Nothing is trained; repeated layers are measured once, and
     once more to check. With --devices nothing is started: operations and bytes are counted on the meta
     device and divided by the vendor's rates, and the plan file says so. The plan file is for reading and
     editing; `deepopt launch --plan` uses it.
