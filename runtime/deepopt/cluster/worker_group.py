@@ -12,6 +12,7 @@ import signal
 import time
 import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -174,11 +175,11 @@ class RayWorkerGroup:
         Returns:
             What was found, by rank; each is told by `WorkerUp` as well.
         """
-        actors = [
-            ray.get_actor(name)
-            for name in ray.util.list_named_actors()
-            if name.startswith(WORKER_NAME)
-        ]
+        actors: list[Any] = []
+        for name in ray.util.list_named_actors():
+            if name.startswith(WORKER_NAME):
+                with suppress(ValueError):  # it has ended meanwhile
+                    actors.append(ray.get_actor(name))
         head = NewHead(handle=self._head, store_host=store[0], store_port=store[1])
         calls: dict[Any, Any] = {actor.adopt.remote(head): actor for actor in actors}
         answered: list[Any] = []

@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ray.exceptions import ActorAlreadyExistsError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import ray
@@ -30,8 +29,6 @@ from deepopt.worker.process_output import redirect_output
 
 logger = logging.getLogger(__name__)
 
-HEAD_NAME = "head"
-_NAME_TIMEOUT_S = 30.0  # until the name of a head that died is free again
 INBOX = "inbox"  # concurrency group of one thread: messages keep their order
 REQUESTS = "requests"
 TICK_S = 0.1  # of deadlines; events are taken at once
@@ -279,26 +276,18 @@ def create_head(arguments: HeadArguments) -> Any:
         arguments: what it is told.
 
     Returns:
-        Its handle; named `head` in the job's namespace.
-
-    Raises:
-        ActorAlreadyExistsError: there is a head, and it does not end.
+        Its handle. It has no name: a driver that asks Ray for the name of a dead actor may be
+        told for ever after that it is taken, and nobody looks the head up.
     """
     as_actor: Any = ray.remote  # its annotations lack concurrency groups
-    head = as_actor(concurrency_groups={INBOX: 1, REQUESTS: 1})(HeadActor).options(
-        name=HEAD_NAME,
-        num_cpus=0,  # it does not take a worker's place
-        max_restarts=0,
-        scheduling_strategy=NodeAffinitySchedulingStrategy(
-            node_id=arguments.slots.head_node_id, soft=False
-        ),
+    return (
+        as_actor(concurrency_groups={INBOX: 1, REQUESTS: 1})(HeadActor)
+        .options(
+            num_cpus=0,  # it does not take a worker's place
+            max_restarts=0,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(
+                node_id=arguments.slots.head_node_id, soft=False
+            ),
+        )
+        .remote(arguments)
     )
-    until_s = time.monotonic() + _NAME_TIMEOUT_S
-    while True:
-        try:
-            return head.remote(arguments)
-        except ActorAlreadyExistsError:
-            # Ray frees a dead head's name after telling of its death.
-            if time.monotonic() > until_s:
-                raise
-            time.sleep(TICK_S)
