@@ -11,14 +11,7 @@ from __future__ import annotations
 import itertools
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    Field,
-    JsonValue,
-    SerializerFunctionWrapHandler,
-    Strict,
-    model_serializer,
-    model_validator,
-)
+from pydantic import Field, JsonValue, Strict, model_validator
 
 from deepopt.config_fields import (
     Count,
@@ -33,6 +26,7 @@ from deepopt.config_fields import (
     Text,
     refuse,
 )
+from deepopt.config_injection import FaultInjection
 
 BUILT_AXES = ("pipeline", "data")
 LATER_AXES = ("expert", "context", "tensor", "fsdp")
@@ -592,66 +586,6 @@ class ClusterConfig(Section):
         return self
 
 
-class FaultPoint(Section):
-    """The moment of a scripted fault."""
-
-    rank: Index = Field(description="The worker that it happens to.")
-    step: Count = Field(description="The step in which it happens.")
-    op: Text | None = Field(
-        default=None,
-        description="The action before which it happens, as printed in plans (`2F5`); "
-        "null: at the start of the step.",
-    )
-    generation: Count = Field(default=1, description="It happens in this generation alone.")
-
-
-class FaultInjection(Section):
-    """One scripted fault, for tests and drills: exactly one of `kill`, `stop`, `hold`,
-    `raise`."""
-
-    kill: FaultPoint | None = Field(
-        default=None, description="The worker kills itself (SIGKILL)."
-    )
-    stop: FaultPoint | None = Field(
-        default=None, description="The worker stops itself (SIGSTOP): a hang."
-    )
-    hold: FaultPoint | None = Field(
-        default=None,
-        description="The worker keeps Python's GIL: it runs, and no thread of it says so.",
-    )
-    raise_: FaultPoint | None = Field(
-        default=None, alias="raise", description="The worker raises an exception."
-    )
-
-    @model_validator(mode="after")
-    def _exactly_one(self) -> Self:
-        points = (self.kill, self.stop, self.hold, self.raise_)
-        if sum(point is not None for point in points) != 1:
-            refuse(
-                "a fault must be exactly one of kill, stop, hold and raise",
-                remedy="write one list entry a fault, for example {kill: {rank: 1, step: 3}}",
-            )
-        return self
-
-    @model_serializer(mode="wrap")
-    def _without_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, object]:
-        return {kind: point for kind, point in handler(self).items() if point is not None}
-
-    @property
-    def kind(self) -> Literal["kill", "stop", "hold", "raise"]:
-        """What happens."""
-        if self.hold:
-            return "hold"
-        return "kill" if self.kill else "stop" if self.stop else "raise"
-
-    @property
-    def point(self) -> FaultPoint:
-        """When it happens."""
-        point = self.kill or self.stop or self.hold or self.raise_
-        assert point is not None, "the validator lets exactly one fault through"
-        return point
-
-
 class FaultsConfig(Section):
     """When a worker counts as lost, and how often the job may start again."""
 
@@ -756,7 +690,7 @@ class FaultsConfig(Section):
     )
     inject: tuple[FaultInjection, ...] = Field(
         default=(),
-        description="Scripted faults: `{kill|stop|hold|raise: {rank, step, op, generation}}`.",
+        description="Scripted faults for drills: `{KIND: {rank, step, op, generation}}`.",
     )
 
     @model_validator(mode="after")

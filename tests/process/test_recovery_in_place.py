@@ -48,19 +48,40 @@ def play(job: JobConfig, run_dir: Path, **where: Any) -> Story:
 def test_a_mirror_goes_on_after_kills_in_all_parts_of_a_step(
     undisturbed: list[float], tmp_path: Path
 ) -> None:
-    points = [(0, 1, "F"), (1, 2, "I"), (3, 4, "SEND_F"), (0, 5, "REDUCE"), (2, 6, None)]
+    points = [
+        (0, 1, "F"),
+        (1, 2, "I"),
+        (2, 3, "EXCHANGE"),
+        (3, 4, "SEND_F"),
+        (1, 4, "UPDATE"),
+        (0, 5, "REDUCE"),
+        (2, 6, None),
+    ]
     story = play(job_of(faults=kills(*points)), tmp_path, **MIRROR)
     assert story.loss_of_each_step == undisturbed
     assert [r and (r.step, r.source) for r in story.restorations] == [
         (0, "copies"),
         (1, "copies"),
+        (2, "copies"),
         (3, "copies"),
+        (4, "copies"),
         (4, "copies"),
         (5, "copies"),
     ]
     for before, after, (dead, _, _) in zip(story.pids, story.pids[1:], points, strict=False):
         changed = {rank for rank in before if before[rank] != after[rank]}
         assert changed == {dead}
+
+
+def test_links_that_break_cost_no_process(undisturbed: list[float], tmp_path: Path) -> None:
+    cuts = [
+        {"cut": {"rank": 1, "step": 3, "op": "RECV_F"}},
+        {"cut": {"rank": 0, "step": 5, "op": "EXCHANGE", "generation": 2}},
+    ]
+    story = play(job_of(faults={"inject": cuts}), tmp_path, **MIRROR)
+    assert story.loss_of_each_step == undisturbed
+    assert [r and r.step for r in story.restorations] == [2, 4]
+    assert story.pids[0] == story.pids[1] == story.pids[2]
 
 
 def test_steps_that_overlap_are_taken_back_to_the_last_one_agreed_on(

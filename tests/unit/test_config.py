@@ -116,14 +116,17 @@ def test_whole_numbers_stand_for_numbers() -> None:
         ({"data": {"dataset": "a:b", "files": ["c"]}}, r"data.dataset \(a:b\) and data.files"),
         ({"data": {"kwargs": {"c": 1}}}, r"data.kwargs \(c\) is set without data.dataset"),
         ({"cluster": {"address": "a", "hostfile": "b"}}, r"\(a\) and cluster.hostfile \(b\)"),
-        ({"faults": {"inject": [{}]}}, "exactly one of kill, stop, hold and raise"),
+        (
+            {"faults": {"inject": [{}]}},
+            "exactly one of kill, stop, hold, hang, raise, term, cut, flip, delay, full_disk",
+        ),
         (
             {
                 "faults": {
                     "inject": [{"kill": {"rank": 0, "step": 1}, "stop": {"rank": 0, "step": 1}}]
                 }
             },
-            "exactly one of kill, stop, hold and raise",
+            "exactly one of kill, stop, hold, hang, raise, term, cut, flip, delay, full_disk",
         ),
     ],
 )

@@ -133,6 +133,10 @@ class EmulatedTransport:
         """Make every wait in a generation fail at once. From any thread."""
         self._inner.interrupt(generation)
 
+    def cut(self) -> None:
+        """Break all connections to the peers. For drills."""
+        self._inner.cut()
+
     def close(self) -> None:
         """Leave the process group."""
         self._inner.close()

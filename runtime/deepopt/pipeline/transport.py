@@ -180,6 +180,11 @@ class Transport(Protocol):
         """
         ...
 
+    def cut(self) -> None:
+        """Break all connections to the peers, as a network does that fails: nobody is told. For
+        drills."""
+        ...
+
     def close(self) -> None:
         """Leave the process group."""
         ...
@@ -232,6 +237,9 @@ class LoneTransport:
 
     def interrupt(self, generation: int) -> None:
         """Nobody is waited for."""
+
+    def cut(self) -> None:
+        """There are no connections."""
 
     def close(self) -> None:
         """Nothing to leave."""
@@ -428,6 +436,11 @@ class ProcessGroupTransport:
             if self._device.type == "cuda" and dist.is_initialized():
                 # All communicators together, or one waits for another.
                 dist.distributed_c10d._abort_process_group()
+
+    def cut(self) -> None:
+        """Break all connections to the peers, as a network does that fails: nobody is told. For
+        drills; NCCL's connections stay."""
+        self._links.cut()
 
     def close(self) -> None:
         """Leave the process group."""

@@ -41,6 +41,7 @@ from deepopt.run_directory import RunDirectory
 from deepopt.schedule.ir import COMPUTE_OPS
 from deepopt.telemetry.trace import write_trace
 from deepopt.worker import agreements, rendezvous
+from deepopt.worker.bit_flip import flip_a_bit
 from deepopt.worker.device import choose_device, peak_flops, pin_gpu
 from deepopt.worker.fault_script import FaultScript
 from deepopt.worker.layer_checkpoint import LayerCheckpointer
@@ -130,6 +131,7 @@ class StageWorker:
         self._validation: Validation | None = None
         self._ready: WorkerReady | None = None
         self._keeper: ReplicaKeeper | None = None
+        self._fault_script = FaultScript((), rank=self._sender.rank, generation=0)
 
     @staticmethod
     def warm(job: JobConfig, run_dir: Path) -> Warmth:
@@ -207,7 +209,6 @@ class StageWorker:
                     device=self._device,
                     share=job.faults.replica_share,
                 )
-                self._pipeline.before_update = self._keeper.wait_until_copied
             self._begin_generation()
             self._load()
         with _timed(times, "peak"):
@@ -291,11 +292,16 @@ class StageWorker:
         assert self._pipeline is not None, "a generation before setup()"
         rank = self._sender.rank
         script = FaultScript(
-            self._job.faults.inject, rank=rank, generation=self._sender.generation
+            self._job.faults.inject,
+            rank=rank,
+            generation=self._sender.generation,
+            blows={"cut": self._cut, "flip": self._flip_a_bit},
         )
         script.check(self._pipeline.executor.program)
         self._validation = self._make_validation()
         self._pipeline.executor.before_action = script if script else None
+        self._pipeline.before_update = self._before_update
+        self._fault_script = script
         if self._checkpointer is not None:  # what it still writes is nobody's any more
             self._checkpointer.abandon()
         self._checkpointer = LayerCheckpointer(
@@ -306,6 +312,20 @@ class StageWorker:
             optimizers=self._pipeline.optimizers,
             report=self._report,
         )
+
+    def _before_update(self) -> None:
+        if self._keeper is not None:
+            self._keeper.wait_until_copied()
+        self._fault_script(self._step, "UPDATE")
+
+    def _cut(self) -> bool:
+        assert self._transport is not None, "a step before setup()"
+        self._transport.cut()
+        return True
+
+    def _flip_a_bit(self) -> bool:
+        assert self._pipeline is not None, "a step before setup()"
+        return flip_a_bit(o.layer for o in self._pipeline.optimizers.values())
 
     def _make_validation(self) -> Validation | None:
         if not self._job.evaluation.is_wanted:
@@ -586,6 +606,7 @@ class StageWorker:
             self._transport.close()
 
     def _take_wishes(self) -> Wish:
+        self._fault_script(self._step, "EXCHANGE")
         with self._wishes_lock:
             self._taken, self._wishes = self._wishes, Wish.NONE
         wishes = self._taken
@@ -695,6 +716,7 @@ class StageWorker:
         if self._sender.rank == 0:
             assert self._batches is not None, "rank 0 holds the first stage"
             data_state = self._batches.state_dict()
+        self._fault_script(self._step, "SAVE")
         self._checkpointer.save(self._step, data_state=data_state)
 
 
