@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 
-from deepopt.config_injection import MOMENTS, FaultInjection, FaultSpan
+from deepopt.config.injection import MOMENTS, FaultInjection, FaultSpan
 from deepopt.errors import InputError, TrainingError
 from deepopt.schedule.ir import Action
 
