@@ -108,6 +108,9 @@ class FakeGroup:
     def watch(self, rank: int) -> None:
         self.watched.append(rank)
 
+    def renew_agent(self, host: str) -> None:
+        self.calls.append(("renew_agent", host))
+
     def confirm_exit(self, rank: int, *, how: str) -> None:
         self.calls.append(("confirm_exit", rank, how))
 

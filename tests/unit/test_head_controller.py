@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from deepopt.cluster.group import AgentGone
 from deepopt.cluster.node_agent import ProcessEnded
 from deepopt.cluster.process_look import ProcessLook
 from deepopt.config import JobConfig
@@ -390,6 +391,19 @@ def test_a_stopped_worker_is_killed_at_its_agents_word(open_head: Open) -> None:
     assert (fault["cause"], fault["culprit"]["rank"]) == ("stopped", 1)
     assert "its process is stopped by a signal" in fault["culprit"]["message"]
     assert fault["times_s"]["detect"] == 1.25
+
+
+def test_an_agent_that_ends_or_falls_silent_is_replaced(open_head: Open) -> None:
+    head = open_head().start().ready().steps(1, 5)
+    head.agent(looks={0: ProcessLook(state="S"), 1: ProcessLook(state="S")})
+    head.wait(6.0, beating=[0, 1])
+    assert head.group.calls.count(("renew_agent", "alpha")) == 1
+    head.controller.handle(AgentGone(host="alpha"))
+    assert head.group.calls.count(("renew_agent", "alpha")) == 2
+    assert [event["message"] for event in head.events("warning")] == [
+        "the agent on alpha has been silent for 5 s: another one is started",
+        "the agent on alpha has ended: another one is started",
+    ]
 
 
 def test_an_exit_that_the_agent_tells_names_the_signal(open_head: Open) -> None:

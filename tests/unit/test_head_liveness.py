@@ -101,6 +101,27 @@ def test_a_host_out_of_reach_is_lost_at_the_last_deadline_and_named() -> None:
     assert 5.0 < scene.lost()[0] - 1.0 < 5.3
 
 
+def test_an_agent_that_is_silent_while_its_workers_speak_is_told_once_in_a_while() -> None:
+    scene = Scene(num_workers=4)
+    assert scene.liveness.silent_agents(now_s=scene.now_s) == []
+    scene.agents = {"alpha"}
+    scene.go(4.5)
+    assert scene.liveness.silent_agents(now_s=scene.now_s) == []
+    scene.go(1.0)
+    assert scene.liveness.silent_agents(now_s=scene.now_s) == ["beta"]
+    scene.go(4.5)
+    assert scene.liveness.silent_agents(now_s=scene.now_s) == []
+    scene.go(1.0)
+    assert scene.liveness.silent_agents(now_s=scene.now_s) == ["beta"]
+
+
+def test_an_agent_whose_workers_are_silent_too_is_out_of_reach_not_to_blame() -> None:
+    scene = Scene(num_workers=4)
+    scene.agents, scene.silent = {"alpha"}, {1, 3}
+    scene.go(8.0)
+    assert scene.liveness.silent_agents(now_s=scene.now_s) == []
+
+
 def test_without_an_agent_the_timeout_decides() -> None:
     scene = Scene(heartbeat_timeout_s=3.0)
     scene.agents = set()

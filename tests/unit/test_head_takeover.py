@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from deepopt.cluster.process_look import ProcessLook
 from deepopt.config import JobConfig
 from deepopt.head.head_watch import TIMEOUT_S, HeadWatch
 from deepopt.worker.adopted import Adopted, Whereabouts
@@ -204,3 +205,26 @@ def test_a_head_that_does_not_answer_is_killed_and_a_paused_supervisor_is_no_rea
     assert not go(5.0, answers=True)
     assert go(TIMEOUT_S + 3.0, answers=False)
     assert not go(60.0, answers=False)  # once is enough
+
+
+def test_a_head_that_a_signal_has_stopped_is_killed_sooner(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[Callable[[object], None]] = []
+    look = ProcessLook(state="S")
+    monkeypatch.setattr("deepopt.head.head_watch.find_process", lambda _: FakeProcess())
+    monkeypatch.setattr("deepopt.head.head_watch.look_at", lambda _: look)
+    watch = HeadWatch(asked.append, now_s=0.0)
+
+    def is_killed_at(now_s: float) -> bool:
+        return watch.look(now_s=now_s)
+
+    for tenth in range(15):
+        is_killed_at(tenth / 10)
+    asked.pop()(4711)
+    times = [1.5 + tenth / 10 for tenth in range(50)]
+    assert not any(map(is_killed_at, times))  # busy, or its GIL is held: the long deadline
+    look = ProcessLook(state="t", tracer=7)
+    assert not is_killed_at(6.5)
+    look = ProcessLook(state="T")
+    assert is_killed_at(6.6)

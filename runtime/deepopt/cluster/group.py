@@ -91,6 +91,17 @@ class GroupRefused:
     error: DeepoptError
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentGone:
+    """The agent of a host has ended.
+
+    Args:
+        host: host name.
+    """
+
+    host: str
+
+
 WorkerMessage = (
     WorkerReady
     | StepReport
@@ -105,7 +116,7 @@ WorkerMessage = (
     | Failure
 )
 GroupEvent = WorkerUp | WorkerGone | ExportEnded | GroupRefused
-AgentEvent = AgentWord | ProcessEnded
+AgentEvent = AgentWord | ProcessEnded | AgentGone
 HeadEvent = WorkerMessage | GroupEvent | AgentEvent
 
 
@@ -172,6 +183,10 @@ class WorkerGroup(Protocol):
 
     def watch(self, rank: int) -> None:
         """Have the agent of its host watch a worker that is up; it answers by `AgentWord`."""
+        ...
+
+    def renew_agent(self, host: str) -> None:
+        """Start another agent on a host, and have it watch the workers there."""
         ...
 
     def confirm_exit(self, rank: int, *, how: str) -> None:

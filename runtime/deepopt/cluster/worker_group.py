@@ -27,6 +27,7 @@ import ray
 from deepopt.cluster.crash_log import read_crash
 from deepopt.cluster.group import (
     STAGE_WORKER,
+    AgentGone,
     ExportEnded,
     HeadEvent,
     WorkerGone,
@@ -105,7 +106,7 @@ class RayWorkerGroup:
         self._spares: list[_Worker] = []
         self._num_spares_made = 0
         self._gpus: dict[int, tuple[str, ...]] = {}  # of each place, by rank
-        self._agents = NodeAgents(head=head, lease_s=lease_s)
+        self._agents = NodeAgents(head=head, lease_s=lease_s, lost=self._on_agent_gone)
         # Ray unpickles a class by its import path: workers need deepopt, not this process.
         as_actor: Any = ray.remote  # its annotations lack concurrency groups
         self._actor_class = as_actor(concurrency_groups={REQUESTS: 1})(WorkerActor)
@@ -263,6 +264,15 @@ class RayWorkerGroup:
         worker = self._members.workers[rank]
         worker.agent = self._agents.on(worker.node_id)
         worker.agent.watch.remote(worker.pid)
+
+    def renew_agent(self, host: str) -> None:
+        """Start another agent on a host, and have it watch the workers there."""
+        there = [worker for worker in self._members.workers if worker.host == host]
+        for node_id in {worker.node_id for worker in there}:
+            agent = self._agents.renew(node_id)
+            for worker in there:
+                worker.agent = agent
+                agent.watch.remote(worker.pid)
 
     def confirm_exit(self, rank: int, *, how: str) -> None:
         """Tell of a process's end: its host's agent knows it before Ray does."""
@@ -424,6 +434,10 @@ class RayWorkerGroup:
         self._tell(
             WorkerUp(generation=members.generation, rank=rank, pid=worker.pid, host=worker.host)
         )
+
+    def _on_agent_gone(self, node_id: str) -> None:
+        for host in {w.host for w in self._members.workers if w.node_id == node_id}:
+            self._tell(AgentGone(host=host))
 
     def _on_gone(self, members: _Members, rank: int, error: BaseException) -> None:
         logger.info("rank %d is gone; Ray says: %s", rank, str(error).strip())

@@ -18,6 +18,7 @@ from deepopt.checkpoint import folders
 from deepopt.checkpoint.store import CheckpointStore
 from deepopt.clock import Clock, utc_now
 from deepopt.cluster.group import (
+    AgentGone,
     ExportEnded,
     GroupRefused,
     HeadEvent,
@@ -43,7 +44,7 @@ from deepopt.head.formation import (
 )
 from deepopt.head.generation import Generation, find_late_start, lost_worker
 from deepopt.head.journal import Journal, replay
-from deepopt.head.liveness import Cause, Finding
+from deepopt.head.liveness import AGENT_RENEW_S, Cause, Finding
 from deepopt.head.load_forecast import LoadForecast
 from deepopt.head.measures import Pace, figures_of, metrics_line
 from deepopt.head.prediction_report import load_prediction, prediction_error
@@ -283,6 +284,9 @@ class Controller:
         if self.state in ENDED:
             return
         generation = self.generation
+        if isinstance(event, AgentGone):
+            self._renew_agent(event.host, why="has ended")
+            return
         if isinstance(event, AgentWord | ProcessEnded):
             if generation is not None:
                 self._on_agent(generation, event)
@@ -507,6 +511,8 @@ class Controller:
                 ),
             )
             return
+        for host in generation.liveness.silent_agents(now_s=now_s):
+            self._renew_agent(host, why=f"has been silent for {AGENT_RENEW_S:g} s")
         for finding in generation.liveness.check(now_s=now_s, stepping=generation.is_ready):
             if finding.kind in ("suspect", "held"):
                 self._warn(f"rank {finding.rank} is {finding.kind}: {finding.message}")
@@ -712,6 +718,11 @@ class Controller:
             looks={rank: event.looks[pid] for pid, rank in ranks.items()},
             now_s=self._clock.monotonic_s(),
         )
+
+    def _renew_agent(self, host: str, *, why: str) -> None:
+        """Start another agent on a host: without one, no second sign comes from there."""
+        self._warn(f"the agent on {host} {why}: another one is started")
+        self._group.renew_agent(host)
 
     def _on_message(self, generation: Generation, message: WorkerMessage) -> None:
         now_s = self._clock.monotonic_s()

@@ -7,12 +7,14 @@ import signal
 from collections.abc import Callable
 from typing import Any
 
+from deepopt.cluster.process_look import look_at
 from deepopt.cluster.process_table import find_process
 
 logger = logging.getLogger(__name__)
 
-LOOK_S = 2.0  # between two questions
-TIMEOUT_S = 10.0  # without an answer; answers come from a thread of their own, in milliseconds
+LOOK_S = 1.0  # between two questions
+STOPPED_S = 2.0  # without an answer, from a process that a signal has stopped
+TIMEOUT_S = 10.0  # ... from any other; answers come from a thread of their own, in milliseconds
 
 
 class HeadWatch:
@@ -47,8 +49,17 @@ class HeadWatch:
             self._ask(self._take)
         if not self._is_asked:
             self._heard_s = now_s
-        if self._pid and now_s - self._heard_s > TIMEOUT_S:
-            logger.warning("the head, pid %d, has been silent for %g s", self._pid, TIMEOUT_S)
+        silence_s = now_s - self._heard_s
+        if self._pid and silence_s > STOPPED_S:
+            look = look_at(self._pid)
+            if silence_s <= TIMEOUT_S and not (look is not None and look.is_stopped):
+                return False
+            logger.warning(
+                "the head, pid %d, has been silent for %.1f s; it is %s",
+                self._pid,
+                silence_s,
+                "gone" if look is None else look.words(),
+            )
             process = find_process(self._pid)
             self._pid = 0
             return process is not None and process.send(signal.SIGKILL)

@@ -35,6 +35,9 @@ BUSY_FACTOR = 3.0  # a stuck operation that uses a CPU may only be slow
 BUSY_CPU_SHARE = 0.5
 NO_AGENT_FACTOR = 2.0  # nobody saw the process: a second deadline instead of a second sign
 AGENT_SILENT_S = 2.0  # four of its words: it, its host or the link to it is gone
+AGENT_RENEW_S = (
+    5.0  # ... and where workers of its host are heard meanwhile, it is itself to blame
+)
 WARM_UP_STEPS = 2  # steps of a generation that say nothing about the next ones
 STEADY_STEPS = 3  # further steps until deadlines follow them
 STEPS_KEPT = 20
@@ -225,6 +228,18 @@ class Liveness:
         """Seconds since a worker was heard; None before the first heartbeat."""
         signs = self._signs.get(rank)
         return None if signs is None else max(0.0, now_s - signs.heard_s)
+
+    def silent_agents(self, *, now_s: float) -> list[str]:
+        """Hosts whose workers are heard and whose agent is not; each is told once in a while."""
+        heard = {
+            host
+            for rank, host in self._hosts.items()
+            if rank in self._signs and now_s - self._signs[rank].heard_s < AGENT_SILENT_S
+        }
+        silent = [h for h in sorted(heard) if now_s - self._agents_s[h] > AGENT_RENEW_S]
+        for host in silent:
+            self._agents_s[host] = now_s  # the next one gets as long
+        return silent
 
     def suspects(self) -> tuple[int, ...]:
         """The workers that are suspect now."""
