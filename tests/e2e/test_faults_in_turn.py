@@ -57,19 +57,14 @@ def supervisor(run_dir: Path) -> int:
     return int(json.loads((run_dir / "supervisor.json").read_text())["pid"])
 
 
-def process_of(run_dir: Path, actor: str) -> int:
-    """Process id of the one actor of a kind."""
+def head(run_dir: Path) -> int:
+    """Process id of the head."""
     (pid,) = [
         process.pid
         for process in descendants(supervisor(run_dir))
-        if actor.encode() in Path(f"/proc/{process.pid}/cmdline").read_bytes()
+        if b"HeadActor" in Path(f"/proc/{process.pid}/cmdline").read_bytes()
     ]
     return pid
-
-
-def head(run_dir: Path) -> int:
-    """Process id of the head."""
-    return process_of(run_dir, "HeadActor")
 
 
 def after(run_dir: Path, *, steps: int) -> dict[str, Any]:
@@ -104,8 +99,6 @@ def test_a_job_outlives_worker_head_and_supervisor_and_no_loss_changes(
     assert (killed["cause"], killed["culprit"]["rank"]) == ("exit", 1)
     assert killed["culprit"]["message"] == "its process was killed by SIGKILL"
 
-    os.kill(process_of(run_dir, "AgentActor"), signal.SIGKILL)
-    # Only an agent can tell that a process is stopped: the next one has taken its place.
     os.kill(after(run_dir, steps=6)["workers"][0]["pid"], signal.SIGSTOP)
     stopped = recovered(run_dir, 2)
     assert (stopped["cause"], stopped["culprit"]["rank"]) == ("stopped", 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
@@ -169,7 +170,7 @@ class HeadUnderTest:
         self.board = Board(self.run, tensorboard=False)
         history = replay(self.journal.entries)
         launches = sum(entry.kind == "job" for entry in self.journal.entries)
-        numbers = iter(range(1000))
+        numbers = itertools.count()
         self.reports: list[Controller] = []
         self.controller = Controller(
             run=self.run,

@@ -406,6 +406,17 @@ def test_an_agent_that_ends_or_falls_silent_is_replaced(open_head: Open) -> None
     ]
 
 
+def test_a_group_that_fails_together_does_not_write_the_status_for_each_of_its_workers(
+    open_head: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = open_head().start().ready().steps(1, 5)
+    forced: list[bool] = []
+    monkeypatch.setattr(head.board, "show", lambda *_, force=False, **__: forced.append(force))
+    head.dies(1)
+    head.fails(0, kind="peer")
+    assert forced.count(True) == 1
+
+
 def test_an_exit_that_the_agent_tells_names_the_signal(open_head: Open) -> None:
     head = open_head(max_restarts=0).start().ready()
     head.exits(1, "killed by SIGKILL")

@@ -599,7 +599,7 @@ class Controller:
         due_s = max(now_s + grace_s, generation.not_before_s)
         settle_by_s = generation.settle_by_s
         generation.settle_by_s = due_s if settle_by_s is None else min(due_s, settle_by_s)
-        self._show(force=True)
+        self._show(force=len(generation.failures) == 1)  # a thousand follow in a large group
 
     def _settle(self, generation: Generation) -> None:
         """The failures are in: find the culprit, end the generation, form the next or fail."""
