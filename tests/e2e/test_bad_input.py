@@ -1,4 +1,7 @@
-"""A user's mistake: one clear error, the right exit code, no traceback, nothing started."""
+"""A user's mistake: one clear error, the right exit code, no traceback, nothing started.
+
+`tests/unit/test_cli_launch.py` walks through more of them, without a process for each.
+"""
 
 from __future__ import annotations
 
@@ -13,27 +16,13 @@ from support import launcher
 @pytest.mark.parametrize(
     ("sections", "options", "words"),
     [
-        pytest.param({"trainin": {}}, [], ["trainin", "did you mean"], id="unknown-key"),
         pytest.param(
             {"model": {"factory": "no_such_package:build", "kwargs": {}}},
             [],
             ["model.factory", "no_such_package"],
             id="import-fails",
         ),
-        pytest.param(
-            {"data": {"files": ["/nowhere/*.txt"]}}, [], ["/nowhere/*.txt"], id="no-text"
-        ),
         pytest.param({}, ["--workers", 40], ["40", "layers"], id="more-stages-than-layers"),
-        pytest.param(
-            {"parallel": {"data": 2}}, ["--workers", 3], ["3 workers", "--workers"], id="uneven"
-        ),
-        pytest.param(
-            {"training": {"groups": 3}},
-            ["--workers", 2, "--set", "pipeline.placement=mirror"],
-            ["3 gradient groups", "training.groups"],
-            id="groups",
-        ),
-        pytest.param({"parallel": {"tensor": 2}}, [], ["parallel.tensor"], id="axis-not-built"),
     ],
 )
 def test_it_is_named_with_its_place_and_the_next_step(

@@ -31,4 +31,4 @@ def test_sigterm_is_told_while_the_main_thread_waits_and_does_not_end_the_proces
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGTERM)
         assert process.stdout.readline() == "noticed\n"
-        assert process.wait(timeout=20) == 0
+        assert process.wait(timeout=60) == 0

@@ -18,7 +18,7 @@ from deepopt.cluster.process_table import (
     wait_until_gone,
 )
 
-TIMEOUT_S = 20.0
+TIMEOUT_S = 60.0
 
 # A child that starts a grandchild, says its pid, and leaves it an orphan.
 ORPHAN = """

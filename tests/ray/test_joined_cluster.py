@@ -41,7 +41,7 @@ def launch(
     def launch(*, num_workers: int = 2, **job: Any) -> RunningJob:
         sections = {
             "training": {"steps": 10_000},
-            "cluster": {"address": cluster["ADDRESS"], "start_timeout_s": 20.0},
+            "cluster": {"address": cluster["ADDRESS"], "start_timeout_s": 60.0},
             "logging": {"tensorboard": False},
         }
         run = write_run(tmp_path / "run", num_workers=num_workers, job={**sections, **job})
@@ -141,14 +141,18 @@ def test_the_foreign_cluster_is_as_before(
     program = (
         "import ray, time\n"
         f"ray.init('{cluster['ADDRESS']}', log_to_driver=False, configure_logging=False)\n"
-        "until = time.monotonic() + 20\n"
+        "until = time.monotonic() + 60\n"
         "while ray.available_resources().get('CPU') != 3 and time.monotonic() < until:\n"
         "    time.sleep(0.1)\n"
         "print(ray.available_resources().get('CPU'), ray.util.placement_group_table(),\n"
         "      ray.util.list_named_actors(all_namespaces=True))\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert done.stdout.startswith("3.0 "), done
     assert done.stdout.endswith(" []\n"), done

@@ -20,7 +20,7 @@ from support.ray_jobs import TESTS, RunningJob, write_run
 
 pytestmark = pytest.mark.ray
 
-GONE_TIMEOUT_S = 20.0
+GONE_TIMEOUT_S = 60.0
 
 
 @pytest.fixture(autouse=True)

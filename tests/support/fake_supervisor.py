@@ -55,7 +55,7 @@ class FakeSupervisors:
             process.wait()
 
 
-def wait_for(path: Path, *, timeout_s: float = 30.0) -> None:
+def wait_for(path: Path, *, timeout_s: float = 60.0) -> None:
     """Wait until a file is there."""
     deadline_s = time.monotonic() + timeout_s
     while not path.exists():

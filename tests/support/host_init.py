@@ -27,7 +27,7 @@ _MS_REC = 0x4000
 
 PRIVATE_FOLDERS = ("/run", "/dev/shm", "/tmp")
 _HOME = Path("/run/home")
-_SSHD_START_TIMEOUT_S = 10.0
+_SSHD_START_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)

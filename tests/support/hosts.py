@@ -37,9 +37,9 @@ _SWITCH_ADDRESS = "10.77.0.254"
 _PREFIX_LENGTH = 24
 _SSH_PORT = 2222  # not 22: whoever forgets the user's ssh configuration does not get in
 _NAMESPACES = ("net", "mnt", "pid", "uts", "ipc")
-_START_TIMEOUT_S = 20.0
-_END_TIMEOUT_S = 10.0
-_COMMAND_TIMEOUT_S = 10.0
+_START_TIMEOUT_S = 60.0
+_END_TIMEOUT_S = 60.0
+_COMMAND_TIMEOUT_S = 60.0
 _SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 

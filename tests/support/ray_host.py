@@ -9,7 +9,7 @@ import sys
 from deepopt.cluster import ray_node
 from deepopt.cluster.process_table import become_subreaper, kill_descendants
 
-KILL_TIMEOUT_S = 15.0
+KILL_TIMEOUT_S = 60.0
 
 
 def main() -> None:

@@ -213,6 +213,25 @@ def test_bad_input_is_refused_before_anything_is_made(
     assert supervision.started == []
 
 
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(
+    supervision: Supervision, here: Path
+) -> None:
+    (here / "job.yaml").write_text("model: {kwargs: {vocab_size: 100}}\n")
+    result = launch("--dry-run")
+    assert result.exit_code == 1
+    assert "bytes has 256 tokens, the model's embed.weight has rows for 100" in result.stderr
+
+
+def test_a_machine_without_ray_is_told_how_to_get_it(
+    supervision: Supervision, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deepopt.launch.preparation.find_spec", lambda name: None)
+    result = launch()
+    assert result.exit_code == 3
+    assert result.stderr == "error: ray is not installed\n\nhint: pip install ray\n"
+    assert not (here / "run").exists()
+
+
 def test_a_cluster_whose_size_is_unknown_needs_a_number_of_workers(
     supervision: Supervision, here: Path
 ) -> None:

@@ -131,7 +131,6 @@ def test_messages_of_a_route_wait_for_each_other_and_arrive_a_latency_later() ->
     began_s = time.monotonic()
     for message in range(2):
         transport.send(ROAD, message, [torch.tensor([float(message)])])
-    assert time.monotonic() - began_s < 0.003, "a send waited for its route"
     for message, earliest_s in ((0, 0.007), (1, 0.010)):
         (tensor,) = transport.receive(ROAD, message, []).wait()
         assert tensor.item() == message
@@ -141,10 +140,13 @@ def test_messages_of_a_route_wait_for_each_other_and_arrive_a_latency_later() ->
 def test_routes_do_not_wait_for_other_routes() -> None:
     wire = Wire()
     transport = emulated(wire, transfer_s=100.0)
+    began_s = time.monotonic()
     transport.send(ROAD, 0, [])
     transport.send(Channel(Kind.ACTIVATION, 0, 2), 0, [])
     first, second = (tensors[-1].item() for tensors in wire.sent)
     assert second - first < 50e9
+    transport.send(ROAD, 1, [])
+    assert time.monotonic() - began_s < 90, "a send waited for its route"
 
 
 def test_kinds_of_messages_that_take_no_time_go_the_real_way() -> None:

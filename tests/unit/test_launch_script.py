@@ -129,7 +129,7 @@ def test_sigterm_goes_to_the_script_and_its_exit_code_comes_back(tmp_path: Path)
         assert p.stdout is not None
         assert p.stdout.readline() == "ready\n"
         p.send_signal(signal.SIGTERM)
-        assert p.wait(30) == 9
+        assert p.wait(60) == 9
 
 
 def test_what_cannot_be_launched_is_refused(tmp_path: Path) -> None:

@@ -68,7 +68,9 @@ def read_hostfile(path: Path) -> tuple[Host, ...]:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise InputError(f"cannot read hostfile {path}: {error.strerror}") from error
+        raise InputError(
+            f"cannot read hostfile {path}: {error.strerror}", remedy=_EXAMPLE
+        ) from error
     except UnicodeDecodeError as error:
         raise InputError(f"hostfile {path} is not UTF-8 text: {error}") from error
     return parse_hostfile(text, source=str(path))

@@ -178,6 +178,7 @@ def prepare(
         _check_data(with_evaluation_data(job), field="evaluation")
 
     from deepopt.convert import describe
+    from deepopt.convert.vocabulary import check_vocabulary
     from deepopt.pipeline.update_rule import make_rule
     from deepopt.planner.decide import make_plan
     from deepopt.planner.orders import known_orders
@@ -189,6 +190,7 @@ def prepare(
     asked, job = job, resolved(job)
     num_workers = count_workers(job)
     skeleton = describe(job)
+    check_vocabulary(job)
     cores = shared_cores(job, num_workers)
     if plan_file is not None:
         from deepopt.launch.plan_use import use_plan_file
