@@ -9,14 +9,18 @@ import typer
 
 from deepopt_cli.output import reports_errors, say, say_json
 
-moe = typer.Typer(
-    name="moe", help="How evenly a run's experts are loaded.", no_args_is_help=True
-)
+_HELP = """How evenly a run's experts are loaded.
+
+\b
+Examples:
+  deepopt moe report runs/first
+"""
+moe = typer.Typer(name="moe", help=_HELP, no_args_is_help=True, rich_markup_mode=None)
 
 
 @moe.callback()
 def _moe() -> None:
-    """How evenly a run's experts are loaded."""
+    """A group, although it has but one command."""
 
 
 @moe.command()

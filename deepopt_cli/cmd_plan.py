@@ -14,9 +14,16 @@ if TYPE_CHECKING:
 
 PlanArgument = Annotated[Path, typer.Argument(metavar="PLAN.yaml", help="A plan file.")]
 
+_HELP = """Show and compare plan files.
+
+\b
+Examples:
+  deepopt plan show plan.yaml
+  deepopt plan diff before.yaml after.yaml
+"""
 plan = typer.Typer(
     name="plan",
-    help="Show and compare plan files.",
+    help=_HELP,
     no_args_is_help=True,
     rich_markup_mode=None,
 )

@@ -38,9 +38,17 @@ from deepopt_cli.schedule_options import (
 
 SHOW_EFFORT = 1_000_000
 
+_HELP = """Show, compare, verify and try orders of work.
+
+\b
+Examples:
+  deepopt schedule compare --ranks 8 --microbatches 16
+  deepopt schedule show job.yaml
+  deepopt schedule verify order.csv
+"""
 schedule = typer.Typer(
     name="schedule",
-    help="Show, compare, verify and try orders of work.",
+    help=_HELP,
     no_args_is_help=True,
     rich_markup_mode=None,
 )

@@ -6,12 +6,17 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer.main
+from typer.testing import CliRunner
+
+from deepopt_cli.app import app
 
 HEAVY = ("ray", "torch", "pydantic", "rich", "numpy", "yaml", "tensorboard")
-COMMANDS = ("launch", "resume", "status", "logs", "stop", "init", "schema", "schedule")
 DEEPOPT = Path(sys.executable).with_name("deepopt")
 
 
@@ -57,24 +62,22 @@ def test_schedules_are_searched_and_drawn_without_anything_heavy() -> None:
         assert done.stdout.splitlines()[-1] == "[]"
 
 
-COMMANDS_WITH_EXAMPLES = (
-    *(command for command in COMMANDS if command != "schedule"),
-    "schedule show",
-    "schedule compare",
-    "schedule verify",
-)
+def every_command(group: Any = None, name: str = "") -> Iterator[str]:
+    """The words of each command and group of commands."""
+    group = group or typer.main.get_command(app)
+    for word, command in group.commands.items():
+        yield f"{name}{word}"
+        if hasattr(command, "commands"):
+            yield from every_command(command, f"{name}{word} ")
 
 
-@pytest.mark.parametrize("command", COMMANDS_WITH_EXAMPLES)
+@pytest.mark.parametrize("command", [*every_command()])
 def test_each_command_has_help_with_examples(command: str) -> None:
-    shown = run(*command.split(), "--help")
-    assert shown.returncode == 0
-    assert f"  deepopt {command}" in shown.stdout.partition("Examples:")[2]
-
-
-def test_all_commands_are_listed() -> None:
-    shown = run("--help").stdout
-    assert [command for command in COMMANDS if f"\n  {command} " not in shown] == []
+    shown = CliRunner().invoke(app, [*command.split(), "--help"])
+    assert shown.exit_code == 0
+    assert f"  deepopt {command} " in shown.stdout.partition("Examples:")[2].replace(
+        "\n", " \n"
+    )
 
 
 def test_wrong_usage_is_exit_code_2() -> None:
