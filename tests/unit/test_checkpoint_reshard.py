@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from deepopt.checkpoint.layer_files import read_layer, write_layer
 from deepopt.checkpoint.layer_state import LayerState
-from deepopt.checkpoint.manifest import TensorSlice, check_tiling
-from deepopt.checkpoint.reshard import cut, merge, split_evenly
+from deepopt.checkpoint.manifest import TensorSlice
+from deepopt.checkpoint.reshard import cut, merge
 from deepopt.errors import CheckpointError
 from support.checkpoints import assert_same_state, bits, make_manifest
 
@@ -90,20 +90,8 @@ def test_slices_of_many_writers_are_read_as_whole_tensors(
     assert not found.slices
 
 
-@settings(deadline=None, derandomize=True)
-@given(shapes.filter(bool), st.integers(1, 7), st.data())
-def test_an_even_split_tiles_and_differs_by_at_most_one(
-    shape: tuple[int, ...], num_parts: int, data: st.DataObject
-):
-    dim = data.draw(st.integers(0, len(shape) - 1))
-    slices = split_evenly(shape, dim=dim, num_parts=num_parts)
-    check_tiling("x", slices=slices)
-    lengths = [part.extent[dim] for part in slices]
-    assert max(lengths) - min(lengths) <= 1
-
-
 def test_a_hole_never_becomes_uninitialised_memory():
     tensor = torch.ones(4)
-    first, _second = split_evenly((4,), dim=0, num_parts=2)
+    first = TensorSlice(global_shape=(4,), offset=(0,), extent=(2,))
     with pytest.raises(CheckpointError, match="hold 2 of 4 elements"):
         merge("x", parts=[(first, cut(tensor, part=first))])

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+import operator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepopt.errors import PlanError
-from deepopt.planner.partition import (
-    folded_load,
-    partition,
-    partition_folded,
-    stage_costs,
-)
+from deepopt.planner.partition import partition, partition_folded
 
 costs_of_layers = st.lists(
     st.one_of(st.integers(0, 9).map(float), st.floats(0.0, 1e15, allow_subnormal=False)),
@@ -27,6 +23,19 @@ costs_of_layers = st.lists(
 def every_cut(num_layers: int, num_stages: int) -> Iterator[tuple[int, ...]]:
     for inner in itertools.combinations(range(1, num_layers), num_stages - 1):
         yield (0, *inner)
+
+
+def stage_costs(costs: Sequence[float], boundaries: Sequence[int]) -> tuple[float, ...]:
+    """The cost of each stage, rounded as the partition rounds."""
+    sums = [0.0, *itertools.accumulate(costs)]
+    ends = (*boundaries[1:], len(costs))
+    return tuple(sums[end] - sums[start] for start, end in zip(boundaries, ends, strict=True))
+
+
+def folded_load(stages: Sequence[float], *, factors: Sequence[float] = ()) -> float:
+    """The greatest cost of a pair of stages; the middle one of an odd number counts twice."""
+    pairs = [a + b for a, b in zip(stages, reversed(stages), strict=True)]
+    return max(map(operator.mul, factors or itertools.repeat(1.0), pairs))
 
 
 @settings(max_examples=150, deadline=None)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepopt.errors import ScheduleError
-from deepopt.schedule.builders import BUILDERS, build, default_schedule
+from deepopt.schedule.builders import BUILDERS, build
 from deepopt.schedule.ir import (
     Action,
     Direction,
@@ -15,7 +15,6 @@ from deepopt.schedule.ir import (
     Placement,
     PlacementKind,
     Schedule,
-    directions_of,
     parse_action,
     place,
 )
@@ -198,15 +197,6 @@ def test_a_microbatch_cannot_go_up_a_line() -> None:
 def test_no_microbatch_is_refused() -> None:
     with pytest.raises(ScheduleError, match="at least one micro-batch"):
         build("1f1b", placement=place(PlacementKind.LINE, num_ranks=2), directions=())
-
-
-def test_the_default_schedule_fits_its_placement() -> None:
-    for kind in PlacementKind:
-        for per_rank in (1, 2) if kind is PlacementKind.LINE else (1,):
-            placement = place(kind, num_ranks=2, stages_per_rank=per_rank)
-            directions = directions_of([2, 2], num_directions=placement.num_directions)
-            name = default_schedule(kind, stages_per_rank=per_rank)
-            verify(build(name, placement=placement, directions=directions))
 
 
 @given(

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from deepopt.checkpoint.manifest import new_digest
 from deepopt.errors import CheckpointError
+from deepopt.telemetry import files
 
 BLOCK_BYTES = (
     4 << 20
@@ -122,11 +123,7 @@ def make_directory(path: Path) -> None:
 def fsync_directory(path: Path) -> None:
     """Make the names inside a folder durable."""
     with explained("fsync", path):
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        files.fsync_directory(path)
 
 
 def put_directory(source: Path, *, target: Path, aside: Path) -> bool:

@@ -13,28 +13,6 @@ import torch
 from deepopt.checkpoint.manifest import TensorSlice, check_tiling
 
 
-def split_evenly(shape: Sequence[int], *, dim: int, num_parts: int) -> tuple[TensorSlice, ...]:
-    """Cut a shape along one dimension; the first parts are one longer when it does not divide.
-
-    Args:
-        shape: the global shape.
-        dim: the dimension to cut.
-        num_parts: number of slices; those beyond the size of the dimension are empty.
-    """
-    slices = []
-    start = 0
-    for index in range(num_parts):
-        length = shape[dim] // num_parts + (index < shape[dim] % num_parts)
-        offset = [0] * len(shape)
-        extent = list(shape)
-        offset[dim], extent[dim] = start, length
-        slices.append(
-            TensorSlice(global_shape=tuple(shape), offset=tuple(offset), extent=tuple(extent))
-        )
-        start += length
-    return tuple(slices)
-
-
 def cut(tensor: torch.Tensor, *, part: TensorSlice) -> torch.Tensor:
     """The slice of a whole tensor, as a view.
 

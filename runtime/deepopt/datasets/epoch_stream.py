@@ -12,6 +12,7 @@ from typing import Any
 from deepopt.datasets.layout import Layout, SameShapes, num_tokens, split, to_batch
 from deepopt.datasets.samples import Batch
 from deepopt.datasets.seeded import seeded
+from deepopt.datasets.stream import keeps_state
 from deepopt.errors import InputError
 
 _STEPS_KEPT = 2  # the first stage may be a step ahead of the last
@@ -120,10 +121,10 @@ class EpochStream:
 
     def _keeper(self) -> Any:
         """The dataset or its iterator, whichever keeps the position."""
-        if _keeps_state(self._dataset):
+        if keeps_state(self._dataset):
             return self._dataset
         iterator = self._begin_if_needed()
-        return iterator if _keeps_state(iterator) else None
+        return iterator if keeps_state(iterator) else None
 
     def _begin_if_needed(self) -> Iterator[Any]:
         if self._iterator is None:
@@ -189,10 +190,6 @@ class EpochStream:
 
 
 _END = object()
-
-
-def _keeps_state(candidate: Any) -> bool:
-    return all(callable(getattr(candidate, m, None)) for m in ("state_dict", "load_state_dict"))
 
 
 def _to_json(state: Any, *, name: str) -> dict[str, Any]:

@@ -61,7 +61,7 @@ class StreamSource:
         self._next = (1, 0)
         self._asked_step = 0
         self._kept: dict[tuple[int, int], Batch] = {}
-        keeper = next((k for k in (dataset, self._iterator) if _keeps_state(k)), None)
+        keeper = next((k for k in (dataset, self._iterator) if keeps_state(k)), None)
         if keeper is None:
             raise InputError(
                 f"{name} gives a stream ({type(dataset).__name__}) without state_dict() and "
@@ -140,5 +140,6 @@ class StreamSource:
             del self._kept[key]
 
 
-def _keeps_state(candidate: Any) -> bool:
+def keeps_state(candidate: Any) -> bool:
+    """Whether it can say where it stands and be put there again."""
     return all(callable(getattr(candidate, m, None)) for m in ("state_dict", "load_state_dict"))

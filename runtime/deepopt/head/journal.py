@@ -17,6 +17,7 @@ from typing import Any, Self
 
 from deepopt.clock import utc_now
 from deepopt.errors import RunDirectoryError
+from deepopt.telemetry.files import fsync_directory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +117,7 @@ class Journal:
             if content.cut_bytes:
                 os.ftruncate(self._descriptor, content.size_bytes)
             os.fsync(self._descriptor)
-            _fsync_folder(path.parent)
+            fsync_directory(path.parent)
         except OSError as error:
             raise RunDirectoryError(f"cannot open {path}: {error.strerror}") from error
 
@@ -163,14 +164,6 @@ class Journal:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
-
-
-def _fsync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from operator import mul
 
 from deepopt.errors import PlanError
 
@@ -211,31 +210,6 @@ def folded_bound(sums: Sequence[float], factors: Sequence[float], *, num_stages:
         speed -= 1 / factors[-1] / 2
     layers = [b - a for a, b in itertools.pairwise(sums)]
     return max(sums[-1] / speed, max(layers) * min(factors))
-
-
-def stage_costs(costs: Sequence[float], boundaries: Sequence[int]) -> tuple[float, ...]:
-    """The cost of each stage.
-
-    Args:
-        costs: cost of each layer.
-        boundaries: index of the first layer of each stage.
-    """
-    sums = [0.0, *itertools.accumulate(costs)]
-    ends = (*boundaries[1:], len(costs))
-    return tuple(sums[end] - sums[start] for start, end in zip(boundaries, ends, strict=True))
-
-
-def folded_load(stages: Sequence[float], *, factors: Sequence[float] = ()) -> float:
-    """The greatest cost of a pair of stages s and num_stages - 1 - s.
-
-    Args:
-        stages: cost of each stage; the middle one of an odd number counts twice.
-        factors: of each pair, from the outermost inwards; empty for 1.
-    """
-    scale = _factors(factors, -(-len(stages) // 2))
-    pairs = [a + b for a, b in zip(stages, reversed(stages), strict=True)]
-    load: float = max(map(mul, scale, pairs))
-    return load
 
 
 def sums_of(costs: Sequence[float], num_stages: int) -> list[float]:

@@ -193,17 +193,3 @@ def misfit(name: str, *, placement: Placement) -> tuple[str, str] | None:
 def _stages_fit(builder: Builder, kind: PlacementKind, per_rank: int) -> bool:
     most = builder.most_stages_per_rank
     return kind is not PlacementKind.LINE or most is None or per_rank <= most
-
-
-def default_schedule(kind: PlacementKind, *, stages_per_rank: int = 1) -> str:
-    """The builder that `auto` takes for a kind of placement.
-
-    Args:
-        kind: line, v or mirror.
-        stages_per_rank: with placement line, more than 1 means interleaved stages.
-    """
-    if kind is PlacementKind.MIRROR:
-        return "bi_stream"
-    if kind is PlacementKind.V:
-        return "zb_v"
-    return "1f1b" if stages_per_rank == 1 else "interleaved_1f1b"

@@ -157,7 +157,7 @@ def write_text_atomic(path: Path, text: str, *, durable: bool = False) -> None:
         staged.unlink(missing_ok=True)
         raise
     if durable:
-        _fsync_directory(path.parent)
+        fsync_directory(path.parent)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -221,7 +221,8 @@ def _repair(descriptor: int) -> None:
         os.ftruncate(descriptor, size - len(cut))
 
 
-def _fsync_directory(path: Path) -> None:
+def fsync_directory(path: Path) -> None:
+    """Make the names in a folder survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
