@@ -21,6 +21,7 @@ from deepopt.errors import ClusterError
 from deepopt.head.board import Board
 from deepopt.head.controller import Controller
 from deepopt.head.journal import Journal, replay
+from deepopt.head.record import JobRecord
 from deepopt.head.status import Identity
 from deepopt.planner.plan import Plan
 from deepopt.planner.skeleton import LayerSkeleton, ModelSkeleton, ParameterSkeleton
@@ -171,7 +172,7 @@ class HeadUnderTest:
         history = replay(self.journal.entries)
         launches = sum(entry.kind == "job" for entry in self.journal.entries)
         numbers = itertools.count()
-        self.reports: list[Controller] = []
+        self.reports: list[JobRecord] = []
         self.controller = Controller(
             run=self.run,
             job=job,
@@ -194,9 +195,9 @@ class HeadUnderTest:
             new_incarnation=lambda: f"{launches}-{next(numbers)}",
         )
 
-    def _report(self, controller: Controller) -> dict[str, Any]:
-        self.reports.append(controller)
-        return {"state": str(controller.state)}
+    def _report(self, record: JobRecord) -> dict[str, Any]:
+        self.reports.append(record)
+        return {"state": str(record.state)}
 
     def close(self) -> None:
         self.board.close()

@@ -28,7 +28,7 @@ from deepopt.schedule.simulate import CostTable, Timeline, simulate
 from deepopt.telemetry.files import read_json_lines
 
 if TYPE_CHECKING:
-    from deepopt.head.controller import Controller
+    from deepopt.head.record import JobRecord
 
 WARM_UP_STEPS = 2  # left out of the median: caches and allocators fill
 
@@ -109,20 +109,20 @@ def shared_cores(devices: Sequence[str], hosts: Sequence[str]) -> int | None:
     return cores if shared and len(devices) > cores else None
 
 
-def make_report(controller: Controller) -> dict[str, Any]:
+def make_report(record: JobRecord) -> dict[str, Any]:
     """The content of `report.json`, when the job has ended."""
-    progress, pace, generation = controller.progress, controller.pace, controller.generation
+    progress, pace, generation = record.progress, record.pace, record.generation
     steady = pace.step_s[WARM_UP_STEPS:] or pace.step_s
     measured = pace.figures[WARM_UP_STEPS:] or pace.figures
-    outcome = controller.outcome
+    outcome = record.outcome
     report: dict[str, Any] = {
-        "job_id": controller.identity.job_id,
+        "job_id": record.identity.job_id,
         "state": None if outcome is None else str(outcome.state),
         "step": progress.step,
         "checkpoint_step": progress.checkpoint_step,
         "restarts": progress.restarts,
-        "placement": str(controller.plan.placement),
-        "schedule": controller.plan.schedule,
+        "placement": str(record.plan.placement),
+        "schedule": record.plan.schedule,
         "loss": None if progress.report is None else progress.report.loss,
         "measured_step_s": _median(steady),
         "measured_bubble": _median(figures.bubble for figures in measured),
@@ -137,10 +137,10 @@ def make_report(controller: Controller) -> dict[str, Any]:
         "update_s": statistics.median(pace.update_s) if pace.update_s else None,
         "emulated": None,
         "experts": expert_report(
-            read_json_lines(controller.run.metrics),
-            read_json_lines(controller.run.expert_loads),
-            forecast=controller.load_forecast.all_shares(),
-            errors=controller.load_forecast.errors(),
+            read_json_lines(record.run.metrics),
+            read_json_lines(record.run.expert_loads),
+            forecast=record.load_forecast.all_shares(),
+            errors=record.load_forecast.errors(),
         ),
         "predicted_step_s": None,
         "prediction_error": None,
@@ -163,33 +163,31 @@ def make_report(controller: Controller) -> dict[str, Any]:
         }
     costs: CostTable | None
     if overruns:  # devices and links take what the job says
-        costs = controller.plan.costs_of(
-            emulated_costs(controller.job, num_layers=len(controller.plan.layer_names))
+        costs = record.plan.costs_of(
+            emulated_costs(record.job, num_layers=len(record.plan.layer_names))
         ).table(
-            controller.plan.boundaries,
-            placement=controller.plan.make_placement(),
-            num_replicas=controller.plan.data_size,
+            record.plan.boundaries,
+            placement=record.plan.make_placement(),
+            num_replicas=record.plan.data_size,
         )
     else:
         costs = cost_table(
             [word.op_times_s for word in ended],
-            plan=controller.plan,
+            plan=record.plan,
             update_s=statistics.median(pace.update_s) if pace.update_s else 0.0,
             reduce_s=statistics.median(pace.reduce_s) if pace.reduce_s else 0.0,
         )
     if costs is not None:
         cores = shared_cores([word.device for word in ready], [word.host for word in ready])
-        timeline = predict(
-            controller.plan, costs, cores=cores, schedules=controller.run.schedules
-        )
-        report |= _against_1f1b(controller, report, timeline, cores=cores)
+        timeline = predict(record.plan, costs, cores=cores, schedules=record.run.schedules)
+        report |= _against_1f1b(record, report, timeline, cores=cores)
         report["simulated_step_s"] = timeline.makespan_s
         report["simulated_bubble"] = timeline.bubble
         report["shared_cores"] = cores
     report |= prediction_fields(
-        controller.prediction,
-        plan=controller.plan,
-        run=controller.run,
+        record.prediction,
+        plan=record.plan,
+        run=record.run,
         step_s=pace.step_s,
         hosts=[word.host for word in ready],
         op_times_s=[word.op_times_s for word in ended],
@@ -200,11 +198,11 @@ def make_report(controller: Controller) -> dict[str, Any]:
 
 
 def _against_1f1b(
-    controller: Controller, report: Mapping[str, Any], timeline: Timeline, *, cores: int | None
+    record: JobRecord, report: Mapping[str, Any], timeline: Timeline, *, cores: int | None
 ) -> dict[str, float]:
     """What plain 1F1B would have taken in the costs of this run: simulated, not run."""
-    plan = controller.plan
-    prior = plan.costs_of(estimated_costs(controller.job, controller.skeleton))
+    plan = record.plan
+    prior = plan.costs_of(estimated_costs(record.job, record.skeleton))
     costs: LayerCosts | None = prior
     if report["emulated"] is None:
         costs = measured_costs(

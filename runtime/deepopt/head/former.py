@@ -1,0 +1,171 @@
+"""Forms worker groups: says who is in, where it begins, and has it started."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor
+
+from deepopt.checkpoint import folders
+from deepopt.checkpoint.store import CheckpointStore
+from deepopt.head.commits import Committer, Origin
+from deepopt.head.formation import (
+    Start,
+    choose_start,
+    is_checkpoint_due,
+    make_assignments,
+    open_generation,
+)
+from deepopt.head.generation import Generation
+from deepopt.head.record import JobRecord
+from deepopt.head.survivors import restore
+from deepopt.telemetry import events
+from deepopt.worker.messages import InPlace, Standing
+
+
+class Former:
+    """Forms one generation after the other.
+
+    Args:
+        record: of the job.
+        store: checkpoints.
+        store_address: IP address and port of the rendezvous store.
+        executor: runs commits, one at a time.
+        new_incarnation: makes a fresh uuid.
+
+    Attributes:
+        hangs: workers killed for want of progress: the next deadlines are longer.
+    """
+
+    def __init__(
+        self,
+        record: JobRecord,
+        *,
+        store: CheckpointStore,
+        store_address: tuple[str, int],
+        executor: Executor,
+        new_incarnation: Callable[[], str],
+    ) -> None:
+        self._record = record
+        self._store = store
+        self._store_address = store_address
+        self._executor = executor
+        self.new_incarnation = new_incarnation
+        self.hangs = 0
+
+    def form(self, *, reason: str, before: Generation | None = None) -> None:
+        """Form the next generation, of what lives on of the one before.
+
+        It goes on from what its workers have; where that is not enough, from the newest verified
+        checkpoint.
+        """
+        number, plan = self._record.next_generation, self._record.plan
+        standings = {} if before is None else before.standings()
+        self._record.group.prepare(
+            number, num_workers=plan.world_size, kept={rank: rank for rank in standings}
+        )
+        self._store.sweep(number)
+        start = self._find_start(standings)
+        self._record.journal.append(
+            "generation",
+            generation=number,
+            plan_id=plan.plan_id,
+            start_step=start.step,
+            checkpoint=start.checkpoint,
+            source=start.source,
+        )
+        self._record.number = number
+        self._record.generation = generation = open_generation(
+            number,
+            plan=plan,
+            job=self._record.job,
+            job_id=self._record.identity.job_id,
+            skeleton_fingerprint=self._record.skeleton.fingerprint(),
+            start=start,
+            now_s=self._record.clock.monotonic_s(),
+            incarnations=[
+                before.members[rank].sender.incarnation
+                if before is not None and rank in standings
+                else self.new_incarnation()
+                for rank in range(plan.world_size)
+            ],
+            make_committer=self.make_committer,
+        )
+        self._record.board.tell(
+            events.GenerationFormed(
+                generation=number,
+                plan_id=plan.plan_id,
+                num_workers=plan.world_size,
+                start_step=start.step,
+                checkpoint=start.checkpoint,
+                reason=reason,
+                source=start.source,
+                kept=tuple(sorted(standings)),
+            )
+        )
+        generation.liveness.be_patient(2.0**self.hangs)
+        if (fault := self._record.faults.open) is not None:
+            fault.start_step = start.step
+            fault.source = start.source
+        self._record.group.launch(
+            make_assignments(
+                generation,
+                start=start,
+                job=self._record.job,
+                run_dir=str(self._record.run.root),
+                store_address=self._store_address,
+                last_step=self._record.identity.last_step,
+            )
+        )
+        self._record.show(force=True)
+
+    def _find_start(self, standings: Mapping[int, Standing]) -> Start:
+        """Where the next generation goes on: from what survivors have, else from a checkpoint."""
+        restoration = restore(self._record.plan, survivors=standings)
+        if restoration is None:
+            return self._find_checkpoint()
+        step, progress = restoration.step, self._record.progress
+        due = is_checkpoint_due(
+            step, job=self._record.job, last_step=self._record.identity.last_step
+        )
+        start = Start(
+            step=step,
+            checkpoint=progress.checkpoint_path,
+            tokens_seen=self._record.tokens_seen.get(step),
+            source=restoration.source,
+            in_place=InPlace(
+                previous_generation=self._record.number,
+                transfers=restoration.transfers,
+                report=step > progress.step,
+                save=due and step != progress.checkpoint_step,
+            ),
+        )
+        progress.step = step
+        return start
+
+    def _find_checkpoint(self) -> Start:
+        """The newest verified checkpoint; those that were passed over are named."""
+        found = self._store.newest_verified(self._record.skeleton.fingerprint())
+        for rejected in () if found is None else found.rejected:
+            folder = folders.parse(rejected.path)
+            self._record.board.tell(
+                events.CheckpointWasNotWritten(
+                    step=0 if folder is None else folder.step, reason=rejected.reason
+                )
+            )
+        start = choose_start(
+            found, plan=self._record.plan, last_step=self._record.identity.last_step
+        )
+        self._record.progress.step = self._record.progress.checkpoint_step = start.step
+        self._record.progress.checkpoint_path = start.checkpoint
+        self._record.tokens_seen = {start.step: start.tokens_seen}
+        self._record.data_fingerprint = start.data_fingerprint or self._record.data_fingerprint
+        return start
+
+    def make_committer(self, origin: Origin) -> Committer:
+        """Make what commits the checkpoints of a generation."""
+        return Committer(
+            self._store,
+            executor=self._executor,
+            origin=origin,
+            tokens_seen=self._record.tokens_seen.get,
+        )

@@ -1,0 +1,203 @@
+"""What workers and agents say, given to the part of the head that it concerns."""
+
+from __future__ import annotations
+
+from deepopt.cluster.group import WorkerGone, WorkerMessage
+from deepopt.cluster.node_agent import AgentWord, ProcessEnded
+from deepopt.errors import InputError
+from deepopt.head.account import Account
+from deepopt.head.ending import Ending
+from deepopt.head.generation import Generation, lost_worker
+from deepopt.head.losses import Losses
+from deepopt.head.record import JobRecord
+from deepopt.head.state import JobState
+from deepopt.head.stopping import Stopping
+from deepopt.telemetry import events
+from deepopt.worker.messages import (
+    BadStep,
+    CheckpointFailed,
+    ExpertLoads,
+    Heartbeat,
+    Preempted,
+    RunEnded,
+    ShardsWritten,
+    StepReport,
+    WeightWork,
+    WorkerReady,
+)
+
+
+class Hearing:
+    """Takes messages.
+
+    Args:
+        record: of the job.
+        account: of what has been done.
+        losses: takes note of lost workers.
+        ending: ends the job.
+        stopping: takes requests to stop.
+    """
+
+    def __init__(
+        self,
+        record: JobRecord,
+        *,
+        account: Account,
+        losses: Losses,
+        ending: Ending,
+        stopping: Stopping,
+    ) -> None:
+        self._record = record
+        self._account = account
+        self._losses = losses
+        self._ending = ending
+        self._stopping = stopping
+        self._refused: set[tuple[str, str]] = set()
+
+    def take_agent(self, generation: Generation, event: AgentWord | ProcessEnded) -> None:
+        """Take what a host's agent says of the workers there."""
+        if isinstance(event, ProcessEnded):
+            rank = generation.rank_of(event.pid, host=event.host)
+            if rank is not None:
+                generation.note_exit(rank, event.how)
+                self._record.group.confirm_exit(rank, how=event.how)
+            return
+        ranks = {
+            pid: rank
+            for pid in event.looks
+            if (rank := generation.rank_of(pid, host=event.host)) is not None
+        }
+        generation.liveness.see(
+            event.host,
+            looks={rank: event.looks[pid] for pid, rank in ranks.items()},
+            now_s=self._record.clock.monotonic_s(),
+        )
+
+    def take(self, generation: Generation, message: WorkerMessage) -> None:
+        """Take what a worker of the generation says."""
+        now_s = self._record.clock.monotonic_s()
+        rank = message.sender.rank
+        if isinstance(message, Heartbeat):
+            generation.liveness.hear(message, now_s=now_s)
+        elif isinstance(message, StepReport):
+            self._account.take_step(generation, message)
+        elif isinstance(message, ShardsWritten):
+            if not (
+                generation.adopted and message.step <= self._record.progress.checkpoint_step
+            ):
+                generation.committer.written(message)
+        elif isinstance(message, CheckpointFailed):
+            generation.committer.failed(message)
+        elif isinstance(message, WorkerReady):
+            self._on_ready(generation, message)
+        elif isinstance(message, ExpertLoads):
+            self._account.take_expert_loads(message)
+        elif isinstance(message, WeightWork):
+            self._record.board.tell(
+                events.WeightWorkChosen(
+                    rank=rank, generation=generation.number, notes=message.notes
+                )
+            )
+        elif isinstance(message, Preempted):
+            self._on_preempted(generation, message)
+        elif isinstance(message, BadStep):
+            self._record.board.tell(
+                events.NumbersWereBad(
+                    step=message.step, what=message.what, skipped=message.skipped
+                )
+            )
+        elif isinstance(message, RunEnded):
+            generation.members[rank].ended = message
+            generation.liveness.release(rank)
+            if generation.has_ended:
+                generation.ended_s = now_s
+        else:
+            self._losses.add(generation, message)
+
+    def _on_preempted(self, generation: Generation, message: Preempted) -> None:
+        """A worker will soon be taken away: stop, or save and go on without it."""
+        member = generation.members[message.sender.rank]
+        if member.preempted:
+            return
+        member.preempted = True
+        who = f"rank {message.sender.rank} on {member.host}"
+        if self._record.job.faults.on_preemption == "stop":
+            self._stopping.request(preempted=who)
+        else:
+            self._record.warn(f"{who} got SIGTERM; the job goes on without it")
+            self._record.group.request_checkpoint()
+
+    def _on_ready(self, generation: Generation, message: WorkerReady) -> None:
+        member = generation.members[message.sender.rank]
+        member.ready, member.pid, member.host = message, message.pid, message.host
+        self._record.board.tell(
+            events.WorkerBecameReady(
+                rank=message.sender.rank,
+                generation=generation.number,
+                pid=message.pid,
+                host=message.host,
+                stages=message.stages,
+                device=message.device,
+                setup_s=message.setup_s,
+            )
+        )
+        if not self._has_the_data(generation, message):
+            return
+        starting = self._record.state in (JobState.STARTING, JobState.RECOVERING)
+        if generation.is_ready and starting and not generation.failures:
+            now_s = self._record.clock.monotonic_s()
+            generation.liveness.begin_steps(now_s=now_s)
+            if (fault := self._record.faults.open) is not None:
+                fault.ready_s = now_s
+                fault.restore_s = max(
+                    m.ready.setup_s.get("load", 0.0) for m in generation.members if m.ready
+                )
+            self._record.move(JobState.RUNNING)
+            self._record.group.keep_spares(self._record.job.faults.spares)
+
+    def _has_the_data(self, generation: Generation, message: WorkerReady) -> bool:
+        """Whether a worker reads the data that the others and the checkpoint know; else fail."""
+        found, known = message.data_fingerprint, self._record.data_fingerprint
+        if found is None:
+            return True
+        if known is not None and found != known:
+            self._ending.failed(
+                f"rank {message.sender.rank} on {message.host} reads other data than the job "
+                f"began with: fingerprint {found}, expected {known}",
+                remedy="give all hosts the same files (the default text is that of their Python "
+                "version), or start a new run for new data",
+                exit_code=InputError.exit_code,
+            )
+            return False
+        self._record.data_fingerprint = generation.committer.data_fingerprint = found
+        return True
+
+    def take_gone(self, generation: Generation, event: WorkerGone) -> None:
+        """Take the word that a worker's process is gone."""
+        member = generation.members[event.rank]
+        if member.ended is not None and not (generation.exporting and event.rank == 0):
+            return  # its work is done
+        failure = lost_worker(
+            generation,
+            event.rank,
+            "death",
+            event.reason,
+            step_done=self._record.progress.step,
+            traceback=event.traceback,
+        )
+        self._losses.add(generation, failure)
+
+    def refuse(self, message: WorkerMessage) -> None:
+        """Turn away who is not of this generation."""
+        sender, name = message.sender, type(message).__name__
+        if (sender.incarnation, name) in self._refused:
+            return  # said once; a zombie may go on for long
+        self._refused.add((sender.incarnation, name))
+        self._record.board.tell(
+            events.MessageRefused(
+                rank=sender.rank,
+                generation=sender.generation,
+                current_generation=self._record.number,
+                message=name,
+            )
+        )

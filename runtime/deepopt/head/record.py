@@ -1,0 +1,163 @@
+"""The record: what the head knows of its job, and how it is written down and shown.
+
+The one owner of the job's state. The head's other parts read and change it here and keep nothing of
+it themselves; it decides nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from deepopt.clock import Clock
+from deepopt.cluster.group import WorkerGroup
+from deepopt.config import JobConfig
+from deepopt.errors import DeepoptError
+from deepopt.head.board import Board
+from deepopt.head.budgets import limits_of, spent_of
+from deepopt.head.fault_log import FaultLog, faults_of
+from deepopt.head.generation import Generation
+from deepopt.head.journal import Journal, replay
+from deepopt.head.load_forecast import LoadForecast
+from deepopt.head.measures import Pace
+from deepopt.head.prediction_report import load_prediction
+from deepopt.head.state import JobState, advance
+from deepopt.head.status import Identity, Progress, status_of
+from deepopt.planner.plan import Plan
+from deepopt.planner.skeleton import ModelSkeleton
+from deepopt.run_directory import RunDirectory
+from deepopt.telemetry import events
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How a job ended.
+
+    Args:
+        state: finished, stopped or failed.
+        exit_code: of the whole job.
+    """
+
+    state: JobState
+    exit_code: int
+
+
+class JobRecord:
+    """One launch of one job.
+
+    Args:
+        run: the run directory.
+        job: the resolved job.
+        skeleton: the model.
+        plan: who holds which layers.
+        identity: the job's id, name, last step and supervisor.
+        group: starts and kills workers.
+        journal: decisions; its entries say how far earlier launches came.
+        board: files for people.
+        clock: the time.
+
+    Attributes:
+        number: of the newest generation.
+        error: what ended the job badly, as `status.error_of` makes it.
+        tokens_seen: tokens trained on by step; None where unknown.
+        data_fingerprint: of the data that the job began with.
+    """
+
+    def __init__(
+        self,
+        *,
+        run: RunDirectory,
+        job: JobConfig,
+        skeleton: ModelSkeleton,
+        plan: Plan,
+        identity: Identity,
+        group: WorkerGroup,
+        journal: Journal,
+        board: Board,
+        clock: Clock,
+    ) -> None:
+        self.run = run
+        self.job = job
+        self.skeleton = skeleton
+        self.plan = plan
+        self.identity = identity
+        self.group = group
+        self.journal = journal
+        self.board = board
+        self.clock = clock
+        self.progress = Progress()
+        self.pace = Pace()
+        self.load_forecast = LoadForecast()
+        self.prediction = load_prediction(run, plan)
+        self.generation: Generation | None = None
+        self.state = JobState.STARTING
+        self.outcome: Outcome | None = None
+        history = replay(journal.entries)
+        self.number = history.generation
+        earlier = faults_of(history.faults)
+        self.faults = FaultLog(earlier)
+        self.spent = spent_of(
+            [fault for fault in earlier if fault["number"] in history.counting],
+            now_s=clock.monotonic_s(),
+        )
+        self.limits = limits_of(job.faults)
+        self.error: dict[str, Any] | None = None
+        self.tokens_seen: dict[int, int | None] = {0: 0}
+        self.data_fingerprint: str | None = None
+
+    @property
+    def next_generation(self) -> int:
+        """The number that the next worker group will have."""
+        return self.number + 1
+
+    def close_fault(self, outcome: str) -> None:
+        """Write down how the open fault ended, if there is one."""
+        is_judged = self.faults.open is not None and self.faults.open.is_judged
+        closed = self.faults.close(outcome, plan=self.plan)
+        if closed is not None and is_judged:
+            self.note("recovered", fault=closed)
+            self.board.tell(events.FaultOver(fault=closed))
+
+    def move(self, state: JobState, *, reason: str = "") -> None:
+        """Go to another state: journaled and told."""
+        previous, self.state = self.state, advance(self.state, state)
+        self.note("state", state=str(state))
+        self.announce(previous, reason=reason)
+
+    def announce(self, previous: JobState, *, reason: str) -> None:
+        """Tell people of the state that the job is in now."""
+        self.board.tell(
+            events.StateChanged(state=str(self.state), previous=str(previous), reason=reason)
+        )
+        self.show(force=True)
+
+    def note(self, kind: str, **fields: Any) -> None:
+        """Journal what a resume can do without: a full disk does not stop training."""
+        try:
+            self.journal.append(kind, **fields)
+        except DeepoptError as error:
+            self.warn(error.message)
+
+    def warn(self, message: str) -> None:
+        """Tell people of something that they may want to look at."""
+        self.board.tell(events.Warned(message=message))
+
+    def show(self, *, force: bool = False) -> None:
+        """Bring the status file up to date, at most twice a second unless `force`."""
+        now_s = self.clock.monotonic_s()
+
+        def status() -> dict[str, Any]:
+            return status_of(
+                self.identity,
+                state=self.state,
+                plan=self.plan,
+                progress=self.progress,
+                generation=self.generation,
+                exit_code=None if self.outcome is None else self.outcome.exit_code,
+                error=self.error,
+                faults=self.faults.to_json(self.plan),
+                now_s=now_s,
+                warm_spares=self.group.warm_spares,
+            )
+
+        self.board.show(status, now_s=now_s, force=force)
