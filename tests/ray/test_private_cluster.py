@@ -62,7 +62,7 @@ def test_a_killed_supervisor_takes_everything_along(tmp_path: Path, temp_root: P
     run = write_run(tmp_path / "run", num_workers=1, job=sections)
     job = RunningJob(run)
     job.wait_for(lambda status: status["step"] > 2)
-    with pytest.raises(RunDirectoryError, match="in use by another supervisor"):
+    with pytest.raises(RunDirectoryError, match="in use by another launch or supervisor"):
         spawn_supervisor(run.root)
     assert job.status["state"] == "running"
     below = descendants(job.pid)

@@ -25,7 +25,7 @@ def run(tmp_path: Path) -> RunDirectory:
 
 def test_a_run_directory_has_one_supervisor_as_long_as_it_lives(tmp_path: Path) -> None:
     lock = lock_run_directory(tmp_path)
-    with pytest.raises(RunDirectoryError, match="in use by another supervisor"):
+    with pytest.raises(RunDirectoryError, match="in use by another launch or supervisor"):
         lock_run_directory(tmp_path)
     os.close(lock)
     os.close(lock_run_directory(tmp_path))

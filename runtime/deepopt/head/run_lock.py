@@ -36,7 +36,7 @@ def lock_run_directory(run_dir: Path) -> int:
     except BlockingIOError as error:
         os.close(descriptor)
         raise RunDirectoryError(
-            f"run directory {run_dir} is in use by another supervisor",
+            f"run directory {run_dir} is in use by another launch or supervisor",
             remedy="see `deepopt status`; end that job by `deepopt stop`, then try again",
         ) from error
     except OSError as error:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
@@ -13,6 +15,7 @@ from pathlib import Path
 from deepopt.clock import utc_now
 from deepopt.config import JobConfig
 from deepopt.errors import RunDirectoryError
+from deepopt.head.run_lock import LOCK_NAME, lock_run_directory
 from deepopt.job_file import dump_job
 from deepopt.launch.preparation import Prepared, given_order_path
 from deepopt.planner.decide import FILE
@@ -47,10 +50,35 @@ def refuse_used(path: Path) -> None:
             f"run directory {path} holds a job already",
             remedy=f"deepopt resume {path} goes on with it; a new job needs a new folder",
         )
-    if any(path.iterdir()):
+    if any(entry.name != LOCK_NAME for entry in path.iterdir()):
         raise RunDirectoryError(
             f"run directory {path} is not empty", remedy="name a new or an empty folder"
         )
+
+
+@contextmanager
+def new_run_directory(path: Path) -> Iterator[RunDirectory]:
+    """A run directory to fill; it appears whole or not at all, and of two that want it one gets it.
+
+    Args:
+        path: new or empty.
+
+    Raises:
+        RunDirectoryError: something is there, another launch fills it, or it cannot be written.
+    """
+    run = RunDirectory(path.absolute())
+    with _writing(path):
+        run.root.mkdir(parents=True, exist_ok=True)
+    lock = lock_run_directory(run.root)
+    try:
+        refuse_used(path)
+        try:
+            yield run
+        except BaseException:
+            shutil.rmtree(run.root, ignore_errors=True)
+            raise
+    finally:
+        os.close(lock)
 
 
 def make_run_directory(
@@ -64,22 +92,40 @@ def make_run_directory(
         import_roots: folders where the job's import paths start.
 
     Raises:
+        RunDirectoryError: as `new_run_directory`.
+    """
+    with new_run_directory(path) as run:
+        fill_run_directory(run, prepared, import_roots=import_roots)
+    return run
+
+
+def fill_run_directory(
+    run: RunDirectory, prepared: Prepared, *, import_roots: Sequence[Path]
+) -> None:
+    """Write what a supervisor can be started on.
+
+    Args:
+        run: a new run directory.
+        prepared: the job.
+        import_roots: folders where the job's import paths start.
+
+    Raises:
         RunDirectoryError: it cannot be written.
     """
-    run = RunDirectory(path.absolute())
-    try:
-        run.root.mkdir(parents=True, exist_ok=True)
+    with _writing(run.root):
         write_launch(run, import_roots=import_roots)
         write_plan(run, prepared)
-    except BaseException as error:
-        shutil.rmtree(run.root, ignore_errors=True)
-        if not isinstance(error, OSError):
-            raise
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
         raise RunDirectoryError(
             f"cannot write run directory {path}: {error.strerror}",
             remedy="name another folder",
         ) from error
-    return run
 
 
 def write_launch(run: RunDirectory, *, import_roots: Sequence[Path]) -> None:

@@ -7,6 +7,7 @@ import socket
 
 from deepopt.cluster.group import STAGE_WORKER
 from deepopt.cluster.process_table import find_process
+from deepopt.errors import RunDirectoryError
 from deepopt.launch.run_view import Supervisor
 from deepopt.run_directory import RunDirectory
 
@@ -29,8 +30,9 @@ def start(run: RunDirectory, *, fresh: bool, stage_worker: str = STAGE_WORKER) -
         path.unlink(missing_ok=True)
     try:
         pid = spawn_supervisor(run.root, stage_worker=stage_worker)
-    except BaseException:
-        if fresh:
+    except BaseException as error:
+        # A run directory that cannot be written or is in use is another one's by now.
+        if fresh and not isinstance(error, RunDirectoryError):
             shutil.rmtree(run.root, ignore_errors=True)
         raise
     return Supervisor(process=find_process(pid), pid=pid, host=socket.gethostname())

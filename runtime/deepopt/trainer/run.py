@@ -28,7 +28,13 @@ from deepopt.launch.resume_checks import (
     refuse_incomplete,
     refuse_other_model,
 )
-from deepopt.launch.run_files import make_run_directory, refuse_used, write_launch, write_plan
+from deepopt.launch.run_files import (
+    fill_run_directory,
+    new_run_directory,
+    refuse_used,
+    write_launch,
+    write_plan,
+)
 from deepopt.launch.run_view import Supervisor, open_run
 from deepopt.launch.start import start
 from deepopt.planner.plan import Plan
@@ -57,17 +63,13 @@ def open_new(
         DeepoptError: the job is wrong, or the folder cannot be written.
     """
     refuse_used(path)
-    run = RunDirectory(path.absolute())
-    try:
+    with new_run_directory(path) as run:
         folder = _make_carried(run, plan_id=1)
         prepared = prepare(with_absolute_paths(make_job(folder)), plan_id=1)
         if begin_with is not None:
             root = run.checkpoint_root(prepared.job.checkpoint.directory)
             copy_checkpoint(begin_with, root)
-        make_run_directory(run.root, prepared, import_roots=import_roots())
-    except BaseException:
-        shutil.rmtree(run.root, ignore_errors=True)
-        raise
+        fill_run_directory(run, prepared, import_roots=import_roots())
     return run
 
 
