@@ -17,9 +17,8 @@ from deepopt.config import JobConfig
 from deepopt.convert import describe
 from deepopt.datasets.batch_source import build_batch_source
 from deepopt.trainer.checkpoints import load_weights
-from deepopt.trainer.data import Reading, read_data
-from deepopt.trainer.job import Settings, job_of
 from support import transformers_models as hf
+from support.trainer_jobs import make_trainer_job
 from support.worker_processes import commit, losses_of, make_plan, train
 
 STEPS = 4
@@ -48,22 +47,6 @@ class Tokens(Dataset[Any]):
 
 def mean_square(output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return (output - targets).square().mean()
-
-
-def make_job(
-    model: torch.nn.Module, dataset: Any, folder: Path, *, microbatches: int, **settings: Any
-) -> JobConfig:
-    given: dict[str, Any] = {
-        "device_map": None, "workers": None, "placement": "auto", "elb": {}, "loss_fn": None,
-        "optimizer": None, "optimizer_kwargs": None, "lr_scheduler": None,
-        "lr_scheduler_kwargs": None, "grad_clip": None, "groups": None, "name": "test",
-        "hostfile": None, "address": None, "overrides": {"logging": {"peak_flops": 1e9}},
-    }  # fmt: skip
-    data = read_data(
-        dataset, model=model, reading=Reading(batch_size=8, microbatches=microbatches)
-    )
-    made = Settings(**{**given, **settings})
-    return job_of(model, data, made, steps=STEPS, folder=folder)
 
 
 def plain_loop(
@@ -108,8 +91,8 @@ def test_a_line_with_one_group_has_the_bits_of_a_plain_loop(
     model = make_model().train()
     twin = copy.deepcopy(model)
     optimizer = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9)
-    job = make_job(
-        model, dataset, tmp_path, microbatches=4, groups=1, grad_clip=0.5, loss_fn=loss_fn,
+    job = make_trainer_job(
+        model, dataset, tmp_path, steps=STEPS, microbatches=4, groups=1, grad_clip=0.5, loss_fn=loss_fn,
         optimizer=torch.optim.SGD, optimizer_kwargs={"lr": 0.1, "momentum": 0.9},
         lr_scheduler=torch.optim.lr_scheduler.StepLR, lr_scheduler_kwargs={"step_size": 2},
     )  # fmt: skip
@@ -142,8 +125,8 @@ def test_four_workers_in_bi_stream_have_the_bits_of_one(
 ) -> None:
     torch.manual_seed(3)
     model = make_model()
-    job = make_job(
-        model, dataset, tmp_path, microbatches=8, grad_clip=0.5, loss_fn=loss_fn,
+    job = make_trainer_job(
+        model, dataset, tmp_path, steps=STEPS, microbatches=8, grad_clip=0.5, loss_fn=loss_fn,
         optimizer=torch.optim.NAdam(model.parameters(), lr=0.01),
         lr_scheduler=lambda of: torch.optim.lr_scheduler.LambdaLR(of, lambda n: 1 / (1 + n)),
     )  # fmt: skip

@@ -10,7 +10,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
@@ -32,8 +32,9 @@ from deepopt.planner.skeleton import ModelSkeleton
 
 MAX_SHARD_BYTES = 5 * 10**9  # Hugging Face's "5GB"
 INDEX_NAME = "model.safetensors.index.json"
+ADAPTER_NAME = "adapter_model.safetensors"  # as peft's save_pretrained
 _EXPORTED = re.compile(
-    r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|(generation_)?config\.json"
+    r"(adapter_)?model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|(generation_|adapter_)?config\.json"
 )
 
 
@@ -58,6 +59,7 @@ def export_weights(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     leave_out: Collection[str] = (),
     beside: Mapping[str, str] | None = None,
+    adapter_names: Mapping[str, str] | None = None,
 ) -> list[Path]:
     """Write parameters and buffers so that `load_state_dict(strict=True)` takes them.
 
@@ -73,6 +75,8 @@ def export_weights(
             it. A larger tensor gets a file of its own.
         leave_out: names that the reader finds by itself: further names of tied parameters.
         beside: name -> content of text files that belong to the weights (`config.json`).
+        adapter_names: write these entries of the `state_dict` alone, under the names given, into
+            `adapter_model.safetensors`, as one file; None: all, under their own.
 
     Returns:
         The files, the index last when there is one, then those beside.
@@ -89,7 +93,11 @@ def export_weights(
         )
     _check_replaceable(directory)
     weights = [w for w in _weights(manifest, skeleton=skeleton) if w.name not in leave_out]
-    files = _pack(weights, max_shard_bytes=max_shard_bytes)
+    if adapter_names is None:
+        files = _pack(weights, max_shard_bytes=max_shard_bytes)
+    else:
+        chosen = [w for w in weights if w.name in adapter_names]
+        files = {ADAPTER_NAME: [replace(w, name=adapter_names[w.name]) for w in chosen]}
     work, aside, trash = (
         directory.with_name(f"{directory.name}.{ending}") for ending in ("tmp", "old", "trash")
     )

@@ -13,6 +13,7 @@ from deepopt.checkpoint.store import CheckpointStore
 from deepopt.config import JobConfig
 from deepopt.errors import CheckpointError, InputError
 from deepopt.job_file import load_job
+from deepopt.launch.adapter import adapter_parts
 from deepopt.launch.preparation import import_from
 from deepopt.launch.run_files import launch_roots
 from deepopt.planner.skeleton import ModelSkeleton
@@ -35,8 +36,8 @@ def export_run(
     Args:
         run: of a job, in work or ended.
         directory: new, or an earlier export.
-        kind: `hf`: what `from_pretrained` loads, with `config.json`; `weights`: safetensors under
-            each name of the `state_dict`.
+        kind: `hf`: what `from_pretrained` loads, with `config.json`, of a model with adapters of peft
+            the adapter alone; `weights`: safetensors under each name of the `state_dict`.
         step: of the checkpoint; None: the newest.
         max_shard_bytes: largest file, in bytes of tensors.
 
@@ -53,10 +54,14 @@ def export_run(
     checkpoint = find_checkpoint(run, job=job, skeleton=skeleton, step=step)
     leave_out: set[str] = set()
     beside: dict[str, str] = {}
+    adapter_names = None
     if kind == "hf":
         model = _hugging_face_model(job)
-        beside = _configuration(model)
-        leave_out = _tied_names(model, skeleton)
+        if getattr(model, "peft_config", None):
+            beside, adapter_names = adapter_parts(model)
+        else:
+            beside = _configuration(model)
+            leave_out = _tied_names(model, skeleton)
     return export_weights(
         checkpoint,
         skeleton,
@@ -64,6 +69,7 @@ def export_run(
         max_shard_bytes=max_shard_bytes,
         leave_out=leave_out,
         beside=beside,
+        adapter_names=adapter_names,
     )
 
 
@@ -112,8 +118,7 @@ def _hugging_face_model(job: JobConfig) -> Any:
         raise InputError(
             f"{job.model.factory} made a {type(model).__name__}, which is no model of transformers: "
             "it has no config",
-            remedy="use --format weights; a wrapped model (adapters) is merged and saved by its own "
-            "library",
+            remedy="use --format weights",
         )
     return model
 
