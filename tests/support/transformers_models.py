@@ -170,9 +170,9 @@ class Batches:
 
         if self.kind == "ids":
             return ids(), ids()
-        if self.kind == "padded":
+        if self.kind.startswith("padded"):
             mask = torch.ones(self.size, 12, dtype=torch.int64)
-            mask[0, 9:] = 0
+            mask[0, 9:] = int(self.kind == "padded late" and microbatch < 2)
             return {"input_ids": ids(), "attention_mask": mask}, ids()
         if self.kind == "labels":
             given = ids()

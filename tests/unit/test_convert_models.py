@@ -7,7 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from deepopt import convert_to_deepopt
 from deepopt.convert import describe
+from deepopt.convert.example import example_of
+from deepopt.errors import TrainingError
+from support import transformers_models
 from support.converted import in_stages, make_job, of_original
 
 HF, NASTY = "support.transformers_models", "support.nasty_models"
@@ -60,3 +64,36 @@ def test_loss_and_gradients_equal_the_originals_bit_for_bit(name: str) -> None:
             assert len(found) == len({id(grad) for grad in expected.values()})
             unequal = [n for n, g in found.items() if not torch.equal(expected[n], g)]
             assert not unequal, f"cut at {boundaries}: {unequal}"
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_micro_batches_with_and_without_padding_train_alike(name: str) -> None:
+    torch.manual_seed(0)
+    model: torch.nn.Module = getattr(transformers_models, name)().train()
+    given, _ = transformers_models.Batches("padded").batch(1, 0)
+    whole = {**given, "attention_mask": torch.ones_like(given["attention_mask"])}
+    converted = convert_to_deepopt(model, example_inputs=given)
+    for inputs in (whole, given):
+        found = []
+        for forward in (model, converted):
+            model.zero_grad()
+            logits = forward(**inputs).logits
+            logits.square().mean().backward()
+            found.append([logits, *(p.grad for p in model.parameters() if p.grad is not None)])
+        # Without padding the library calls attention in another way: the bits are those of the example's.
+        rtol, atol = (0.0, 0.0) if inputs is given else (1e-5, 1e-7)
+        for expected, ours in zip(*found, strict=True):
+            torch.testing.assert_close(ours, expected, rtol=rtol, atol=atol)
+    without = convert_to_deepopt(model, example_inputs=whole)
+    without(**whole)
+    with pytest.raises(TrainingError, match=r"masking_utils\.py:\d+: .*another way") as refused:
+        without(**given)
+    assert "attn_implementation" in refused.value.remedy
+
+
+def test_a_job_learns_its_masks_from_a_padded_micro_batch() -> None:
+    job = make_job(f"{HF}:bert", f"{HF}:Batches", kind="padded late")
+    job = job.model_copy(
+        update={"training": job.training.model_copy(update={"microbatches": 3})}
+    )
+    assert not example_of(job).kwargs["attention_mask"].all()

@@ -29,6 +29,9 @@ class Example:
 def example_of(job: JobConfig) -> Example:
     """The inputs of micro-batch 0 of step 1; of text only their shape, without reading it.
 
+    Where that has attention masks and no padding, those of the first micro-batch of the step that has both:
+    a forward that makes its masks serves all micro-batches, one that left them out does not.
+
     Args:
         job: names the data.
 
@@ -43,5 +46,19 @@ def example_of(job: JobConfig) -> Example:
     inputs = source.batch(1, 0)[0]
     tokens = source.tokens_per_microbatch
     if isinstance(inputs, Mapping):
+        others = range(1, job.training.microbatches if _masks(inputs) else 1)
+        if not _is_padded(inputs):
+            given = (source.batch(1, microbatch)[0] for microbatch in others)
+            inputs = next(
+                (i for i in given if isinstance(i, Mapping) and _is_padded(i)), inputs
+            )
         return Example(args=(), kwargs=dict(sorted(inputs.items())), tokens=tokens)
     return Example(args=(inputs,), kwargs={}, tokens=tokens)
+
+
+def _masks(inputs: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    return [t for name, t in inputs.items() if name.endswith("attention_mask")]
+
+
+def _is_padded(inputs: Mapping[str, torch.Tensor]) -> bool:
+    return any(not bool(mask.all()) for mask in _masks(inputs))

@@ -115,6 +115,7 @@ class Node:
         expected: what a call that reads a value must give again, else the forward would have
             gone another way; `reads` says that there is such a value.
         reads: it reads a value into Python.
+        remedy: what to do where that value is another one; None: the usual.
         is_effect: it acts on a tensor without giving a new one, as `register_hook` does.
         captures: tensors that came out of a module without being returned.
         is_random: it draws random numbers.
@@ -132,6 +133,7 @@ class Node:
     rebound: tuple[tuple[int, int], ...] = ()
     writes_state: bool = False
     reads: bool = False
+    remedy: str | None = None
     expected: Any = None
     is_effect: bool = False
     captures: tuple[Capture, ...] = ()

@@ -36,6 +36,8 @@ from deepopt.convert.graph import (
 from deepopt.convert.hidden import checked_objects
 from deepopt.convert.interception import intercepted_modules, patched_functions
 from deepopt.convert.places import failure, where
+from deepopt.convert.shortcuts import REMEDY as MASK_REMEDY
+from deepopt.convert.shortcuts import asks_whether_a_mask_is_needed
 from deepopt.convert.structure import leaves, put_together, take_apart, template_leaves
 from deepopt.convert.watch import Watch
 from deepopt.errors import DeepoptError, InputError
@@ -294,6 +296,9 @@ class _Recorder(TorchFunctionMode):
                 "or move the branch into a layer's own module",
             )
         value = func(*args, **kwargs)
+        skips_mask = asks_whether_a_mask_is_needed()
+        if skips_mask and value is False:
+            return value
         if sources & {_BY_INPUT, _BY_CHANCE}:
             self._nodes.append(
                 Node(
@@ -304,6 +309,7 @@ class _Recorder(TorchFunctionMode):
                     expected=_comparable(value),
                     position=self._num_layers,
                     where=where(),
+                    remedy=MASK_REMEDY if skips_mask else None,
                 )
             )
         return value

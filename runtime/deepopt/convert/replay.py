@@ -177,6 +177,6 @@ def _compare(node: Node, result: Any) -> None:
         raise TrainingError(
             f"{node.where}: the forward would go another way on this micro-batch: {node.name} gives "
             f"{value}, {node.expected} with the inputs that the model was converted with",
-            remedy="let all micro-batches agree here (padding, masks), or compute the branch with "
-            "torch.where",
+            remedy=node.remedy
+            or "let all micro-batches agree here (padding, masks), or compute the branch with torch.where",
         )
