@@ -46,16 +46,19 @@ def evaluate(
     from deepopt.launch.resume_checks import refuse_incomplete
     from deepopt.launch.run_view import open_run
     from deepopt.trainer.evaluate_run import evaluate_run
-    from deepopt.trainer.progress import NoView
+    from deepopt.trainer.progress import NoView, make_forward_view
 
     run = open_run(run_dir)
     refuse_incomplete(run, run_dir)
+    view = NoView() if json else make_forward_view()
     try:
         found = evaluate_run(
-            run, view=NoView(), step=step, files=tuple(files or ()), workers=workers
+            run, view=view, step=step, files=tuple(files or ()), workers=workers
         )
     except KeyboardInterrupt:
         raise typer.Exit(EXIT_INTERRUPTED) from None
+    finally:
+        view.close()
     if json:
         say_json(
             {

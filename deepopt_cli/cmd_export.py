@@ -50,14 +50,17 @@ def export(
     """
     from deepopt.launch.export_run import export_run
     from deepopt.launch.run_view import open_run
+    from deepopt_cli.progress import ProgressBar
 
-    files = export_run(
-        open_run(run_dir),
-        to,
-        kind=format.value,
-        step=step,
-        max_shard_bytes=round(shard_gb * 1e9),
-    )
+    with ProgressBar() as bar:
+        files = export_run(
+            open_run(run_dir),
+            to,
+            kind=format.value,
+            step=step,
+            max_shard_bytes=round(shard_gb * 1e9),
+            tell=None if json else bar.tell,
+        )
     if json:
         say_json({"folder": str(to.absolute()), "files": [path.name for path in files]})
         return

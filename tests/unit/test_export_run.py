@@ -111,7 +111,18 @@ def test_large_models_become_several_files_with_an_index_and_replace_the_last_ex
 
     run = make_run(tmp_path / "run", config=LLAMA)
     export_run(run, tmp_path / "out", kind="hf")
-    files = export_run(run, tmp_path / "out", kind="hf", max_shard_bytes=4000)
+    told: list[tuple[str, float]] = []
+    files = export_run(
+        run,
+        tmp_path / "out",
+        kind="hf",
+        max_shard_bytes=4000,
+        tell=lambda what, share: told.append((what, share)),
+    )
+    assert told[0] == ("verifying the checkpoint", 0.0)
+    shares = [share for _, share in told[1:]]
+    assert shares == sorted(set(shares))
+    assert 0.5 < shares[-1] < 1.0
     names = {path.name for path in files}
     assert "model.safetensors.index.json" in names
     assert "model.safetensors" not in {path.name for path in (tmp_path / "out").iterdir()}

@@ -35,7 +35,7 @@ from deepopt.trainer import Callback, DeepTrainer
 from deepopt.trainer import run as runs
 from deepopt.trainer.device_map import parse_device
 from deepopt.trainer.job import gpu_names, order_hosts
-from deepopt.trainer.progress import LinesView, NotebookView, figures
+from deepopt.trainer.progress import LinesView, NotebookView, figures, forwards_done
 from deepopt.worker.device import pin_gpu
 
 
@@ -372,6 +372,12 @@ def test_a_notebook_gets_a_bar_without_widgets() -> None:
     view.note("<b>")
     assert "running <progress value='2' max='4'></progress> 2/4 loss 1.5000" in handle.shown[-1]
     assert handle.shown[-1].endswith("&lt;b&gt;")
+
+
+def test_forwards_alone_are_counted_by_what_the_workers_do() -> None:
+    workers = [{"action": "0F12"}, {"action": "3F9"}, {"action": "RECV_F"}, {"action": ""}]
+    assert forwards_done({"workers": workers}) == 13
+    assert forwards_done({"state": "starting"}) == 0
 
 
 def test_elsewhere_there_are_lines_for_the_first_and_the_last_step(

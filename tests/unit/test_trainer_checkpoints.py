@@ -46,6 +46,16 @@ def test_the_newest_whole_checkpoint_is_found_copied_and_loaded(tmp_path: Path) 
         copy_checkpoint(found, tmp_path / "kept")
 
 
+def test_a_linked_copy_takes_no_room_and_outlives_the_original(tmp_path: Path) -> None:
+    newest = commit_step(CheckpointStore(tmp_path / "checkpoints"), 3)
+    files = [path for path in newest.rglob("*") if path.is_file()]
+    copy = copy_checkpoint(find_checkpoint(newest), tmp_path / "job", linked=True)
+    for path in files:
+        assert path.samefile(copy / path.relative_to(newest))
+        path.unlink()
+    assert find_checkpoint(copy).manifest.step == 3
+
+
 def test_another_model_is_refused_and_stays_as_it_is(tmp_path: Path) -> None:
     found = find_checkpoint(commit_step(CheckpointStore(tmp_path), 1))
     wide = Model(width=4)

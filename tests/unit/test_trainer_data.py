@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 
 from deepopt.errors import InputError
-from deepopt.trainer.data import Data, Reading, read_data
+from deepopt.trainer.data import Data, Reading, idle_readers, read_data
 
 MODEL = torch.nn.Sequential(torch.nn.Linear(3, 2))
 
@@ -268,3 +268,11 @@ def test_batches_of_another_shape_are_named() -> None:
     data.source.batch(1, 0)
     with pytest.raises(InputError, match=r"step 2, micro-batch 0: input is \[2, 5\] float32"):
         data.source.batch(2, 0)
+
+
+def test_processes_of_a_loader_are_told_to_be_unused() -> None:
+    assert idle_readers(DataLoader(Pairs(4), num_workers=0)) is None
+    assert idle_readers(Pairs(4)) is None
+    told = idle_readers(DataLoader(Pairs(4), num_workers=3))
+    assert told is not None
+    assert told.startswith("num_workers=3 of the DataLoader is not used")

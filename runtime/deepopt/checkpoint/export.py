@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -60,6 +60,7 @@ def export_weights(
     leave_out: Collection[str] = (),
     beside: Mapping[str, str] | None = None,
     adapter_names: Mapping[str, str] | None = None,
+    tell: Callable[[str, float], None] | None = None,
 ) -> list[Path]:
     """Write parameters and buffers so that `load_state_dict(strict=True)` takes them.
 
@@ -77,6 +78,7 @@ def export_weights(
         beside: name -> content of text files that belong to the weights (`config.json`).
         adapter_names: write these entries of the `state_dict` alone, under the names given, into
             `adapter_model.safetensors`, as one file; None: all, under their own.
+        tell: is told the file that is being written, and which share of all bytes is done.
 
     Returns:
         The files, the index last when there is one, then those beside.
@@ -105,7 +107,11 @@ def export_weights(
         if leftover.exists():
             remove_directory(leftover, trash=trash)
     make_directory(work)
+    total, done = sum(w.size_bytes for held in files.values() for w in held), 0
     for file, held in files.items():
+        if tell is not None:
+            tell(file, done / max(total, 1))
+        done += sum(weight.size_bytes for weight in held)
         values = _read(checkpoint, manifest=manifest, weights=held)
         write_tensors(work / file, tensors=values, metadata={"format": "pt"})
         del values

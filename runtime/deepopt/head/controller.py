@@ -273,6 +273,7 @@ class Controller:
             )
             self._former.form(reason="the last checkpoint is written again", before=generation)
         elif self._record.job.evaluation.alone:
+            progress.step = step  # a prediction reports no step
             self._ending.end(JobState.FINISHED, exit_code=0)
         elif progress.checkpoint_step != step or progress.checkpoint_path is None:
             newest = progress.checkpoint_step

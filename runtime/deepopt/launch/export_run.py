@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +30,7 @@ def export_run(
     kind: ExportFormat,
     step: int | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    tell: Callable[[str, float], None] | None = None,
 ) -> list[Path]:
     """Write the weights of a checkpoint of a run into a folder; it appears whole or not at all.
 
@@ -40,6 +41,7 @@ def export_run(
             the adapter alone; `weights`: safetensors under each name of the `state_dict`.
         step: of the checkpoint; None: the newest.
         max_shard_bytes: largest file, in bytes of tensors.
+        tell: is told what is being done, and which share of all is done.
 
     Returns:
         The files.
@@ -51,6 +53,8 @@ def export_run(
     job = load_job(run.job)
     import_from([*launch_roots(run), Path.cwd()], job=job)
     skeleton = ModelSkeleton.from_json(read_json(run.model))
+    if tell is not None:
+        tell("verifying the checkpoint", 0.0)
     checkpoint = find_checkpoint(run, job=job, skeleton=skeleton, step=step)
     leave_out: set[str] = set()
     beside: dict[str, str] = {}
@@ -70,6 +74,7 @@ def export_run(
         leave_out=leave_out,
         beside=beside,
         adapter_names=adapter_names,
+        tell=tell,
     )
 
 

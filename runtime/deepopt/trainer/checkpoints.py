@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections import defaultdict
 from pathlib import Path
@@ -50,12 +51,14 @@ def is_run(path: Path) -> bool:
     return RunDirectory(path).job.is_file()
 
 
-def copy_checkpoint(found: Found, root: Path) -> Path:
+def copy_checkpoint(found: Found, root: Path, *, linked: bool = False) -> Path:
     """Copy a checkpoint into a folder of checkpoints; it appears whole or not at all.
 
     Args:
         found: verified.
         root: made if need be; must not hold one of the same step.
+        linked: take no room: its files, which nobody writes to again, get a second name where the disk
+            can do that.
 
     Returns:
         The copy.
@@ -69,7 +72,8 @@ def copy_checkpoint(found: Found, root: Path) -> Path:
     work = target.with_name(f"{target.name}.gen0.tmp")
     try:
         root.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(found.path, work, dirs_exist_ok=True)
+        copy = _link_or_copy if linked else shutil.copy2
+        shutil.copytree(found.path, work, dirs_exist_ok=True, copy_function=copy)
         work.rename(target)
     except OSError as error:
         raise CheckpointError(
@@ -77,6 +81,13 @@ def copy_checkpoint(found: Found, root: Path) -> Path:
             remedy="free space there, or name another folder",
         ) from error
     return target
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or one without links
+        shutil.copy2(source, target)
 
 
 def load_weights(model: torch.nn.Module, found: Found) -> None:

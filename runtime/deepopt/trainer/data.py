@@ -109,6 +109,21 @@ def read_data(dataset: Any, *, model: torch.nn.Module, reading: Reading) -> Data
     )
 
 
+def idle_readers(dataset: Any) -> str | None:
+    """What a user of a `DataLoader` with processes of its own should know; None where there are none.
+
+    Args:
+        dataset: as for `read_data`.
+    """
+    count = dataset.num_workers if isinstance(dataset, DataLoader) else 0
+    if not count:
+        return None
+    return (
+        f"num_workers={count} of the DataLoader is not used: the workers that hold the first and the last "
+        "layers read its dataset themselves"
+    )
+
+
 def read_evaluation(dataset: Any, *, model: torch.nn.Module, reading: Reading) -> Data:
     """Make a dataset ready to be measured: in its own order, its last batch filled up.
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import html
+import re
 import sys
 import time
 from collections.abc import Mapping
 from typing import Any, TextIO
 
+_FORWARD = re.compile(r"\d+F(\d+)")  # stage, operation, micro-batch
 LINE_EVERY_S = 5.0  # where no bar can be drawn
 
 
@@ -102,6 +104,41 @@ class BarView(NoView):
         self._bar.stop()
 
 
+class ForwardView(NoView):
+    """How far forwards alone are, in a terminal; how many there will be is known to the workers alone."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TimeElapsedColumn(),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        self._task = self._bar.add_task("starting", total=None)
+        self._done = 0
+        self._bar.start()
+
+    def status(self, status: Mapping[str, Any]) -> None:
+        """The present content of `status.json`."""
+        self._done = max(self._done, forwards_done(status))
+        words = str(status.get("state", ""))
+        if self._done:
+            words += f"  micro-batch {self._done}"
+        self._bar.update(self._task, description=words)
+
+    def note(self, text: str) -> None:
+        """A remark of the trainer itself."""
+        self._bar.console.print(text, highlight=False, markup=False)
+
+    def close(self) -> None:
+        """The job is followed no longer."""
+        self._bar.stop()
+
+
 class NotebookView(NoView):
     """A bar below a notebook's cell; needs IPython alone, no widgets.
 
@@ -163,6 +200,21 @@ def make_view(*, last_step: int) -> NoView:
     if sys.stderr.isatty():
         return BarView(last_step=last_step)
     return LinesView(last_step=last_step, stream=sys.stderr)
+
+
+def make_forward_view() -> NoView:
+    """The view of a job of forwards alone: a bar in a terminal, nothing elsewhere."""
+    return ForwardView() if sys.stderr.isatty() else NoView()
+
+
+def forwards_done(status: Mapping[str, Any]) -> int:
+    """The last micro-batch whose forward a worker is in, from 1; 0 where none is.
+
+    Args:
+        status: content of `status.json`.
+    """
+    found = [_FORWARD.fullmatch(str(w.get("action", ""))) for w in status.get("workers", ())]
+    return max((int(match[1]) + 1 for match in found if match), default=0)
 
 
 def step_words(record: Mapping[str, Any], *, last_step: int) -> str:

@@ -57,7 +57,7 @@ def open_new(
     Args:
         path: new or empty.
         make_job: writes what the script brings along into a folder, and says the job.
-        begin_with: a checkpoint to go on from, copied; None: the model's own weights.
+        begin_with: a checkpoint to go on from, linked or copied; None: the model's own weights.
 
     Raises:
         DeepoptError: the job is wrong, or the folder cannot be written.
@@ -68,7 +68,7 @@ def open_new(
         prepared = prepare(with_absolute_paths(make_job(folder)), plan_id=1)
         if begin_with is not None:
             root = run.checkpoint_root(prepared.job.checkpoint.directory)
-            copy_checkpoint(begin_with, root)
+            copy_checkpoint(begin_with, root, linked=True)
         fill_run_directory(run, prepared, import_roots=import_roots())
     return run
 

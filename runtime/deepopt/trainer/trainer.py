@@ -28,6 +28,7 @@ from deepopt.trainer.checkpoints import copy_checkpoint, find_checkpoint, is_run
 from deepopt.trainer.data import (
     Data,
     Reading,
+    idle_readers,
     read_data,
     read_evaluation,
     read_prediction,
@@ -35,7 +36,7 @@ from deepopt.trainer.data import (
 )
 from deepopt.trainer.export import export_model
 from deepopt.trainer.job import Settings, check_elb, job_of
-from deepopt.trainer.progress import NoView, make_view
+from deepopt.trainer.progress import NoView, make_forward_view, make_view
 from deepopt.trainer.relay import Relay
 from deepopt.worker.predictions import read_predictions
 
@@ -238,6 +239,8 @@ class DeepTrainer:
             run = runs.open_new(path, make_job, begin_with=found)
         note_run(run.root)
         view = make_view(last_step=steps) if self._shows else NoView()
+        if unused := idle_readers(dataset):
+            view.note(unused)
         if not data.can_resume:
             view.note(
                 f"{data.source.description}: it has no state_dict(), so this run cannot resume"
@@ -307,8 +310,12 @@ class DeepTrainer:
         kind = "prediction" if outputs else "evaluation"
         run = runs.open_new(new_run_path(f"{self._settings.name}-{kind}"), make_job)
         note_run(run.root)
-        relay = Relay(self, [], view=NoView(), steps_per_epoch=None)
-        outcome, supervisor = runs.follow(run, view=relay, fresh=True)
+        view = make_forward_view() if self._shows else NoView()
+        relay = Relay(self, [], view=view, steps_per_epoch=None)
+        try:
+            outcome, supervisor = runs.follow(run, view=relay, fresh=True)
+        finally:
+            relay.close()
         runs.raise_failure(outcome, run=run, supervisor=supervisor)
         if outcome.interrupts:
             raise KeyboardInterrupt
