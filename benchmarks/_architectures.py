@@ -88,8 +88,11 @@ def architectures(size: Size, *, dropout: float = 0.0, tied: bool = True) -> dic
             num_heads=heads, decoder_start_token_id=0, dropout_rate=dropout, **own_head,
         )  # fmt: skip
         model, inputs = text(hf.T5ForConditionalGeneration, config)()
-        if not tied:  # encoder and decoder share an embedding besides
+        if (
+            not tied
+        ):  # whatever the configuration says, encoder, decoder and head share a matrix
             model.decoder.set_input_embeddings(copy.deepcopy(model.shared))
+            model.lm_head.weight = torch.nn.Parameter(model.shared.weight.detach().clone())
         return model, inputs
 
     return {
