@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup run test check format lint types layers bench clean
+.PHONY: setup run test check format lint types layers bench models clean
 
 setup: $(STAMP)
 
@@ -38,6 +38,9 @@ layers: setup
 
 bench: setup  ## every performance claim, one ratio each
 	for script in benchmarks/*.py; do case $$script in */_*) continue;; esac; echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+models: setup  ## eight models of transformers and PyTorch, trained by DeepTrainer, with the bits of one worker and of PyTorch
+	$(BIN)/python benchmarks/models.py
 
 clean:
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache runs
