@@ -23,7 +23,7 @@ from _machine import describe
 from _report import progress, ratio_line, say, table
 
 from deepopt.moe import ElbRouter, balancer
-from deepopt.moe.elb_router import gate_masses
+from deepopt.moe.step_totals import gate_masses
 
 EXPERTS, TOP_K, DEVICES = 256, 8, 32
 SEQUENCES, LENGTH = 8, 512

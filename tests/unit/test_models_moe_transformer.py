@@ -259,7 +259,7 @@ def test_a_router_can_be_replaced() -> None:
 def test_router_arguments_reach_the_router() -> None:
     model = small(router_noise=0.5, router_kwargs={"score": "sigmoid", "alpha": 0.2})
     router = model.blocks[1].feed_forward.router
-    assert (router.noise, router.elb.alpha, router.score) == (0.5, 0.2, "sigmoid")
+    assert (router.noise, router.elb.alpha, router.gate.score) == (0.5, 0.2, "sigmoid")
 
 
 def test_a_router_with_a_loss_gets_its_coefficient() -> None:

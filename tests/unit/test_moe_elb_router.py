@@ -47,7 +47,7 @@ def test_experts_are_equally_busy_from_the_first_step_on() -> None:
     balanced = train(make(), 20)
     assert min(plain) > 0.8
     assert max(balanced) < 0.25
-    assert max(balanced[5:]) < 0.15
+    assert sum(balanced[5:]) / 15 < 0.1
 
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])

@@ -8,7 +8,9 @@ is a function of its tokens and of the state at the start of the step.
 Who trains: in a pipeline `deepopt.pipeline` sums and applies. In a loop of your own, call
 `router.update()` before each `optimizer.step()`; with several processes, see its argument.
 
-Shapes: T tokens, D features, E experts, K choices a token, B bins.
+What is counted lies as `step_totals` says; which calls repeat others is `route_memory`'s to know.
+
+Shapes: T tokens, D features, E experts, K choices a token.
 """
 
 from __future__ import annotations
@@ -16,39 +18,35 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 from deepopt.config import ElbConfig
-from deepopt.errors import CheckpointError, InputError, TrainingError
 from deepopt.moe import balancer
 from deepopt.moe.balance_losses import Routed, attach_losses, wants_losses
 from deepopt.moe.balancer import BalancerState, StepCounts
 from deepopt.moe.elb_config import elb_settings
+from deepopt.moe.gate import Gate, check_arguments
 from deepopt.moe.in_step import Feedback, select_in_chunks
-from deepopt.moe.router import SCORES
+from deepopt.moe.route_memory import RouteMemory
+from deepopt.moe.state_buffers import (
+    read_state,
+    refuse_other_size,
+    register_state,
+    store_state,
+)
+from deepopt.moe.step_totals import (
+    Totals,
+    add_sample,
+    add_stats,
+    bad_scores,
+    bad_tokens,
+    num_totals,
+    read_totals,
+    sample_rows,
+)
 from deepopt.moe.warmup import solve_bias
 from deepopt_kernels.elb_select import elb_select
-
-_SMALLEST_SUM = 1e-20  # keeps the division finite when every chosen sigmoid underflows
-_SAMPLED_TOKENS = 64  # of a micro-batch, whose routing without bias is compared
-_MASS_UNIT = 4096  # gate mass is counted in integers of 1/4096, so that sums are exact
-_NUM_MASSES = 2
-
-# Buffers that hold a `BalancerState`, by its field.
-STATE_BUFFERS = {
-    "bias": "expert_bias",
-    "histogram": "elb_histogram",
-    "origin": "elb_origin",
-    "width": "elb_width",
-    "slope": "elb_slope",
-    "window": "elb_window",
-    "load": "elb_load",
-    "natural": "elb_natural",
-    "drift": "elb_drift",
-}
-STEP_BUFFER = "elb_step"
 
 
 class ElbRouter(torch.nn.Module):
@@ -103,14 +101,19 @@ class ElbRouter(torch.nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        _check(num_experts, top_k, noise, score, num_groups, top_groups)
+        check_arguments(
+            num_experts=num_experts,
+            top_k=top_k,
+            noise=noise,
+            score=score,
+            num_groups=num_groups,
+            top_groups=top_groups,
+        )
         self.elb = elb_settings(options, what="ElbRouter")
         self.num_experts = num_experts
         self.top_k = top_k
         self.noise = noise
-        self.score = score
-        self.normalise = normalise
-        self.weight_scale = weight_scale
+        self.gate = Gate(score=score, normalise=normalise, weight_scale=weight_scale)
         self.num_groups = num_groups
         self.top_groups = top_groups
         self.init_std = init_std
@@ -118,14 +121,9 @@ class ElbRouter(torch.nn.Module):
         self.loss_scale = 1.0
         self.keeps_routes = False
         self.weight = torch.nn.Parameter(torch.empty(num_experts, d_model))
-        for field, value in _arrays(balancer.first_state(num_experts)).items():
-            self.register_buffer(STATE_BUFFERS[field], torch.empty(value.shape))
-        self.register_buffer(STEP_BUFFER, torch.zeros((), dtype=torch.int64))
-        self._counts: torch.Tensor | None = None  # int32, flat; see `num_counts`
-        # Pass of a micro-batch, calls in it so far.
-        self._pass: tuple[Hashable, int] | None = None
-        self._routes: dict[tuple[Hashable, int], torch.Tensor] = {}
-        self._counted: set[tuple[Hashable, int]] = set()
+        register_state(self, balancer.first_state(num_experts))
+        self._counts: torch.Tensor | None = None  # int32 [num_counts]
+        self._memory = RouteMemory()
         self._is_cold: bool | None = None  # no update yet; None: look
         self._is_unsettled: bool | None = None  # see `balancer.is_unsettled`; None: look
         self._gain_was_said = False
@@ -189,8 +187,8 @@ class ElbRouter(torch.nn.Module):
         """Choose experts by given logits; arguments and results as of `forward`."""
         counted_T = None if padding_mask is None else ~padding_mask.flatten()
         length = sequence_length or logits_TE.shape[0]
-        key, again = self._next_call()
-        known = None if key is None else self._routes.pop(key, None)
+        key, again = self._memory.next_call()
+        known = self._memory.take(key)
         if known is not None:
             ids_TK = known
             load_E = self._loads(ids_TK, counted_T)
@@ -200,8 +198,8 @@ class ElbRouter(torch.nn.Module):
             if self.training and not again and not logits_TE.is_meta:
                 self._count(logits_TE.detach(), ids_TK, stats, counted_T)
             if self.training and self.keeps_routes and key is not None:
-                self._routes[key] = ids_TK
-        weights_TK = self._weights(logits_TE, ids_TK)
+                self._memory.keep(key, ids_TK)
+        weights_TK = self.gate.weights(logits_TE, ids_TK)
         if self.training and weights_TK.requires_grad:
             weights_TK = self._attach_losses(weights_TK, logits_TE, load_E, counted_T, length)
         return weights_TK, ids_TK, load_E
@@ -210,9 +208,8 @@ class ElbRouter(torch.nn.Module):
 
     @property
     def num_counts(self) -> int:
-        """Length of the integers that a step counts: histogram, loads, natural loads, gate masses,
-        tokens, tokens with scores that are not finite."""
-        return self.num_experts * (self._num_bins + 2) + _NUM_MASSES + 2
+        """Length of the integers that a step counts."""
+        return num_totals(self.num_experts, self._num_bins)
 
     def count_into(self, counts: torch.Tensor) -> None:
         """Count into somebody else's memory from now on.
@@ -226,9 +223,7 @@ class ElbRouter(torch.nn.Module):
     def begin_step(self) -> None:
         """Forget micro-batches of the step before, and look at the state anew."""
         self._look_anew()
-        self._pass = None
-        self._routes.clear()
-        self._counted.clear()
+        self._memory.begin_step()
 
     def begin_pass(self, key: Hashable) -> None:
         """Say what the next calls work on: a call for the same micro-batch is counted once, and where
@@ -237,7 +232,7 @@ class ElbRouter(torch.nn.Module):
         Args:
             key: of a micro-batch in this step.
         """
-        self._pass = (key, 0)
+        self._memory.begin_pass(key)
 
     def discard_counts(self) -> None:
         """Forget what was counted since the last update: those forwards were not training."""
@@ -245,7 +240,7 @@ class ElbRouter(torch.nn.Module):
             self._counts.zero_()
         self.begin_step()
 
-    def balance(self, totals: np.ndarray[Any, np.dtype[Any]]) -> None:
+    def balance(self, totals: Totals) -> None:
         """Update the state: exactly once a step, with the same totals wherever the layer is held.
 
         Args:
@@ -255,7 +250,7 @@ class ElbRouter(torch.nn.Module):
         state = balancer.update(self.state(), counts, elb=self.elb, top_k=self.top_k)
         self._store(state)
         self._look_anew()
-        self._pass = None
+        self._memory.end_pass()
 
     def update(self, all_reduce: Callable[[torch.Tensor], object] | None = None) -> None:
         """The step's update in a loop of your own: call it before the optimizer's step.
@@ -273,24 +268,17 @@ class ElbRouter(torch.nn.Module):
         totals = counts.cpu().numpy().copy()
         counts.zero_()
         self.begin_step()
-        if num_bad := int(totals[-1]):
+        if num_bad := bad_tokens(totals):
             raise bad_scores(num_bad, where="the router")
         self.balance(totals)
 
-    def read_counts(self, totals: np.ndarray[Any, np.dtype[Any]]) -> StepCounts:
+    def read_counts(self, totals: Totals) -> StepCounts:
         """Totals as the balancer takes them."""
-        e, b = self.num_experts, self._num_bins
-        totals = totals.astype(np.int64)
-        histogram, load = totals[: e * b].reshape(e, b), totals[e * b : e * (b + 1)]
-        return StepCounts(histogram=histogram, load=load, natural=totals[-e - 4 : -4])
+        return read_totals(totals, num_experts=self.num_experts, num_bins=self._num_bins)
 
     def state(self) -> BalancerState:
         """What the balancer remembers, in double precision."""
-        arrays = {
-            field: getattr(self, name).detach().cpu().numpy().astype(np.float64)
-            for field, name in STATE_BUFFERS.items()
-        }
-        return BalancerState(step=int(self.elb_step), **arrays)
+        return read_state(self)
 
     def gain_warning(self) -> str | None:
         """Once, when the seed's formula is told to overshoot: what to say."""
@@ -345,13 +333,10 @@ class ElbRouter(torch.nn.Module):
         """What biases are added to: log scores, up to a constant of each token; in the modes of others
         the scores themselves, as they define it."""
         if self.elb.mode in ("sign", "quantile"):
-            return self._scores(logits_TE)
-        if self.elb.mode in ("elb", "formula") and self.score == "sigmoid":
-            return F.logsigmoid(logits_TE)
+            return self.gate.scores(logits_TE)
+        if self.elb.mode in ("elb", "formula"):
+            return self.gate.log_scores(logits_TE)
         return logits_TE
-
-    def _scores(self, logits_TE: torch.Tensor) -> torch.Tensor:
-        return logits_TE.softmax(-1) if self.score == "softmax" else logits_TE.sigmoid()
 
     def _starts_cold(self) -> bool:
         if not self.elb.warmup or self.elb.mode not in ("elb", "quantile"):
@@ -404,20 +389,6 @@ class ElbRouter(torch.nn.Module):
             solves=warms_up and not elb.target_share,
         )
 
-    def _weights(self, logits_TE: torch.Tensor, ids_TK: torch.Tensor) -> torch.Tensor:
-        """Gate weights, from scores without bias."""
-        if self.score == "softmax" and self.normalise:  # softmax over the k alone is the same
-            weights_TK = logits_TE.gather(1, ids_TK).softmax(-1)
-        elif self.score == "softmax":
-            weights_TK = logits_TE.softmax(-1).gather(1, ids_TK)
-        else:
-            weights_TK = logits_TE.gather(1, ids_TK).sigmoid()
-            if self.normalise:
-                weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True).clamp_min(
-                    _SMALLEST_SUM
-                )
-        return weights_TK if self.weight_scale == 1.0 else weights_TK * self.weight_scale
-
     def _attach_losses(
         self,
         weights_TK: torch.Tensor,
@@ -432,7 +403,7 @@ class ElbRouter(torch.nn.Module):
         is_known = bool(self.elb_load.any())
         routed = Routed(
             logits_TE=logits_TE,
-            scores_TE=self._scores(logits_TE),
+            scores_TE=self.gate.scores(logits_TE),
             ids_TK=logits_TE.detach().topk(self.top_k, dim=-1).indices,
             load_E=self.elb_load if is_known else load_E.float(),
             counted_T=counted_T,
@@ -447,24 +418,11 @@ class ElbRouter(torch.nn.Module):
         """Size of the scores to choose by."""
         if self.elb.mode not in ("sign", "quantile"):
             return 1.0
-        return 1.0 / self.num_experts if self.score == "softmax" else 0.25
+        return 1.0 / self.num_experts if self.gate.score == "softmax" else 0.25
 
     @property
     def _num_bins(self) -> int:
         return balancer.NUM_BINS if balancer.needs_histogram(self.elb) else 0
-
-    def _next_call(self) -> tuple[tuple[Hashable, int] | None, bool]:
-        """The key of this call, and whether it repeats one that was counted."""
-        if _in_backward():
-            # A checkpointed block runs its forward again: same tokens, same bias.
-            return None, True
-        if self._pass is None:
-            return None, False
-        key = self._pass
-        self._pass = (key[0], key[1] + 1)
-        again = key in self._counted
-        self._counted.add(key)
-        return key, again
 
     def _own_counts(self) -> torch.Tensor:
         if self._counts is None:
@@ -481,20 +439,13 @@ class ElbRouter(torch.nn.Module):
         stats: torch.Tensor,
         counted_T: torch.Tensor | None,
     ) -> None:
-        counts, e = self._own_counts(), self.num_experts
-        counts[: e * (self._num_bins + 1)] += stats[:-2]
-        counts[-2:] += stats[-2:]
-        step = max(1, -(-logits_TE.shape[0] // _SAMPLED_TOKENS))
-        sample_TE, ids_TK = logits_TE[::step], ids_TK[::step]
+        counts = self._own_counts()
+        add_stats(counts, stats)
+        rows = sample_rows(logits_TE.shape[0])
+        sample_TE, ids_TK = logits_TE[rows], ids_TK[rows]
         if counted_T is not None:
-            sample_TE, ids_TK = sample_TE[counted_T[::step]], ids_TK[counted_T[::step]]
-        best_TK = sample_TE.topk(self.top_k, dim=-1).indices
-        scores_TE = self._scores(sample_TE)
-        tail = counts[-e - 4 : -2]
-        tail[:e] += torch.bincount(best_TK.flatten(), minlength=e)
-        for position, ids in enumerate((best_TK, ids_TK)):
-            mass = scores_TE.gather(1, ids).nan_to_num_(0.0).sum()
-            tail[e + position] += (mass * _MASS_UNIT).round().int()
+            sample_TE, ids_TK = sample_TE[counted_T[rows]], ids_TK[counted_T[rows]]
+        add_sample(counts, self.gate.scores(sample_TE), ids_TK)
 
     def _loads(self, ids_TK: torch.Tensor, counted_T: torch.Tensor | None) -> torch.Tensor:
         ids = ids_TK if counted_T is None else ids_TK[counted_T]
@@ -502,81 +453,13 @@ class ElbRouter(torch.nn.Module):
 
     # State. --------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def _store(self, state: BalancerState) -> None:
-        if self.expert_bias.is_meta:
-            return
-        for field, value in _arrays(state).items():
-            getattr(self, STATE_BUFFERS[field]).copy_(value)
-        self.elb_step.fill_(state.step)
+        if not self.expert_bias.is_meta:
+            store_state(self, state)
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        found = state_dict.get(f"{prefix}expert_bias")
-        if found is not None and len(found) != self.num_experts:
-            raise CheckpointError(
-                f"{prefix}expert_bias is the state of {len(found)} experts, this router has "
-                f"{self.num_experts}",
-                remedy="load a checkpoint of the same number of experts, or leave the router's state out",
-            )
+        refuse_other_size(state_dict, prefix, num_experts=self.num_experts)
         self._look_anew()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-
-def bad_scores(num_tokens: int, *, where: str) -> TrainingError:
-    """The error of scores that are not finite."""
-    return TrainingError(
-        f"{where} got scores that are not finite for {num_tokens} tokens; the update was not applied",
-        remedy="lower optimizer.learning_rate, lengthen optimizer.warmup_steps, or resume from a "
-        "checkpoint before this step",
-    )
-
-
-def gate_masses(totals: np.ndarray[Any, np.dtype[Any]]) -> tuple[float, float]:
-    """Score mass of the sampled tokens that top-k without bias, and that the router, has chosen."""
-    return float(totals[-4]) / _MASS_UNIT, float(totals[-3]) / _MASS_UNIT
-
-
-def _arrays(state: BalancerState) -> dict[str, torch.Tensor]:
-    """Each field of a state as an fp32 tensor."""
-    return {
-        field: torch.from_numpy(np.asarray(getattr(state, field), dtype=np.float32))
-        for field in STATE_BUFFERS
-    }
-
-
-def _in_backward() -> bool:
-    """Whether autograd is calling: the forward then is a repetition for activation checkpointing."""
-    if torch.compiler.is_compiling():  # the compiler runs what counts once
-        return False
-    return bool(torch._C._current_graph_task_id() != -1)
-
-
-def _check(
-    num_experts: int, top_k: int, noise: float, score: str, num_groups: int, top_groups: int
-) -> None:
-    if not 1 <= top_k <= num_experts:
-        raise InputError(
-            f"a router cannot choose {top_k} of {num_experts} experts",
-            remedy=f"set top_k between 1 and {num_experts}",
-        )
-    if score not in SCORES:
-        raise InputError(
-            f"router score {score!r} is unknown", remedy=f"choose one of {', '.join(SCORES)}"
-        )
-    if noise < 0:
-        raise InputError(
-            f"router noise {noise} must not be negative", remedy="set it to 0 to switch it off"
-        )
-    if num_groups < 1 or num_experts % num_groups or not 1 <= top_groups <= num_groups:
-        raise InputError(
-            f"{num_experts} experts in {num_groups} groups, of which {top_groups} are taken, do not "
-            "fit",
-            remedy="set num_groups to a divisor of num_experts and top_groups between 1 and num_groups",
-        )
-    if top_k > num_experts // num_groups * top_groups:
-        raise InputError(
-            f"{top_groups} groups of {num_experts // num_groups} experts cannot give {top_k} choices",
-            remedy="raise top_groups or lower top_k",
-        )

@@ -18,7 +18,9 @@ import numpy as np
 import torch
 
 from deepopt.moe import balancer
-from deepopt.moe.elb_router import STEP_BUFFER, ElbRouter, gate_masses
+from deepopt.moe.elb_router import ElbRouter
+from deepopt.moe.state_buffers import STEP_BUFFER
+from deepopt.moe.step_totals import bad_tokens, gate_masses
 from deepopt.pipeline.reduction import Bucket
 
 logger = logging.getLogger(__name__)
@@ -171,7 +173,9 @@ class StageExperts:
         """Apply the step's counts to the routers' states."""
         for place in self._places:
             totals = self._totals[place.part]
-            if totals[-1] == 0:  # else the step fails on all workers, and nothing shall change
+            if not bad_tokens(
+                totals
+            ):  # else the step fails on all workers, and nothing shall change
                 place.router.balance(totals)
                 if (warning := place.router.gain_warning()) is not None:
                     logger.warning("%s: %s", place.layer, warning)
@@ -234,7 +238,7 @@ def _figures(place: _Place, totals: np.ndarray[Any, np.dtype[Any]]) -> RouterFig
         chosen_mass=chosen,
         dead=float((load == 0).sum()) if load.any() else 0.0,
         shrunk=float(place.shrunk),
-        bad=float(totals[-1]),
+        bad=float(bad_tokens(totals)),
     )
 
 
