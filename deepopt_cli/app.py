@@ -23,6 +23,7 @@ from deepopt_cli.cmd_schedule import schedule
 from deepopt_cli.cmd_schema import schema
 from deepopt_cli.cmd_status import status
 from deepopt_cli.cmd_stop import stop
+from deepopt_cli.cmd_top import top
 from deepopt_cli.output import say, tell
 
 app = typer.Typer(
@@ -33,7 +34,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (launch, profile, resume, status, logs, stop, evaluate, export, init, schema):
+for command in (
+    launch,
+    profile,
+    resume,
+    status,
+    top,
+    logs,
+    stop,
+    evaluate,
+    export,
+    init,
+    schema,
+):
     app.command()(command)
 app.add_typer(moe)
 app.add_typer(plan)

@@ -49,21 +49,13 @@ def report(
       deepopt moe report runs/first --json
     """
     from deepopt.errors import InputError
-    from deepopt.head.expert_report import expert_report
-    from deepopt.head.load_forecast import LoadForecast
+    from deepopt.launch.expert_view import read_expert_report
     from deepopt.launch.run_view import open_run
     from deepopt.telemetry.files import read_json_lines, write_text_atomic
     from deepopt_cli.moe_page import make_page
 
     run = open_run(run_dir)
-    metrics, loads = read_json_lines(run.metrics), read_json_lines(run.expert_loads)
-    forecast = LoadForecast()
-    for record in loads:
-        for layer, tokens in record["loads"].items():
-            forecast.add(layer, tokens, first_step=record["first_step"], step=record["step"])
-    found = expert_report(
-        metrics, loads, forecast=forecast.all_shares(), errors=forecast.errors()
-    )
+    found = read_expert_report(run)
     if found is None:
         raise InputError(
             f"{run_dir} has no expert loads in {run.metrics.name}",
@@ -74,5 +66,6 @@ def report(
         say_json(found)
         return
     path = output or run.root / "moe.html"
+    metrics, loads = read_json_lines(run.metrics), read_json_lines(run.expert_loads)
     write_text_atomic(path, make_page(found, metrics=metrics, loads=loads, title=str(run_dir)))
     say(f"wrote {path}")

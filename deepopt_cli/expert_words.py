@@ -22,10 +22,7 @@ def expert_lines(experts: Mapping[str, Any]) -> list[str]:
         f"{100 * last['gate_mass_lost']:.1f} %, {last['dead_experts']:.0f} dead experts",
     ]
     if error := experts.get("forecast_error"):
-        words = ", ".join(
-            f"{100 * value:.1f} % over {steps} steps" for steps, value in error.items()
-        )
-        lines.append(f"            load forecast off by {words}")
+        lines.append(f"            load forecast off by {forecast_words(error)}")
     if experts.get("load_map"):
         lines.append(
             f"            load of each expert of {experts['layer']} over the steps "
@@ -33,3 +30,10 @@ def expert_lines(experts: Mapping[str, Any]) -> list[str]:
         )
         lines += [f"  {line}" for line in experts["load_map"]]
     return lines
+
+
+def forecast_words(errors: Mapping[Any, float]) -> str:
+    """Errors of earlier forecasts by horizon, in words."""
+    return ", ".join(
+        f"{100 * value:.1f} % over {steps} steps" for steps, value in errors.items()
+    )

@@ -7,7 +7,8 @@ import io
 import pytest
 from rich.console import Console
 
-from deepopt_cli.live import NUM_EVENTS, LiveView
+from deepopt_cli.job_picture import NUM_EVENTS
+from deepopt_cli.live import LiveView
 from support.fake_supervisor import metrics, status, worker
 
 

@@ -6,17 +6,23 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-SHADES = " .:-=+*#%@"  # from no tokens, over an even load, to twice as many and more
+# From no tokens, over an even load, to twice as many and more.
+SHADES = " .:-=+*#%@"
 EVEN = "="
+BLOCKS = " ▁▂▃▄▅▆▇█"  # the even one is the one in the middle
 MOST_COLUMNS = 60
 MOST_ROWS = 16
 
 
-def draw_load_map(windows: Sequence[Sequence[int]]) -> list[str]:
+def draw_load_map(
+    windows: Sequence[Sequence[int]], *, shades: str = SHADES, even: str = EVEN
+) -> list[str]:
     """A row an expert, a column a window; rows and columns are joined until they fit.
 
     Args:
         windows: tokens of each expert, window after window.
+        shades: characters for no load, over an even one, to twice as much.
+        even: the one of them for an even load.
 
     Returns:
         Lines of at most 60 characters each; none without windows.
@@ -31,7 +37,7 @@ def draw_load_map(windows: Sequence[Sequence[int]]) -> list[str]:
         for column in columns:
             mean = sum(column) / num_experts
             load = sum(column[e] for e in experts) / len(experts)
-            line += _shade(load / mean) if mean else " "
+            line += _shade(load / mean, shades, even) if mean else " "
         label = str(experts[0]) if len(experts) == 1 else f"{experts[0]}-{experts[-1]}"
         rows.append(f"{label:>9} |{line}|")
     return rows
@@ -52,14 +58,14 @@ def windows_by_layer(
     return {layer: sorted(windows.items()) for layer, windows in found.items()}
 
 
-def _shade(ratio: float) -> str:
-    """EVEN for 1, the last shade from 2 on; a load of 0 alone is blank."""
+def _shade(ratio: float, shades: str, even: str) -> str:
+    """`even` for 1, the last shade from 2 on; a load of 0 alone is blank."""
     if ratio <= 0:
-        return SHADES[0]
-    middle = SHADES.index(EVEN)
-    above = len(SHADES) - 1 - middle
+        return shades[0]
+    middle = shades.index(even)
+    above = len(shades) - 1 - middle
     place = middle * ratio if ratio < 1 else middle + above * (ratio - 1)
-    return SHADES[max(1, min(len(SHADES) - 1, round(place)))]
+    return shades[max(1, min(len(shades) - 1, round(place)))]
 
 
 def _parts(values: Sequence[Any], most: int) -> list[Sequence[Any]]:
