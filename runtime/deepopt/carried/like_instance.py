@@ -20,7 +20,8 @@ class LikeInstance:
         model: names them.
 
     Raises:
-        InputError: it does not know a parameter that takes gradients, or has trained already.
+        InputError: it does not know a parameter that takes gradients, knows others than the model's, or
+            has trained already.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> None:
@@ -40,6 +41,14 @@ class LikeInstance:
             for index, group in enumerate(optimizer.param_groups)
             for parameter in group["params"]
         }
+        own = {id(parameter) for parameter in model.parameters()}
+        strange = [p for g in optimizer.param_groups for p in g["params"] if id(p) not in own]
+        if strange:
+            raise InputError(
+                f"optimizer: {len(strange)} parameter(s) of the {type(optimizer).__name__} are none of the "
+                f"model's, the first of shape {list(strange[0].shape)}",
+                remedy="make the optimizer of model.parameters(), of the model that is trained",
+            )
         self._group_of: dict[str, int] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             if id(parameter) in group_of:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import torch
 
 from deepopt.config import JobConfig
 from deepopt.datasets.batch_source import build_batch_source
+from deepopt.errors import DeepoptError, InputError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,12 +38,25 @@ def example_of(job: JobConfig) -> Example:
         job: names the data.
 
     Raises:
-        InputError: the dataset's factory fails.
+        InputError: the dataset's factory fails, or its code raises.
     """
     size, length = job.training.microbatch_size, job.data.sequence_length
     if job.data.dataset is None:
         ids = torch.ones(size, length, dtype=torch.int64)  # any token that every tokenizer has
         return Example(args=(ids,), kwargs={}, tokens=size * length)
+    try:
+        return _first_of(job)
+    except DeepoptError:
+        raise
+    except Exception as error:  # the user's code may raise anything
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise InputError(
+            f"the dataset raised {type(error).__name__}: {error} ({frame.filename}:{frame.lineno})",
+            remedy="it was asked for the first micro-batch; correct its code",
+        ) from error
+
+
+def _first_of(job: JobConfig) -> Example:
     source = build_batch_source(job, run_dir=None)
     inputs = source.batch(1, 0)[0]
     tokens = source.tokens_per_microbatch

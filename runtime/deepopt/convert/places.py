@@ -41,7 +41,12 @@ def failure(model: torch.nn.Module, error: BaseException) -> InputError:
         for frame, line in frames
         if not _is_internal(frame.f_globals.get("__name__", ""))
     ]
-    frame, line = (users or frames)[-1]
+    theirs = [
+        (frame, line)
+        for frame, line in users
+        if not frame.f_globals.get("__name__", "").startswith(("torch.", "deepopt."))
+    ]
+    frame, line = (theirs or users or frames)[-1]
     return InputError(
         f"the forward of {type(model).__name__} raised {type(error).__name__}: {error} "
         f"({frame.f_code.co_filename}:{line})",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
@@ -110,6 +110,21 @@ class TorchRule:
         if made.optimizer is not None:
             self._enrol(made.optimizer)
         return made
+
+    def check(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+        """Make an optimizer and its scheduler once, and forget both.
+
+        Args:
+            parameters: by name; at least one. They stay as they are.
+
+        Raises:
+            InputError: as `optimizer`, or the scheduler fails.
+        """
+        from deepopt.pipeline.torch_optimizer import make_optimizer
+
+        made = make_optimizer(self._factory, parameters, name=self._name)
+        if self._scheduler is not None:
+            self._make_scheduler(made)
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, from 1; from now on updates are those of it."""

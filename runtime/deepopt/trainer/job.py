@@ -23,6 +23,7 @@ from deepopt.telemetry.files import write_text_atomic
 from deepopt.trainer.data import Data
 from deepopt.trainer.device_map import Device, read_device_map
 from deepopt.trainer.optimizers import optimizer_fields
+from deepopt.trainer.rehearsal import rehearse
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +109,7 @@ def job_of(
             remedy="give validation=, a dataset",
         )
     job = _checked(fields)
+    rehearse(model, job)
     if settings.device_map is None:
         return job
     names = [layer.name for layer in describe(job).layers]
