@@ -46,6 +46,17 @@ class Skips(_Blocks):
         return self.head(x)
 
 
+class Noisy(_Blocks):
+    """Random numbers in the model's own forward, drawn from what is used again much later."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.dropout(self.embed(x), 0.5, self.training)
+        gate = torch.rand_like(x)
+        for block in self.blocks:
+            x = x + block(x) * gate
+        return self.head(x + torch.randn_like(x))
+
+
 class TwoInputs(_Blocks):
     """A mask of booleans that the last block uses first, and an argument that is no tensor."""
 

@@ -66,6 +66,20 @@ def test_loss_and_gradients_equal_the_originals_bit_for_bit(name: str) -> None:
             assert not unequal, f"cut at {boundaries}: {unequal}"
 
 
+def test_random_numbers_between_layers_are_drawn_once_wherever_the_cuts_are() -> None:
+    job = make_job(f"{NASTY}:Noisy", f"{NASTY}:Batches")
+    num_layers = len(describe(job).layers)
+    expected_loss, expected, _ = in_stages(job, [0])
+    assert not torch.equal(expected_loss, of_original(job)[0]), (
+        "a layer draws from its own seed"
+    )
+    for boundaries in ([0, num_layers // 2], list(range(num_layers))):
+        for recompute in (False, True):
+            loss, grads, _ = in_stages(job, boundaries, recompute=recompute)
+            assert torch.equal(loss, expected_loss)
+            assert not [n for n, g in grads.items() if not torch.equal(expected[n], g)]
+
+
 @pytest.mark.parametrize("name", ["llama", "bert"])
 def test_micro_batches_with_and_without_padding_train_alike(name: str) -> None:
     torch.manual_seed(0)
