@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup run test check format lint types layers bench models clean
+.PHONY: setup run test check format lint types layers bench chaos models clean
 
 setup: $(STAMP)
 
@@ -41,6 +41,9 @@ bench: setup  ## every performance claim, one ratio each
 
 models: setup  ## eight models of transformers and PyTorch, trained by DeepTrainer, with the bits of one worker and of PyTorch
 	$(BIN)/python benchmarks/models.py
+
+chaos: setup  ## the fault matrix with real jobs and signals, then 50 faults at random; CHAOS="--only head" for a part
+	PYTHONPATH=tests $(BIN)/python -m chaos $(CHAOS)
 
 clean:
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache runs

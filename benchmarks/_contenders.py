@@ -55,6 +55,22 @@ def pipelining(job: Path, *, workers: int, schedule: str) -> Contender:
     )
 
 
+def sharded(job: Path, *, workers: int) -> Contender:
+    """torchrun of FSDP2; it also needs `--checkpoints`.
+
+    Args:
+        job: job file.
+        workers: number of processes.
+    """
+    return Contender(
+        command=(
+            *(str(_BIN / "torchrun"), "--standalone", "--nproc-per-node", str(workers)),
+            *(str(_HERE / "_peer_fsdp.py"), "--job", str(job)),
+            *("--steps", "{steps}", "--out", "{out}"),
+        )
+    )
+
+
 def plain_loop(job: Path) -> Contender:
     """One Python process without any of deepopt's pipeline.
 

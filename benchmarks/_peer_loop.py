@@ -71,7 +71,7 @@ class PlainLoop:
     def __init__(self, job: JobConfig, batches: BatchSource) -> None:
         self._job = job
         self._batches = batches
-        self.model = _build_model(job)
+        self.model = build_model(job)
         self._loss = find_loss(job, self.model)
         self._optimizer = make_optimizer(self.model.parameters(), job.optimizer)
         set_auxiliary_scale(self.model, 1.0 / job.training.microbatches)
@@ -103,8 +103,12 @@ class PlainLoop:
         return torch.stack(losses).mean().item(), norm.item()
 
 
-def _build_model(job: JobConfig) -> torch.nn.Module:
-    """The job's model with the initial values that a deepopt run gives it."""
+def build_model(job: JobConfig) -> torch.nn.Module:
+    """The job's model with the initial values that a deepopt run gives it.
+
+    Args:
+        job: names the model.
+    """
     chain = build_chain(job, device="cpu")
     layers, _ = build_layers(job, range(len(chain.layers)), device=torch.device("cpu"))
     values = {name: p.detach() for layer in layers for name, p in layer.parameters.items()}

@@ -174,7 +174,7 @@ def main() -> None:
     torch.set_num_threads(job.worker.threads)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # as deepopt's workers on one host
     restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    _join_group(restart)
+    join_group(restart)
     moments["ranks: process group"] = time.time()
     try:
         loop = PipelinedLoop(job, arguments.schedule)
@@ -206,10 +206,13 @@ def main() -> None:
         dist.destroy_process_group()
 
 
-def _join_group(restart: int) -> None:
+def join_group(restart: int) -> None:
     """Form the group; after a restart apart from the one before.
 
     torchrun's store lives on, and with torch 2.13 the group would find the addresses of the dead in it.
+
+    Args:
+        restart: how often torchrun has started the ranks again.
     """
     if restart == 0:
         dist.init_process_group("gloo")

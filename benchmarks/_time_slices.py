@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from _processes import StartedCommand, machine_cpu_s, started
@@ -69,6 +69,8 @@ class Measured:
         wall_s: time that it was allowed to run for them.
         cpu_s: CPU time of all its processes in them.
         others_cpu_s: CPU time of all other programs of the machine in that time.
+        step_times_s: of the steps measured, by number, as the contender itself tells them: a pause
+            in the middle of a step counts.
     """
 
     losses: tuple[float, ...]
@@ -76,6 +78,7 @@ class Measured:
     wall_s: float
     cpu_s: float
     others_cpu_s: float
+    step_times_s: Mapping[int, float] = field(default_factory=dict)
 
 
 def measure(
@@ -210,6 +213,10 @@ class _Runner:
             wall_s=self._wall_s,
             cpu_s=cpu_s,
             others_cpu_s=max(0.0, self._machine_cpu_s - cpu_s),
+            step_times_s={
+                int(record["step"]): record["step_time_s"]
+                for record in read_steps(self._steps_file)[self._first_step :]
+            },
         )
 
     @contextmanager

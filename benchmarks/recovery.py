@@ -1,8 +1,12 @@
-"""Seconds from `kill -9` of a worker to the next step that was not done before.
+"""Seconds from a fault to the next step that was not done before, by kind of fault and source of state.
 
-deepopt with a spare, with a new process, and from the disk (no second holder, no copies), against
-`torchrun --max-restarts` of the same training with a checkpoint every ten steps. In turns, several
-kills a run. Losses are compared with those of an undisturbed run.
+deepopt against `torchrun --max-restarts` of the same model: torch.distributed.pipelining with a file a rank,
+and FSDP2 with torch's distributed checkpoints, a checkpoint every ten steps. In turns, several faults a run.
+Losses are compared with those of an undisturbed run. A lost host is a network, process and mount namespace
+that is switched off (two of them, Ray over ssh; takes root); each such run has one fault.
+
+What torch's peers do when a rank hangs is not measured: gloo's timeout, after which it would be noticed, is
+30 minutes by default. Ray Train is a peer where `ray.train` can be imported.
 """
 
 from __future__ import annotations
@@ -15,13 +19,14 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from _contenders import pipelining
+from _contenders import pipelining, sharded
+from _host_faults import host_fault, why_no_hosts
 from _machine import describe
 from _processes import StartedCommand, end_cleanly_on_signals, started
 from _report import progress, ratio_line, say, table
@@ -38,23 +43,62 @@ AIM = 10.0
 WORKERS = 2  # of each side; a mirror of two holds every stage twice
 CHECKPOINT_EVERY = 10
 STEPS_COMPARED = 30
-PEER, SPARE = "torchrun --max-restarts", "deepopt, mirror, spare"
-OURS = {
-    SPARE: ("pipeline.placement=mirror", "faults.spares=1"),
-    "deepopt, mirror, new process": ("pipeline.placement=mirror",),
-    "deepopt, V, copy in a peer's memory, spare": ("pipeline.placement=v", "faults.spares=1"),
-    "deepopt, line, disk, new process": ("pipeline.placement=line", "faults.replicas=none"),
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Kill:
-    """What one kill cost.
+class Case:
+    """A contender and what is done to it.
 
     Args:
-        back_s: from the signal to the next step that was not done before.
+        kind: `death` (SIGKILL), `hang` (SIGSTOP) or `host`.
+        source: where a new worker's state comes from, and who takes the place.
+        settings: of deepopt's job; empty for a peer.
+        peer: name of a peer; empty for deepopt.
+        aim_s: what 95 of 100 faults shall stay below; None: nothing is wanted.
+    """
+
+    kind: str
+    source: str
+    settings: tuple[str, ...] = ()
+    peer: str = ""
+    aim_s: float | None = None
+
+    @property
+    def name(self) -> str:
+        """For people and `--only`."""
+        return f"{self.kind}: {self.peer or 'deepopt'}, {self.source}"
+
+    @property
+    def spares(self) -> int:
+        """Processes that wait."""
+        return int("faults.spares=1" in self.settings)
+
+
+MIRROR, V, LINE = (f"pipeline.placement={kind}" for kind in ("mirror", "v", "line"))
+SPARE, NO_COPIES = "faults.spares=1", "faults.replicas=none"
+OURS = Case(kind="death", source="mirror, spare", settings=(MIRROR, SPARE), aim_s=2.0)
+PIPELINING, FSDP = "torchrun pipelining", "torchrun FSDP2 + DCP"
+CASES = (
+    OURS,
+    Case(kind="death", source="mirror, new process", settings=(MIRROR,)),
+    Case(kind="death", source="peer's memory, spare", settings=(V, SPARE), aim_s=2.0),
+    Case(kind="death", source="disk, new process", settings=(LINE, NO_COPIES)),
+    Case(kind="hang", source="mirror, spare", settings=(MIRROR, SPARE), aim_s=3.5),
+    Case(kind="hang", source="peer's memory, spare", settings=(V, SPARE), aim_s=3.5),
+    Case(kind="host", source="mirror, spare", settings=(MIRROR, SPARE), aim_s=5.0),
+    Case(kind="death", source="disk", peer=PIPELINING),
+    Case(kind="death", source="disk", peer=FSDP),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """What one fault cost.
+
+    Args:
+        back_s: from the fault to the next step that was not done before.
         repeated: steps that were done twice.
-        phases_s: seconds by part, as deepopt's head saw them; empty for the peer.
+        phases_s: seconds by part, as deepopt's head saw them; empty for a peer.
     """
 
     back_s: float
@@ -63,7 +107,7 @@ class Kill:
 
 
 def main() -> None:
-    """Kill workers of all contenders in turns and print the times and the ratio."""
+    """Do faults to all contenders in turns and print the times and the ratio."""
     options = _parse()
     end_cleanly_on_signals()
     say("\n".join(describe()))
@@ -79,78 +123,138 @@ def main() -> None:
         ],
     )
     say(f"job:      {WORKERS} workers, built-in model {job.model.kwargs}")
-    say(f"measured: {options.rounds} run(s) each in turns, {options.kills} kill(s) a run\n")
-    kills: dict[str, list[Kill]] = {name: [] for name in (*OURS, PEER) if options.only in name}
+    say(f"measured: {options.rounds} run(s) each in turns, {options.faults} fault(s) a run\n")
+    found: dict[Case, list[Fault]] = {case: [] for case in CASES if options.only in case.name}
+    found, notes = _without_hosts(found)
     losses: dict[int, float] = {}
     with tempfile.TemporaryDirectory(prefix="deepopt-bench-") as folder:
         job_file = Path(folder) / "job.yaml"
         job_file.write_text(dump_job(job))
         for number in range(options.rounds):
-            names = list(kills)
-            for name in names if number % 2 == 0 else reversed(names):
-                progress(f"round {number + 1}: {name}")
-                out = Path(folder) / f"{number}-{names.index(name)}"
-                if name == PEER:
-                    kills[name] += _peer_run(job_file, out, options)
+            cases = list(found)
+            for case in cases if number % 2 == 0 else reversed(cases):
+                progress(f"round {number + 1}: {case.name}")
+                out = Path(folder) / f"{number}-{cases.index(case)}"
+                if case.peer:
+                    found[case] += _peer_run(job_file, out, case, options)
+                elif case.kind == "host":
+                    found[case] += _host_runs(job_file, out, case, options)
                 else:
-                    found, said = _our_run(job_file, out, OURS[name], options)
-                    kills[name] += found
+                    faults, said = _our_run(job_file, out, case, options)
+                    found[case] += faults
                     losses |= said
         if losses:
             _check_losses(job, losses)
-    say(
-        table(
-            ("", "median s", "worst s", "steps repeated"),
-            [_row(n, k) for n, k in kills.items()],
-        )
-    )
-    for name, found in kills.items():
-        parts = [part for part in found[0].phases_s if part != "total"]
-        medians = {p: statistics.median(k.phases_s.get(p, 0.0) for k in found) for p in parts}
+    _tell(found, notes, losses)
+    _tell_ratio(found)
+
+
+def _without_hosts(
+    found: dict[Case, list[Fault]],
+) -> tuple[dict[Case, list[Fault]], list[str]]:
+    """The cases that can run here, and why others cannot."""
+    notes = [f"Ray Train: not run: {_why_no_ray_train()}"]
+    missing = why_no_hosts() if any(case.kind == "host" for case in found) else None
+    if missing is not None:
+        notes.append(f"host: not run: {missing}")
+        found = {case: faults for case, faults in found.items() if case.kind != "host"}
+    return found, notes
+
+
+def _why_no_ray_train() -> str:
+    try:
+        import ray.train.torch as _  # noqa: F401
+    except ImportError as error:
+        return str(error).splitlines()[0]
+    return "no peer of this benchmark uses it yet"
+
+
+def _tell(
+    found: dict[Case, list[Fault]], notes: Sequence[str], losses: dict[int, float]
+) -> None:
+    header = ("", "faults", "p50 s", "p95 s", "worst s", "aim of p95", "steps repeated")
+    say(table(header, [_row(case, faults) for case, faults in found.items() if faults]))
+    for case, faults in found.items():
+        parts = [part for part in (faults[0].phases_s if faults else ()) if part != "total"]
+        medians = {p: statistics.median(f.phases_s.get(p, 0.0) for f in faults) for p in parts}
         if medians:
-            say(f"{name}: " + ", ".join(f"{p} {s:.2f} s" for p, s in medians.items()))
-    if not {PEER, SPARE} <= kills.keys():
-        return
-    say(
-        f"\nlosses of the first {min(len(losses), STEPS_COMPARED)} steps: bit-equal to an undisturbed run\n"
+            say(f"{case.name}: " + ", ".join(f"{p} {s:.2f} s" for p, s in medians.items()))
+    say("\n".join(notes))
+    if losses:
+        count = min(len(losses), STEPS_COMPARED)
+        say(f"losses of the first {count} steps: bit-equal to an undisturbed run")
+
+
+def _tell_ratio(found: dict[Case, list[Fault]]) -> None:
+    """The slowest thing that counts: against the faster of the peers."""
+    peers = [
+        statistics.median(fault.back_s for fault in faults)
+        for case, faults in found.items()
+        if case.peer and faults
+    ]
+    if peers and found.get(OURS):
+        ours = statistics.median(fault.back_s for fault in found[OURS])
+        say(f"\nmedians: {OURS.name} {ours:.2f} s, the faster peer {min(peers):.2f} s\n")
+        say(ratio_line(min(peers) / ours, aim=AIM))
+
+
+def _row(case: Case, faults: Sequence[Fault]) -> tuple[str, ...]:
+    times = sorted(fault.back_s for fault in faults)
+    p95_s = times[min(len(times) - 1, int(0.95 * len(times)))]
+    return (
+        case.name,
+        str(len(times)),
+        f"{statistics.median(times):.2f}",
+        f"{p95_s:.2f}",
+        f"{times[-1]:.2f}",
+        "" if case.aim_s is None else f"{case.aim_s:g}",
+        f"{statistics.mean(fault.repeated for fault in faults):.1f}",
     )
-    peer, ours = (statistics.median(k.back_s for k in kills[name]) for name in (PEER, SPARE))
-    say(ratio_line(peer / ours, aim=AIM))
-
-
-def _row(name: str, kills: list[Kill]) -> tuple[str, ...]:
-    times = [kill.back_s for kill in kills]
-    repeated = statistics.mean(kill.repeated for kill in kills)
-    return (name, f"{statistics.median(times):.2f}", f"{max(times):.2f}", f"{repeated:.1f}")
 
 
 def _our_run(
-    job_file: Path, run_dir: Path, settings: tuple[str, ...], options: argparse.Namespace
-) -> tuple[list[Kill], dict[int, float]]:
-    sets = [word for setting in settings for word in ("--set", setting)]
+    job_file: Path, run_dir: Path, case: Case, options: argparse.Namespace
+) -> tuple[list[Fault], dict[int, float]]:
+    sets = [word for setting in case.settings for word in ("--set", setting)]
     command = [str(Path(sys.executable).parent / "deepopt"), "launch", str(job_file), "--json"]
     command += ["--workers", str(WORKERS), "--run-dir", str(run_dir), *sets]
-    spares = int("faults.spares=1" in settings)
     metrics = StepLines(run_dir / "metrics.jsonl")
-    kills = []
+    faults = []
     with started(command, log=run_dir.with_suffix(".log")) as running:
-        for number in range(options.kills):
+        for number in range(options.faults):
             seen = len(metrics.look())
             status = _await(
                 lambda seen=seen: (
                     len(metrics.look()) >= seen + CHECKPOINT_EVERY + 5
-                    and _ready(run_dir, spares=spares)
+                    and _ready(run_dir, spares=case.spares)
                 ),
                 running,
                 options,
             )
             rank = number % WORKERS
             pid = next(w["pid"] for w in status["workers"] if w["rank"] == rank)
-            kill = _kill(pid, metrics, "generation", running, options)
+            fault = _strike(pid, case.kind, metrics, "generation", running, options)
             closed = _await(lambda number=number: _fault(run_dir, number), running, options)
-            kills.append(replace(kill, phases_s=closed["times_s"]))
+            faults.append(replace(fault, phases_s=closed["times_s"]))
         said = {line["step"]: line["loss"] for line in metrics.look()}
-    return kills, said
+    return faults, said
+
+
+def _host_runs(
+    job_file: Path, out: Path, case: Case, options: argparse.Namespace
+) -> list[Fault]:
+    """Runs on two hosts, the second of which is switched off once."""
+    found = []
+    for number in range(options.faults):
+        lost = host_fault(
+            job_file,
+            out.with_name(f"{out.name}-{number}"),
+            settings=case.settings,
+            timeout_s=options.timeout_s,
+        )
+        progress(f"  {lost['back_s']:.2f} s")
+        found.append(Fault(back_s=lost["back_s"], repeated=0, phases_s=lost["times_s"]))
+    return found
 
 
 def _ready(run_dir: Path, *, spares: int) -> dict[str, Any] | None:
@@ -167,20 +271,28 @@ def _fault(run_dir: Path, number: int) -> dict[str, Any] | None:
     return next((fault for fault in over if fault["number"] == number + 1), None)
 
 
-def _peer_run(job_file: Path, out: Path, options: argparse.Namespace) -> list[Kill]:
+def _peer_run(
+    job_file: Path, out: Path, case: Case, options: argparse.Namespace
+) -> list[Fault]:
     checkpoints = out.with_suffix(".checkpoints")
     checkpoints.mkdir()
-    command = list(pipelining(job_file, workers=WORKERS, schedule="1f1b").arguments(out))
+    if case.peer == PIPELINING:
+        contender = pipelining(job_file, workers=WORKERS, schedule="1f1b")
+    else:
+        contender = sharded(job_file, workers=WORKERS)
+    command = list(contender.arguments(out))
     command[2:2] = ["--max-restarts", "1000"]
     command += ["--checkpoints", str(checkpoints), "--every", str(CHECKPOINT_EVERY)]
-    kills, steps = [], StepLines(out)
+    faults, steps = [], StepLines(out)
     with started(command, log=out.with_suffix(".log")) as running:
-        for number in range(options.kills):
+        for number in range(options.faults):
             enough = len(steps.look()) + CHECKPOINT_EVERY + 5
             _await(lambda enough=enough: len(steps.look()) >= enough, running, options)
             pids = sorted(_ranks(str(out)))
-            kills.append(_kill(pids[number % WORKERS], steps, "restart", running, options))
-    return kills
+            faults.append(
+                _strike(pids[number % WORKERS], "death", steps, "restart", running, options)
+            )
+    return faults
 
 
 def _ranks(mark: str) -> list[int]:
@@ -197,12 +309,17 @@ def _ranks(mark: str) -> list[int]:
     return found
 
 
-def _kill(
-    pid: int, steps: StepLines, group: str, running: StartedCommand, options: argparse.Namespace
-) -> Kill:
-    """Kill a process and wait for the first new step of the group that comes after."""
+def _strike(
+    pid: int,
+    kind: str,
+    steps: StepLines,
+    group: str,
+    running: StartedCommand,
+    options: argparse.Namespace,
+) -> Fault:
+    """Send a signal and wait for the first new step of the group that comes after."""
     before = list(steps.look())
-    os.kill(pid, signal.SIGKILL)
+    os.kill(pid, signal.SIGSTOP if kind == "hang" else signal.SIGKILL)
     began_s = time.monotonic()
     number = before[-1][group]
 
@@ -216,7 +333,7 @@ def _kill(
     progress(f"  {back_s:.2f} s")
     all_steps = [line["step"] for line in lines[len(before) - 1 :]]
     repeated = len(all_steps) - len(set(all_steps))
-    return Kill(back_s=back_s, repeated=repeated, phases_s={})
+    return Fault(back_s=back_s, repeated=repeated, phases_s={})
 
 
 def _await(
@@ -269,13 +386,13 @@ def _check_losses(job: JobConfig, losses: dict[int, float]) -> None:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--rounds", type=int, help="runs of each side [4, quick: 1]")
-    parser.add_argument("--kills", type=int, help="kills a run [5, quick: 2]")
+    parser.add_argument("--faults", type=int, help="faults a run [5, quick: 2]")
     parser.add_argument("--only", default="", help="contenders with this in their name [all]")
     parser.add_argument("--timeout-s", type=float, default=180.0, help="longest wait [180]")
     parser.add_argument("--quick", action="store_true", help="short: does it run?")
     options = parser.parse_args()
     options.rounds = options.rounds or (1 if options.quick else 4)
-    options.kills = options.kills or (2 if options.quick else 5)
+    options.faults = options.faults or (2 if options.quick else 5)
     return options
 
 

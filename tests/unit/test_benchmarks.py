@@ -106,3 +106,20 @@ def test_tables_are_markdown(load: Any) -> None:
     assert load("_report").table(("name", "ms"), [("a", "10"), ("long name", "9")]) == (
         "| name      | ms |\n| --------- | -: |\n| a         | 10 |\n| long name |  9 |"
     )
+
+
+def test_the_stall_of_a_checkpoint_is_what_the_step_after_it_takes_more(load: Any) -> None:
+    times = {step: 0.1 + (0.02 if step % 10 == 1 else 0.0) for step in range(10, 32)}
+    measured = load("_time_slices").Measured(
+        losses=(), steps=22, wall_s=1.0, cpu_s=1.0, others_cpu_s=0.0, step_times_s=times
+    )
+    told = load("ft_overhead")._stall(measured)
+    assert "20.0 ms more than the others' 100.0 ms: 2.00 % of 10 steps" in told
+
+
+def test_the_95th_percentile_of_recoveries_is_told_beside_its_aim(load: Any) -> None:
+    recovery = load("recovery")
+    faults = [recovery.Fault(back_s=s / 10, repeated=1, phases_s={}) for s in range(1, 21)]
+    name, *cells = recovery._row(recovery.OURS, faults)
+    assert name == "death: deepopt, mirror, spare"
+    assert cells == ["20", "1.05", "2.00", "2.00", "2", "1.0"]

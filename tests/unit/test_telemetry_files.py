@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
 import struct
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,51 @@ from deepopt.telemetry.files import (
     read_json_lines,
     write_json_atomic,
 )
+from deepopt.telemetry.metrics import JsonLinesSink, MetricsSinks
+
+
+@pytest.fixture
+def room() -> Iterator[Callable[[int | None], None]]:
+    """Limits how far files of this process may grow, as a full disk does; None: no limit."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(size_bytes: int | None) -> None:
+        most = before[0] if size_bytes is None else size_bytes
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+
+    yield limit
+    limit(None)
+
+
+def test_a_disk_that_takes_a_part_of_a_line_leaves_no_part(
+    tmp_path: Path, room: Callable[[int | None], None]
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with JsonLinesWriter(path) as writer:
+        writer.write({"step": 1})
+        room(path.stat().st_size + 5)
+        with pytest.raises(OSError, match="File too large"):
+            writer.write({"step": 2})
+        room(None)
+        writer.write({"step": 3})
+    assert read_json_lines(path) == [{"step": 1}, {"step": 3}]
+
+
+def test_metrics_that_a_full_disk_refused_are_written_when_there_is_room(
+    tmp_path: Path, room: Callable[[int | None], None]
+) -> None:
+    path, warnings = tmp_path / "metrics.jsonl", []
+    sinks = MetricsSinks({"file": lambda: JsonLinesSink(path)}, on_warning=warnings.append)
+    sinks.write(1, {})
+    room(path.stat().st_size + 5)
+    sinks.write(2, {})
+    sinks.write(3, {})
+    room(None)
+    sinks.write(4, {})
+    sinks.close()
+    assert [line["step"] for line in read_json_lines(path)] == [1, 2, 3, 4]
+    assert len(warnings) == 1
+    assert "metrics sink file cannot write: " in warnings[0].message
 
 
 def test_floats_read_back_bit_for_bit(tmp_path: Path) -> None:

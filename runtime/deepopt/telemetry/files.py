@@ -52,11 +52,17 @@ class JsonLinesWriter:
         """Append one object.
 
         Raises:
-            OSError: the disk refused.
+            OSError: the disk refused; nothing of the line remains.
         """
         line = memoryview((encode(record) + "\n").encode())
-        while len(line):
-            line = line[os.write(self._descriptor, line) :]
+        rest = line
+        try:
+            while len(rest):
+                rest = rest[os.write(self._descriptor, rest) :]
+        except OSError:  # a disk that is nearly full takes a part of it
+            size = os.fstat(self._descriptor).st_size
+            os.ftruncate(self._descriptor, size - (len(line) - len(rest)))
+            raise
 
     def close(self) -> None:
         """Close the file; more than once is fine."""

@@ -12,6 +12,7 @@ import math
 import os
 import socket
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -24,6 +25,9 @@ from deepopt.telemetry.files import JsonLinesWriter
 logger = logging.getLogger(__name__)
 
 ENTRY_POINTS = "deepopt.metrics_sinks"
+
+
+_MOST_REFUSED = 100_000  # lines kept for a disk with room: a day of steps of a second
 
 
 class MetricsSink(Protocol):
@@ -44,7 +48,7 @@ class MetricsSink(Protocol):
 
 
 class JsonLinesSink:
-    """One JSON line a step.
+    """One JSON line a step; what a full disk refuses is written as soon as there is room.
 
     Args:
         path: the file.
@@ -52,10 +56,18 @@ class JsonLinesSink:
 
     def __init__(self, path: Path) -> None:
         self._writer = JsonLinesWriter(path)
+        self._refused: deque[Mapping[str, object]] = deque(maxlen=_MOST_REFUSED)
 
     def write(self, step: int, scalars: Mapping[str, object]) -> None:
-        """Append the step's line; the step comes first in it."""
-        self._writer.write({"step": step, **scalars})
+        """Append the step's line; the step comes first in it.
+
+        Raises:
+            OSError: the disk refused; the line is kept for the next call.
+        """
+        self._refused.append({"step": step, **scalars})
+        while self._refused:
+            self._writer.write(self._refused[0])
+            self._refused.popleft()
 
     def close(self) -> None:
         """Close the file."""
@@ -119,6 +131,7 @@ class MetricsSinks:
         on_warning: Callable[[Warned], None],
     ) -> None:
         self._on_warning = on_warning
+        self._complained: set[str] = set()  # sinks that could not write the last time
         self._sinks: dict[str, MetricsSink] = {}
         for name, opener in openers.items():
             try:
@@ -136,10 +149,17 @@ class MetricsSinks:
         for name, sink in list(self._sinks.items()):
             try:
                 sink.write(step, scalars)
+            except OSError as error:  # a full disk has room again some day
+                if name not in self._complained:
+                    self._complained.add(name)
+                    message = f"metrics sink {name} cannot write: {error}"
+                    self._on_warning(Warned(message=message))
             except Exception as error:  # noqa: BLE001 - a sink is somebody else's code
                 del self._sinks[name]
                 self._warn(name, error)
                 self._close(name, sink)
+            else:
+                self._complained.discard(name)
 
     def close(self) -> None:
         """Close every sink; more than once is fine."""
