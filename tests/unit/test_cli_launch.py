@@ -72,6 +72,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "model: {factory: my_model:build, loss: my_model:loss}\n"
         "data: {files: [text.txt], sequence_length: 16}\n"
         "worker: {count: 2}\n"
+        "pipeline: {placement: mirror, schedule: bi_stream}\n"  # a search takes a second
     )
     return tmp_path
 
@@ -109,7 +110,8 @@ def test_a_launch_writes_job_model_and_plan_and_shows_the_job_to_its_end(
 
 
 def test_options_win_over_the_job_file(supervision: Supervision, here: Path) -> None:
-    result = launch("--workers", 3, "--steps", 7, "--set", "pipeline.placement=line")
+    line = ("--set", "pipeline.placement=line", "--set", "pipeline.schedule=1f1b")
+    result = launch("--workers", 3, "--steps", 7, *line)
     assert result.exit_code == 0, result.stderr
     job = load_job(here / "run" / "job.yaml")
     assert (job.worker.count, job.training.steps, job.pipeline.placement) == (3, 7, "line")
@@ -167,11 +169,12 @@ def test_a_dry_run_shows_plan_and_schedule_and_leaves_no_trace(
     supervision: Supervision, here: Path
 ) -> None:
     before = sorted(here.iterdir())
-    result = launch("--dry-run")
+    searched = ("--set", "pipeline.schedule=auto", "--set", "pipeline.placement=auto")
+    result = launch("--dry-run", *searched)
     assert result.exit_code == 0, result.stderr
     assert "rank 0" in result.stdout
     assert "dry run: nothing was started" in result.stdout
-    shown = json.loads(launch("--dry-run", "--json").stdout)
+    shown = json.loads(launch("--dry-run", "--json", *searched).stdout)
     assert "compared, by simulated step time (estimated costs):" in result.stdout
     fitting = [row for row in shown["compared"] if "step_s" in row]
     assert fitting[0]["placement"].startswith(shown["plan"]["placement"])
@@ -345,7 +348,8 @@ def test_resume_may_change_how_but_not_what(supervision: Supervision, stopped: P
     refused = deepopt("resume", "run", "--set", "training.seed=1")
     assert refused.exit_code == 1
     assert "resume cannot change training.seed" in refused.stderr
-    assert deepopt("resume", "run", "--set", "pipeline.placement=line").exit_code == 0
+    line = ("--set", "pipeline.placement=line", "--set", "pipeline.schedule=1f1b")
+    assert deepopt("resume", "run", *line).exit_code == 0
     assert load_job(stopped / "job.yaml").pipeline.placement == "line"
 
 
