@@ -17,12 +17,13 @@ from deepopt_cli.cmd_launch import (
     warn_of_namesake,
 )
 from deepopt_cli.cmd_status import RunArgument
-from deepopt_cli.output import reports_errors, say, say_json
+from deepopt_cli.output import reports_errors, say, say_json, tell
 
 if TYPE_CHECKING:
     from deepopt.launch.run_view import Supervisor
     from deepopt.run_directory import RunDirectory
 
+PLANNED_SECTIONS = {"pipeline", "parallel", "worker", "cluster"}  # a plan depends on them
 # What may change between two launches of one job: nothing that decides its numbers.
 FREE_SECTIONS = ("pipeline", "parallel", "worker", "cluster", "logging", "faults", "checkpoint")
 
@@ -43,22 +44,33 @@ def resume(
             help=f"Change a key of {', '.join(FREE_SECTIONS)}; repeatable.",
         ),
     ] = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PLAN.yaml",
+            help="Stages, order and costs of `deepopt profile`. [default: those it was launched "
+            "with, while they fit]",
+        ),
+    ] = None,
     json: JsonOption = False,
     detach: DetachOption = False,
 ) -> None:
     """Go on with a job from its newest checkpoint.
 
     It may have been stopped, have failed or died, or be finished and train further. Any number
-    of workers will do: the losses are those of an unbroken run. A job that still runs is joined:
-    its output is shown, nothing is started. When only its head has died, its supervisor replaces
-    that by itself, and the workers go on.
+    of workers will do: the losses are those of an unbroken run. Stages and order come from --plan,
+    else from the plan file that it was launched with unless workers or pipeline change, else they
+    are decided anew. A job that still runs is joined: its output is shown, nothing is started. When
+    only its head has died, its supervisor replaces that by itself, and the workers go on.
 
     \b
     Examples:
       deepopt resume runs/NAME
       deepopt resume runs/NAME --workers 2
       deepopt resume runs/NAME --steps 200 --set pipeline.placement=line
+      deepopt resume runs/NAME --plan plan.yaml
     """
+    from deepopt.errors import PlanError
     from deepopt.job_file import load_job
     from deepopt.launch.preparation import import_from, prepare, with_absolute_paths
     from deepopt.launch.resume_checks import (
@@ -80,7 +92,8 @@ def resume(
     for key, value in (("worker.count", workers), ("training.steps", steps)):
         if value is not None:
             wanted.append(f"{key}={json_text.dumps(value)}")
-    if (supervisor := find_alive(run, run_dir, changes=wanted)) is not None:
+    changes = [*wanted, *(() if plan is None else (f"--plan {plan}",))]
+    if (supervisor := find_alive(run, run_dir, changes=changes)) is not None:
         raise typer.Exit(_join(run, supervisor, shown_as=run_dir, json=json, detach=detach))
     job = with_absolute_paths(load_job(run.job, wanted))
     status = read_status(run) or {}
@@ -90,7 +103,15 @@ def resume(
     import_from([*launch_roots(run), Path.cwd()], job=job)
     saved_plan = Plan.from_json(read_json(run.plan))
     saved_model = ModelSkeleton.from_json(read_json(run.model))
-    prepared = prepare(job, plan_id=saved_plan.plan_id + 1, run=run)
+    plan_id = saved_plan.plan_id + 1
+    prepared = None
+    if plan is None and run.plan_file.is_file() and not _plans_anew(wanted):
+        try:
+            prepared = prepare(job, plan_id=plan_id, run=run, plan_file=run.plan_file)
+        except PlanError as error:
+            tell(f"note: planned anew: {error.message}")
+    if prepared is None:
+        prepared = prepare(job, plan_id=plan_id, run=run, plan_file=plan)
     refuse_other_model(saved_model, prepared.skeleton, shown_as=run_dir)
     if not json:
         show_start(prepared, shown_as=run_dir)
@@ -140,6 +161,12 @@ def _refuse_new_numbers(overrides: Sequence[str]) -> None:
                 remedy=f"resume can change {', '.join(FREE_SECTIONS)}; for anything else launch a "
                 "new job",
             )
+
+
+def _plans_anew(overrides: Sequence[str]) -> bool:
+    """Whether a change asks for other stages than those of the plan file so far."""
+    keys = {override.partition("=")[0].strip().partition(".")[0] for override in overrides}
+    return bool(keys & PLANNED_SECTIONS)
 
 
 def _is_done(status: dict[str, Any], *, last_step: int) -> bool:

@@ -4,7 +4,7 @@
 |---|---|
 | launch.json, job.yaml, model.json, plan.json | the command line, before anything starts;
 plan.json again by the head |
-| costs.json, prediction.json, schedules/ | the command line, with each plan |
+| costs.json, prediction.json, schedules/, plan.yaml | the command line, with each plan |
 | profile/rank-N.json | the workers of a profile |
 | supervisor.json, logs/supervisor.log | the supervisor |
 | journal.jsonl, status.json, metrics.jsonl, events.jsonl, expert_loads.jsonl | the head alone |
@@ -50,6 +50,11 @@ class RunDirectory:
     def plan(self) -> Path:
         """The newest plan: stage boundaries, placement, schedule."""
         return self.root / "plan.json"
+
+    @property
+    def plan_file(self) -> Path:
+        """The plan file that the job was last started with; not there where it was planned anew."""
+        return self.root / "plan.yaml"
 
     @property
     def costs(self) -> Path:

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import torch
+
+from deepopt.convert import describe
+from deepopt.job_file import load_job
+from deepopt.launch.preparation import resolved
 from deepopt.planner.plan_file import PipelineSection, PlanFile, StageSection
+from deepopt.planner.plan_make import Measured, make_plan_file
 from deepopt.planner.profile import (
     DeviceSection,
     HardwareSection,
@@ -15,7 +22,9 @@ from deepopt.planner.profile import (
     ModelSection,
     hardware_fingerprint,
 )
+from deepopt.planner.profile_result import hardware_section, layer_sections, model_section
 from deepopt.schedule.ir import PlacementKind
+from deepopt.worker.device_identity import identify
 
 LAYERS = ("embed", "blocks.0", "blocks.1", "blocks.2", "head")
 
@@ -107,3 +116,25 @@ def rank_result(*, factor: float = 1.0, **device: Any) -> dict[str, Any]:
         "links": {"0-1": {"wall": line, "thread": line, "process": line}},
         "exchange_s": 0.0002,
     }
+
+
+def plan_file_of(job_file: Path, **device: Any) -> PlanFile:
+    """A plan for a job of two workers on this machine, from made-up times.
+
+    Args:
+        job_file: its path; relative paths and imports start in the working directory.
+        device: figures that are other than those of this machine.
+    """
+    job = resolved(load_job(job_file, []))
+    skeleton = describe(job)
+    found = {**identify(job, torch.device("cpu")).to_json(), **device}
+    result = rank_result(**found)
+    result |= {"like": [0] * len(skeleton.layers), "links": {}}
+    results = [result, result]
+    measured = Measured(
+        source="measured",
+        model=model_section(job, skeleton),
+        hardware=hardware_section(results, shared_cores=None),
+        layers=layer_sections(results, job=job, skeleton=skeleton),
+    )
+    return make_plan_file(measured, job=job, skeleton=skeleton)

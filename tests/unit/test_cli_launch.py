@@ -16,10 +16,12 @@ from typer.testing import CliRunner
 from deepopt.errors import ClusterError
 from deepopt.job_file import load_job
 from deepopt.planner.plan import Plan
+from deepopt.planner.plan_text import write_plan_file
 from deepopt.planner.skeleton import ModelSkeleton
 from deepopt_cli.app import app
 from support import fake_supervisor
 from support.fake_supervisor import FakeSupervisors
+from support.plan_files import plan_file_of
 
 MODEL = """
 from torch import nn
@@ -306,6 +308,54 @@ def test_resume_makes_a_new_plan_for_other_workers_and_keeps_the_groups(
 def test_resume_takes_the_workers_of_before(supervision: Supervision, stopped: Path) -> None:
     assert deepopt("resume", "run", "--json").exit_code == 0
     assert json.loads((stopped / "plan.json").read_text())["pipeline_size"] == 2
+
+
+def test_resume_keeps_to_the_plan_file_until_something_else_is_asked_for(
+    supervision: Supervision, here: Path
+) -> None:
+    sys.path.insert(0, str(here))  # as the launch does
+    made = plan_file_of(here / "job.yaml")
+    first, second = made.stages
+    move = {"last": "0"}, {"first": "1"}  # no split that anyone would choose
+    stages = (first.model_copy(update=move[0]), second.model_copy(update=move[1]))
+    edited = made.model_copy(update={"stages": stages})
+    (here / "plan.yaml").write_text(write_plan_file(edited))
+    supervision.scenario = {"end": "stopped"}
+    result = launch("--plan", "plan.yaml")
+    assert result.exit_code == 0, result.output
+    (here / "plan.yaml").unlink()  # the run directory has what it needs
+
+    def resumed(*arguments: object) -> list[int]:
+        result = deepopt("resume", "run", *arguments)
+        assert result.exit_code == 0, result.output
+        boundaries: list[int] = json.loads((here / "run/plan.json").read_text())["boundaries"]
+        return boundaries
+
+    assert resumed() == [0, 1]
+    assert resumed("--set", "logging.tensorboard=false") == [0, 1]
+    assert resumed("--workers", 4) != [0, 1]
+    assert not (here / "run/plan.yaml").exists()
+    (here / "other.yaml").write_text(write_plan_file(edited))
+    assert resumed("--workers", 2, "--plan", "other.yaml") == [0, 1]
+    assert (here / "run/plan.yaml").read_text() == (here / "other.yaml").read_text()
+
+
+def test_resume_plans_anew_where_the_plan_file_is_of_other_devices(
+    supervision: Supervision, here: Path
+) -> None:
+    sys.path.insert(0, str(here))
+    (here / "plan.yaml").write_text(write_plan_file(plan_file_of(here / "job.yaml")))
+    supervision.scenario = {"end": "stopped"}
+    assert launch("--plan", "plan.yaml").exit_code == 0
+    other = plan_file_of(here / "job.yaml", name="another CPU")
+    (here / "run/plan.yaml").write_text(write_plan_file(other))
+    result = deepopt("resume", "run")
+    assert result.exit_code == 0, result.output
+    assert "note: planned anew" in result.stderr
+    assert "planned another CPU" in result.stderr
+    refused = deepopt("resume", "run", "--plan", "none.yaml")
+    assert refused.exit_code == 1
+    assert "plan file none.yaml cannot be read" in refused.stderr
 
 
 def test_resume_from_another_folder_still_finds_the_model(

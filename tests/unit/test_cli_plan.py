@@ -8,19 +8,12 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
-from deepopt.convert import describe
-from deepopt.job_file import load_job
-from deepopt.launch.preparation import resolved
 from deepopt.planner.plan_file import PlanFile
-from deepopt.planner.plan_make import Measured, make_plan_file
 from deepopt.planner.plan_text import write_plan_file
-from deepopt.planner.profile_result import hardware_section, layer_sections, model_section
-from deepopt.worker.device_identity import identify
 from deepopt_cli.app import app
-from support.plan_files import plan_file, rank_result
+from support.plan_files import plan_file, plan_file_of
 
 JOB = """
 model: {kwargs: {num_blocks: 4, d_model: 32, num_heads: 2, expert_hidden: 16, num_experts: 4}}
@@ -43,20 +36,7 @@ def deepopt(*arguments: object) -> Any:
 
 
 def planned(**changes: Any) -> PlanFile:
-    """A plan for the job on this machine, from made-up times."""
-    job = resolved(load_job(Path("job.yaml"), []))
-    skeleton = describe(job)
-    device = {**identify(job, torch.device("cpu")).to_json(), **changes}
-    result = rank_result(**device)
-    result |= {"like": [0] * len(skeleton.layers), "links": {}}
-    results = [result, result]
-    measured = Measured(
-        source="measured",
-        model=model_section(job, skeleton),
-        hardware=hardware_section(results, shared_cores=None),
-        layers=layer_sections(results, job=job, skeleton=skeleton),
-    )
-    return make_plan_file(measured, job=job, skeleton=skeleton)
+    return plan_file_of(Path("job.yaml"), **changes)
 
 
 def test_a_plan_is_shown_and_drawn(tmp_path: Path) -> None:

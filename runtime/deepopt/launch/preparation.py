@@ -44,6 +44,7 @@ class Prepared:
         timeline: the first replica's schedule, simulated with the planner's costs.
         prediction: what a step will take; None where the costs are no seconds.
         source: the data in words.
+        plan_file: the plan file that stages, order and costs are from; None where they were decided here.
     """
 
     job: JobConfig
@@ -52,6 +53,7 @@ class Prepared:
     timeline: Timeline
     prediction: Prediction | None
     source: str
+    plan_file: Path | None = None
 
     @property
     def plan(self) -> Plan:
@@ -229,6 +231,7 @@ def prepare(
             overlap=job.pipeline.overlap_steps,
         ),
         source=source,
+        plan_file=plan_file,
     )
 
 

@@ -172,6 +172,11 @@ def write_plan(run: RunDirectory, prepared: Prepared) -> None:
         prepared: the job.
     """
     planned = prepared.planned
+    if prepared.plan_file is None:
+        run.plan_file.unlink(missing_ok=True)  # of an earlier plan
+    elif prepared.plan_file != run.plan_file:
+        text = prepared.plan_file.read_text(encoding="utf-8-sig")
+        write_text_atomic(run.plan_file, text, durable=True)
     write_orders(run.schedules, orders=planned.orders)
     write_json_atomic(run.costs, planned.costs.to_json(), durable=True)
     if prepared.prediction is None:
