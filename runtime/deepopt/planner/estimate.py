@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from deepopt.config import JobConfig
 from deepopt.planner.emulated_costs import emulated_costs
 from deepopt.planner.layer_costs import LayerCosts
@@ -47,7 +49,10 @@ def estimated_costs(job: JobConfig, skeleton: ModelSkeleton) -> LayerCosts:
         PlanError: the job emulates other layers than the model has.
     """
     if job.worker.device == "emulated":
-        return emulated_costs(job, num_layers=len(skeleton.layers))
+        stated = emulated_costs(job, num_layers=len(skeleton.layers))
+        # The job states no size for what tied weights exchange: it takes a latency.
+        ties = tuple((first, second, 0.0) for first, second, _ in _ties(skeleton))
+        return replace(stated, ties=ties)
     tokens = job.training.microbatch_size * job.data.sequence_length
     forward = tuple(cost * tokens / ESTIMATED_FLOPS for cost in relative_costs(skeleton))
     recompute = job.pipeline.recompute != "none"

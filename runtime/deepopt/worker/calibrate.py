@@ -85,13 +85,15 @@ def with_messages(
     # A message is a dozen figures for each rank, handed on around the ring of ranks.
     hops = num_workers - 1
     end = trial.thread if cores is None else trial.process
+    # Ends that share cores wait for a core, which the simulation has; others sleep until woken.
+    wall_s = trial.wall.alpha_s if cores is not None else trial.woken_s
     return replace(
         costs,
         message_s=end.alpha_s,
         # Bytes that a job states of emulated layers pass through no CPU: real tensors are small.
         message_bytes_per_s=None if job.worker.device == "emulated" else end.bytes_per_s,
-        latency_s=costs.latency_s or max(0.0, trial.wall.alpha_s - 2 * end.alpha_s),
-        agree_s=hops * max(trial.wall.alpha_s, 2 * end.alpha_s),
+        latency_s=max(costs.latency_s, wall_s - 2 * end.alpha_s),
+        agree_s=max(costs.latency_s, hops * max(wall_s, 2 * end.alpha_s)),
     )
 
 

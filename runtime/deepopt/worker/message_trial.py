@@ -1,5 +1,5 @@
 """What a message costs the CPU of a host at each end, tried in one process: two ends of a gloo group
-on two threads, over the loopback.
+on two threads, over the loopback; and how long one takes to an end that sleeps, as those of a pipeline do.
 
 Workers of one host talk through the same sockets. `link_trial` measures the same between real workers;
 this is for a launch that calibrates without any.
@@ -22,6 +22,7 @@ from deepopt.planner.alpha_beta import AlphaBeta, fit
 
 SIZES_BYTES = (1 << 12, 1 << 16, 1 << 19)
 _ROUNDS = 40
+_PAUSE_S = 2e-3  # long enough for both ends to sleep, and for their cores to do something else
 _TIMEOUT = timedelta(seconds=10)
 
 
@@ -33,16 +34,19 @@ class MessageTrial:
         wall: one way.
         process: CPU time of each end, all of its threads.
         thread: CPU time of each end, of the thread that calls alone.
+        woken_s: one way where both ends slept before: with the host's delay in waking them. The mean,
+            since all such delays on the way through a pipeline add up.
     """
 
     wall: AlphaBeta
     process: AlphaBeta
     thread: AlphaBeta
+    woken_s: float
 
 
 def try_messages(sizes_bytes: Sequence[int] = SIZES_BYTES) -> MessageTrial:
-    """Send messages to and fro between two threads; the fastest of each size counts, since what
-    else runs on the host only ever adds to a time.
+    """Send messages to and fro between two threads. Of a size the fastest counts, since what else runs
+    on the host only ever adds to a time; of those that wake an end, all do: it will run then, too.
 
     Args:
         sizes_bytes: of the messages.
@@ -56,22 +60,55 @@ def try_messages(sizes_bytes: Sequence[int] = SIZES_BYTES) -> MessageTrial:
     threads: list[float] = []
 
     def answer() -> None:
-        _ping_pong(store, 1, sizes_bytes, walls=[], processes=[], threads=[])
+        group = _group(store, 1)
+        _ping_pong(group, 1, sizes_bytes, walls=[], processes=[], threads=[])
+        _wake_each_other(group, 1)
 
     other = threading.Thread(target=answer, name="answer", daemon=True)
     other.start()
-    _ping_pong(store, 0, sizes_bytes, walls=walls, processes=processes, threads=threads)
+    group = _group(store, 0)
+    _ping_pong(group, 0, sizes_bytes, walls=walls, processes=processes, threads=threads)
+    woken_s = _wake_each_other(group, 0)
     other.join(_TIMEOUT.total_seconds())
     sizes = [float(size) for size in sizes_bytes]
     return MessageTrial(
         wall=fit(sizes, times_s=walls),
         process=fit(sizes, times_s=processes),
         thread=fit(sizes, times_s=threads),
+        woken_s=woken_s,
     )
 
 
+def _group(store: HashStore, rank: int) -> Any:
+    gloo: Any = dist.ProcessGroupGloo  # its annotations are half there
+    options = gloo._Options()
+    options._devices = [gloo.create_device(interface="lo")]
+    options._timeout = _TIMEOUT
+    return gloo(store, rank, 2, options)
+
+
+def _wake_each_other(group: Any, rank: int) -> float:
+    """Seconds of a message one way to an end that slept; the mean."""
+    tensor = torch.zeros(SIZES_BYTES[0] // 4)
+    took: list[float] = []
+    for index in range(_ROUNDS):
+        arrived = torch.empty_like(tensor)
+        receive = group.recv([arrived], 1 - rank, 2 * index + 1 - rank)
+        if rank:
+            receive.wait()
+            time.sleep(_PAUSE_S)  # the other end sleeps now
+        else:
+            time.sleep(_PAUSE_S)  # so does the other
+        began = time.perf_counter()
+        group.send([tensor], 1 - rank, 2 * index + rank).wait()
+        if not rank:
+            receive.wait()
+            took.append((time.perf_counter() - began - _PAUSE_S) / 2)
+    return max(0.0, sum(took) / max(1, len(took)))
+
+
 def _ping_pong(
-    store: HashStore,
+    group: Any,
     rank: int,
     sizes_bytes: Sequence[int],
     *,
@@ -79,11 +116,6 @@ def _ping_pong(
     processes: list[float],
     threads: list[float],
 ) -> None:
-    gloo: Any = dist.ProcessGroupGloo  # its annotations are half there
-    options = gloo._Options()
-    options._devices = [gloo.create_device(interface="lo")]
-    options._timeout = _TIMEOUT
-    group = gloo(store, rank, 2, options)
     tensors = [torch.zeros(size // 4) for size in sizes_bytes]
     took: list[list[float]] = [[] for _ in tensors]
     used: list[list[float]] = [[] for _ in tensors]
