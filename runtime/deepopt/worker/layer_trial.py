@@ -147,14 +147,14 @@ def try_layer(
         clock: what takes the times.
         loss: of the last layer; None for the others.
         targets: of the last layer.
-        repeats: times to take, after one run that warms up.
+        repeats: times to take, after a run that warms up and one that counts activations.
     """
     gradients = StageGradients(layer.trainable, apart=(), groups=(0,), device=device)
     stage = Stage(
         0,
         [layer],
         gradients=gradients,
-        group_of=dict.fromkeys(range(repeats + 1), 0),
+        group_of=dict.fromkeys(range(repeats + 2), 0),
         seed=job.training.seed,
         device=device,
         num_microbatches=job.training.microbatches,
@@ -176,10 +176,11 @@ def try_layer(
     times: list[list[float]] = [[], [], [], []]
 
     activation_bytes = 0.0
-    for repeat in range(repeats + 1):
+    for repeat in range(repeats + 2):
         forward = partial(stage.forward, repeat, inputs, targets)
-        # Hooks take time themselves: they look at the run that warms up only.
-        with _kept_noted(note) if repeat == 0 else nullcontext():
+        # Hooks take time themselves, so that run counts for nothing else; and in the first one the stage
+        # tries ways for its weight gradients, with forwards of their own.
+        with _kept_noted(note) if repeat == 1 else nullcontext():
             took, outputs = clock.measure("F", forward)
         activation_bytes = activation_bytes or float(sum(kept.values()))
         times[0].append(took)
@@ -188,7 +189,7 @@ def try_layer(
         times[2].append(clock.measure("W", partial(stage.backward_weight, repeat))[0])
         update = partial(_update, gradients, optimizer)
         times[3].append(clock.measure("update", update)[0])
-    forward_s, input_s, weight_s, update_s = (tuple(own[1:]) for own in times)
+    forward_s, input_s, weight_s, update_s = (tuple(own[2:]) for own in times)
     return LayerTrial(
         forward_s=forward_s,
         input_s=input_s,
