@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import sys
+import types
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -13,6 +17,7 @@ from typer.testing import CliRunner
 from deepopt.planner.plan_file import PlanFile
 from deepopt.planner.plan_text import write_plan_file
 from deepopt_cli.app import app
+from support.fake_supervisor import FakeSupervisors
 from support.plan_files import plan_file, plan_file_of
 
 JOB = """
@@ -125,3 +130,27 @@ def test_bad_input_is_one_error(
     assert message in result.stderr
     assert "Traceback" not in result.output
     assert not (tmp_path / "runs").exists()
+
+
+def test_an_interrupted_profile_takes_everything_down_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fakes = FakeSupervisors()
+
+    def spawn(run_dir: Path, *, stage_worker: str) -> int:
+        pid = fakes.spawn(run_dir, steps=100_000)
+        os.kill(os.getpid(), signal.SIGINT)  # Ctrl-C, while the workers measure
+        return pid
+
+    module = types.ModuleType("deepopt.head.supervisor")
+    module.spawn_supervisor = spawn  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "deepopt.head.supervisor", module)
+    try:
+        result = deepopt("profile", "job.yaml")
+        assert result.exit_code == 130, result.output
+        assert "interrupted; plan.yaml was not written" in result.stderr
+        assert "Traceback" not in result.output
+        assert not (tmp_path / "plan.yaml").exists()
+        assert not any((tmp_path / "runs").iterdir())
+    finally:
+        fakes.close()
