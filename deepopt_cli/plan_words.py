@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from deepopt.config import JobConfig
 from deepopt.launch.preparation import Prepared
+from deepopt.planner.microbatch_count import words
 from deepopt.planner.plan import Plan
 from deepopt.planner.skeleton import ModelSkeleton
 from deepopt_cli.output import human_count, human_percent, ranges, table
@@ -29,6 +30,7 @@ def plan_lines(prepared: Prepared) -> list[str]:
         f"training    {training.steps} steps of {training.microbatches} micro-batches x "
         f"{training.microbatch_size} x {job.data.sequence_length} tokens, "
         f"{plan.num_groups} groups, seed {training.seed}",
+        *([f"tried       {words(prepared.tried_counts)}"] if prepared.tried_counts else []),
         f"plan        {plan.pipeline_size} ranks{replicas}, placement {plan.placement}, schedule "
         f"{prepared.planned.schedules[0].name}, predicted bubble "
         f"{human_percent(prepared.timeline.bubble)} ({prepared.planned.costs.source} costs)",

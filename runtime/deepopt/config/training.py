@@ -28,6 +28,12 @@ class TrainingConfig(Section):
         default=8, description="Micro-batches of one step, over all replicas of the pipeline."
     )
     microbatch_size: Count = Field(default=4, description="Sequences of one micro-batch.")
+    batch_size: Count | None = Field(
+        default=None,
+        description="Sequences of one step, over all replicas, instead of the two keys above: the "
+        "first launch or profile tries into how many micro-batches to cut them, and the job has those "
+        "two keys from then on. null: microbatches x microbatch_size.",
+    )
     groups: Count | None = Field(
         default=None,
         description="Gradient groups of one step: gradients add inside a group, then the "
@@ -40,8 +46,24 @@ class TrainingConfig(Section):
     )
 
     @model_validator(mode="after")
+    def _batch_is_said_once(self) -> Self:
+        said = {"microbatches", "microbatch_size"} & self.model_fields_set
+        if self.batch_size is not None and said:
+            refuse(
+                f"batch_size {self.batch_size} with {' and '.join(sorted(said))}: one follows from "
+                "the other",
+                remedy="leave out training.batch_size, or the others",
+                fields=("batch_size", *sorted(said)),
+            )
+        return self
+
+    @model_validator(mode="after")
     def _groups_fit(self) -> Self:
-        if self.groups is not None and self.groups > self.microbatches:
+        if (
+            self.batch_size is None
+            and self.groups is not None
+            and self.groups > self.microbatches
+        ):
             refuse(
                 f"{self.groups} gradient groups for {self.microbatches} micro-batches",
                 remedy=f"set training.groups between 1 and {self.microbatches}",

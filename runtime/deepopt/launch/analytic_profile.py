@@ -38,6 +38,12 @@ def analytic_profile(job: JobConfig, *, cluster: Cluster, efficiency: float) -> 
             "worker.device is emulated: its devices take stated times, nothing is to be counted",
             remedy="leave --devices out, or set worker.device=auto",
         )
+    if job.training.batch_size is not None:
+        raise InputError(
+            f"training.batch_size {job.training.batch_size} leaves the micro-batches open, which "
+            "takes measurements, and --devices measures nothing",
+            remedy="set training.microbatches and training.microbatch_size instead",
+        )
     count = cluster.num_gpus
     worker = job.worker.model_copy(update={"count": count})
     job = resolved(job.model_copy(update={"worker": worker}))

@@ -24,6 +24,7 @@ from deepopt.planner.skeleton import ModelSkeleton
 if TYPE_CHECKING:
     from deepopt.planner.decide import Planned
     from deepopt.planner.layer_costs import LayerCosts
+    from deepopt.planner.microbatch_count import TriedCount
     from deepopt.planner.prediction import Prediction
     from deepopt.run_directory import RunDirectory
     from deepopt.schedule.ir import Schedule
@@ -44,6 +45,7 @@ class Prepared:
         timeline: the first replica's schedule, simulated with the planner's costs.
         prediction: what a step will take; None where the costs are no seconds.
         source: the data in words.
+        tried_counts: numbers of micro-batches that this one was chosen from; none where the job says it.
         plan_file: the plan file that stages, order and costs are from; None where they were decided here.
     """
 
@@ -53,6 +55,7 @@ class Prepared:
     timeline: Timeline
     prediction: Prediction | None
     source: str
+    tried_counts: tuple[TriedCount, ...] = ()
     plan_file: Path | None = None
 
     @property
@@ -181,6 +184,7 @@ def prepare(
 
     from deepopt.convert import describe
     from deepopt.convert.vocabulary import check_vocabulary
+    from deepopt.launch.batch_choice import with_microbatches
     from deepopt.pipeline.update_rule import make_rule
     from deepopt.planner.decide import make_plan
     from deepopt.planner.orders import known_orders
@@ -189,8 +193,14 @@ def prepare(
     from deepopt.schedule.verify import verify
 
     make_rule(job.optimizer)  # its import paths lead somewhere
-    asked, job = job, resolved(job)
     num_workers = count_workers(job)
+    job, tried_counts = with_microbatches(
+        job,
+        num_workers=num_workers,
+        cores=shared_cores(job, num_workers),
+        plan_file=plan_file,
+    )
+    asked, job = job, resolved(job)
     skeleton = describe(job)
     check_vocabulary(job)
     cores = shared_cores(job, num_workers)
@@ -231,6 +241,7 @@ def prepare(
             overlap=job.pipeline.overlap_steps,
         ),
         source=source,
+        tried_counts=tried_counts,
         plan_file=plan_file,
     )
 

@@ -23,6 +23,7 @@ from deepopt.errors import (
     WorkersLostError,
 )
 from deepopt.job_file import dump_job
+from deepopt.launch.batch_choice import with_microbatches
 from deepopt.launch.follow import Follower, Interrupts
 from deepopt.launch.preparation import count_workers, resolved, shared_cores
 from deepopt.launch.run_files import new_run_path, write_launch
@@ -89,9 +90,12 @@ def profile(job: JobConfig, *, import_roots: list[Path], tell: Tell) -> Profiled
         DeepoptError: the model cannot be tried, a device vanished, versions differ.
         ProfileInterrupted: as asked by Ctrl-C.
     """
+    num_workers = count_workers(job)
+    job, _ = with_microbatches(
+        job, num_workers=num_workers, cores=shared_cores(job, num_workers)
+    )
     job = resolved(job)
     skeleton = describe(job)
-    num_workers = count_workers(job)
     run = _make_run(job, skeleton, num_workers=num_workers, import_roots=import_roots)
     view = _ProgressView(tell)
     with Interrupts() as interrupts:
