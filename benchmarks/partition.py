@@ -100,8 +100,12 @@ def main() -> None:
     parser.add_argument(
         "--ranks", type=int, choices=tuple(SETS), help="of simulated cases [both]"
     )
+    parser.add_argument("--model", metavar="WORD", default="", help="with it in the name [all]")
     parser.add_argument("--quick", action="store_true", help="short: does it run?")
     options = parser.parse_args()
+    if not any(options.model in model.name for model in models(24)):
+        names = ", ".join(model.name for model in models(24))
+        parser.error(f"--model {options.model}: there are {names}")
     end_cleanly_on_signals()
     say("\n".join(describe()))
     say(f"F/I/W = {'/'.join(map(str, LAYER_MS))} ms a layer, hops of {LATENCY_MS} ms\n")
@@ -109,9 +113,9 @@ def main() -> None:
     if options.only in (None, "solvers"):
         solver_times(quick=options.quick)
     if options.only in (None, "simulated"):
-        ratios += simulated(quick=options.quick, ranks=options.ranks)
+        ratios += simulated(quick=options.quick, ranks=options.ranks, word=options.model)
     if options.only in (None, "emulated"):
-        ratios += emulated(quick=options.quick)
+        ratios += emulated(quick=options.quick, word=options.model)
     if not ratios:
         return
     say(f"\nthe least of all {len(ratios)} cases: {min(r for _, r in ratios):.2f} (aim 1.00)")
@@ -156,12 +160,12 @@ def solver_times(*, quick: bool) -> None:
     say(table(("devices", "layers", "ranks", "CPU s", "gap to bound"), rows) + "\n")
 
 
-def simulated(*, quick: bool, ranks: int | None) -> list[tuple[str, float]]:
+def simulated(*, quick: bool, ranks: int | None, word: str) -> list[tuple[str, float]]:
     """The ratio of every case, with the name of its set of devices."""
     rows, ratios = [], []
     for size in (4,) if quick else SETS if ranks is None else (ranks,):
         counts = (8,) if quick else (8, 16)
-        for model in models(6 * size):
+        for model in named(word, num_blocks=6 * size):
             for set_name, factors in SETS[size].items():
                 for count in counts:
                     progress(f"p={size} m={count} {model.name}, {set_name}")
@@ -187,6 +191,11 @@ def simulated(*, quick: bool, ranks: int | None) -> list[tuple[str, float]]:
     header = ("case", "p", "m", "uniform", "parameters", "time", "ours", "plan", "ratio")
     say("simulated, ms a step\n" + table(header, rows) + "\n")
     return ratios
+
+
+def named(word: str, *, num_blocks: int) -> list[Model]:
+    """The skewed models with a word in their names."""
+    return [model for model in models(num_blocks) if word in model.name]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -273,13 +282,13 @@ def our_plan(case: Case) -> Outcome:
     return compare(case.pipeline, tried=searches(ONE_COPY), effort=EFFORT).best
 
 
-def emulated(*, quick: bool) -> list[tuple[str, float]]:
+def emulated(*, quick: bool, word: str) -> list[tuple[str, float]]:
     """The same for four devices with real processes and messages."""
     ranks, count = 4, 8
     rounds, steps = (1, 1) if quick else (3, 3)
     rows, ratios = [], []
     with RehearsalGroup(ranks) as group:
-        for model in models(24)[: 1 if quick else 3]:
+        for model in named(word, num_blocks=24)[: 1 if quick else 3]:
             for set_name, factors in SETS[ranks].items():
                 progress(f"emulated: {model.name}, {set_name}")
                 case = Case.of(model, factors, microbatches=count)
