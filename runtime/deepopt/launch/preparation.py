@@ -193,6 +193,7 @@ def prepare(
     from deepopt.schedule.verify import verify
 
     make_rule(job.optimizer)  # its import paths lead somewhere
+    check_vocabulary(job)
     num_workers = count_workers(job)
     job, tried_counts = with_microbatches(
         job,
@@ -202,7 +203,6 @@ def prepare(
     )
     asked, job = job, resolved(job)
     skeleton = describe(job)
-    check_vocabulary(job)
     cores = shared_cores(job, num_workers)
     if plan_file is not None:
         from deepopt.launch.plan_use import use_plan_file
