@@ -32,8 +32,8 @@ from torch.distributed.pipelining.schedules import Schedule1F1B, ScheduleZBVZero
 from deepopt.config import JobConfig
 from deepopt.convert import build_layers
 from deepopt.convert import describe as describe_model
+from deepopt.pipeline.process_group import ProcessGroupTransport
 from deepopt.pipeline.step import PipelineStep
-from deepopt.pipeline.transport import ProcessGroupTransport
 from deepopt.planner.decide import make_plan
 
 AIM = 1.0

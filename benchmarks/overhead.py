@@ -30,8 +30,8 @@ from deepopt.convert import build_layers
 from deepopt.convert import describe as describe_model
 from deepopt.datasets.batch_source import BatchSource, build_batch_source
 from deepopt.job_file import dump_job, load_job
+from deepopt.pipeline.lone_transport import LoneTransport
 from deepopt.pipeline.step import PipelineStep
-from deepopt.pipeline.transport import LoneTransport
 from deepopt.planner.decide import make_plan
 
 AIM = 0.95

@@ -34,7 +34,7 @@ from _report import progress, ratio_line, say, table
 from deepopt.config import JobConfig
 from deepopt.convert import describe as describe_model
 from deepopt.job_file import dump_job, load_job
-from deepopt.pipeline.transport import LoneTransport
+from deepopt.pipeline.lone_transport import LoneTransport
 from deepopt.planner.decide import make_plan
 from deepopt.worker.rehearsal import RankPlan
 

@@ -10,8 +10,9 @@ from deepopt.config import JobConfig
 from deepopt.convert import build_layers, describe
 from deepopt.datasets.batch_source import build_batch_source
 from deepopt.errors import TransportError
+from deepopt.pipeline.lone_transport import LoneTransport
 from deepopt.pipeline.step import PipelineStep
-from deepopt.pipeline.transport import LoneTransport, PendingGather
+from deepopt.pipeline.transport import PendingGather
 from support.worker_processes import make_plan, tiny_job
 
 # With so high a learning rate the norm is below 3, jumps above it in step 4, and falls again.

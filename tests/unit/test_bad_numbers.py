@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from deepopt.errors import TrainingError
+from deepopt.pipeline.lone_transport import LoneTransport
 from deepopt.pipeline.step import PipelineStep
-from deepopt.pipeline.transport import LoneTransport
 from support.lone_step import Cut, job_of, make_step, state_of
 
 BAD = 3

@@ -11,14 +11,8 @@ import torch
 from deepopt.errors import ClusterError
 from deepopt.pipeline.emulated_device import EmulatedDevice, action_times_s
 from deepopt.pipeline.emulated_transport import EmulatedTransport
-from deepopt.pipeline.transport import (
-    Channel,
-    Kind,
-    LoneTransport,
-    PendingGather,
-    PendingReceive,
-    TensorSpec,
-)
+from deepopt.pipeline.lone_transport import LoneTransport
+from deepopt.pipeline.transport import Channel, Kind, PendingGather, PendingReceive, TensorSpec
 from deepopt.schedule.ir import Action, Op, parse_action
 from deepopt.schedule.simulate import CostTable
 

@@ -47,3 +47,18 @@ def test_a_lost_send_is_no_longer_waited_for_when_the_group_has_ended() -> None:
 def test_what_the_backend_says_is_raised_where_it_is_waited_for() -> None:
     with pytest.raises(RuntimeError, match="connection reset"):
         SendWaits().wait([Failing()], "a send")
+
+
+def test_one_wait_after_the_other_takes_one_thread_which_ends_at_the_close() -> None:
+    waits, names = SendWaits(), set[threading.Thread]()
+
+    class Noting:
+        def wait(self) -> None:
+            names.add(threading.current_thread())
+
+    for _ in range(3):
+        waits.wait([Noting()], "a send")
+    (thread,) = names
+    waits.close()
+    thread.join(60)
+    assert not thread.is_alive()

@@ -25,10 +25,11 @@ from deepopt.own_loop.open_stage import OpenStage
 from deepopt.own_loop.splitting import GivenBatch, Tensors, cut, join
 from deepopt.pipeline.executor import Executor
 from deepopt.pipeline.gradients import StageGradients
+from deepopt.pipeline.lone_transport import LoneTransport
 from deepopt.pipeline.reduction import Bucket, Reducer, channels
 from deepopt.pipeline.spans import SpanRecorder
 from deepopt.pipeline.stage import Loss, Stage
-from deepopt.pipeline.transport import LoneTransport, Transport
+from deepopt.pipeline.transport import Transport
 from deepopt.planner.orders import built_order
 from deepopt.schedule.ir import Schedule
 from deepopt.schedule.lowering import lower

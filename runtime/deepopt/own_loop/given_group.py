@@ -7,7 +7,8 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from deepopt.errors import InputError
-from deepopt.pipeline.transport import ProcessGroupTransport, Store
+from deepopt.pipeline.process_group import ProcessGroupTransport
+from deepopt.pipeline.transport import Store
 
 _REMEDY = (
     'call torch.distributed.init_process_group("gloo") for CPUs, "cpu:gloo,cuda:nccl" for GPUs'

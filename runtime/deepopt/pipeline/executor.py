@@ -21,7 +21,15 @@ from deepopt.pipeline.reduction import Bucket, Reducer
 from deepopt.pipeline.spans import SpanRecorder
 from deepopt.pipeline.stage import Stage, Tensors
 from deepopt.pipeline.transport import Channel, Kind, TensorSpec, Transport
-from deepopt.schedule.ir import RECEIVE_OPS, SEND_OPS, Action, Direction, Op, Placement
+from deepopt.schedule.ir import (
+    COMPUTE_OPS,
+    RECEIVE_OPS,
+    SEND_OPS,
+    Action,
+    Direction,
+    Op,
+    Placement,
+)
 from deepopt.schedule.run_ahead import RunAhead
 
 
@@ -279,10 +287,22 @@ class Executor:
                 run: Callable[[], None] = partial(self._receives.post_through, action)
             elif action.op in RECEIVE_OPS:
                 run = self._bind_receive(action)
+            elif action.op in COMPUTE_OPS:
+                run = self._posting_ahead(bind[action.op](action))
             else:
                 run = bind[action.op](action)
             calls.append(_Call(slot.position, action, run, is_silent=slot.only_post))
         return calls
+
+    def _posting_ahead(self, compute: Callable[[], None]) -> Callable[[], None]:
+        """A computation, and what receives may be posted while the device is at it."""
+        post_ahead = self._receives.post_ahead
+
+        def run() -> None:
+            compute()
+            post_ahead()
+
+        return run
 
     def _bind_forward(self, action: Action) -> Callable[[], None]:
         index, microbatch = _stage_and_microbatch(action)

@@ -1,7 +1,9 @@
 """A worker's receives of one step: posted ahead in the order of its list, waited for when needed.
 
 The list says by when a receive must be posted, so that no sender waits for ever; it is waited for
-directly before the action that uses it. It knows neither stages nor schedules.
+directly before the action that uses it. What may be posted ahead of that is posted by `post_ahead`,
+while the device computes: a receive costs a message to the sender, which nobody has to wait for.
+It knows neither stages nor schedules.
 """
 
 from __future__ import annotations
@@ -57,6 +59,7 @@ class Receives:
         self._shapes = shapes
         self._limit = len(actions)
         self._num_posted = 0
+        self._wanted = 0  # how many shall be posted by the end of the next computation
         self._pending: dict[Action, PendingReceive] = {}
         self._taken: set[Action] = set()
 
@@ -67,7 +70,7 @@ class Receives:
             limit: post no more than the first so many until `lift_limit`; None for all.
         """
         assert not self._pending, f"{[*map(str, self._pending)]} were never waited for"
-        self._num_posted = 0
+        self._num_posted = self._wanted = 0
         self._taken.clear()
         self._limit = len(self._actions) if limit is None else limit
         self._post_up_to(self._lookahead)
@@ -81,15 +84,20 @@ class Receives:
         """Post the receives of the list up to one, as far as their shapes are known."""
         self._post_up_to(self._number[action] + 1)
 
+    def post_ahead(self) -> None:
+        """Post what may be ahead of the receives that were taken."""
+        if self._num_posted < self._wanted:
+            self._post_up_to(self._wanted)
+
     def take(self, action: Action) -> tuple[torch.Tensor, ...]:
-        """Wait for what a receive brings, and post the next ones."""
+        """Wait for what a receive brings; the next ones are posted by `post_ahead`."""
         number = self._number[action]
         while self._num_posted <= number:  # the first step: wait for the shapes, too
             self._post(self._actions[self._num_posted])
             self._num_posted += 1
         tensors = self._pending.pop(action).wait()
         self._taken.add(action)
-        self._post_up_to(number + 1 + self._lookahead)
+        self._wanted = number + 1 + self._lookahead
         return tensors
 
     def drop(self, actions: Iterable[Action]) -> None:
@@ -110,7 +118,7 @@ class Receives:
         """Drop everything under way: the group that it came from has ended."""
         self._pending.clear()
         self._taken.clear()
-        self._num_posted = 0
+        self._num_posted = self._wanted = 0
 
     def _post_up_to(self, end: int) -> None:
         """Post receives of the list, up to one whose shape nobody has told yet."""

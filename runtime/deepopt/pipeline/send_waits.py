@@ -7,6 +7,7 @@ timeout, whatever becomes of the connection. So the wait itself runs on a thread
 
 from __future__ import annotations
 
+import queue
 import threading
 from collections.abc import Sequence
 from typing import Protocol
@@ -26,8 +27,9 @@ class SendWaits:
     """The waits of one transport. All methods from any thread."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # of the next two
+        self._lock = threading.Lock()  # of the next three
         self._open: set[threading.Event] = set()
+        self._idle: list[_Waiter] = []  # starting a thread takes longer than most waits
         self._is_ended = False
 
     def begin(self) -> None:
@@ -41,6 +43,13 @@ class SendWaits:
             self._is_ended = True
             for over in self._open:
                 over.set()
+
+    def close(self) -> None:
+        """End the threads that nobody waits for."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for waiter in idle:
+            waiter.dismiss()
 
     def wait(self, works: Sequence[Work], what: str) -> None:
         """Block until all are out.
@@ -61,26 +70,50 @@ class SendWaits:
             if self._is_ended:
                 raise TransportError(f"{what} was interrupted")
             self._open.add(over)
-        threading.Thread(
-            target=_wait, args=(works, results, over), name="send-wait", daemon=True
-        ).start()
+            waiter = self._idle.pop() if self._idle else None
+        waiter = waiter or _Waiter()
+        waiter.ask(works, results, over)
         over.wait()
         with self._lock:
             self._open.discard(over)
+            if results:
+                self._idle.append(waiter)
         if not results:
+            waiter.dismiss()  # it is left behind, and ends when the backend lets it go
             raise TransportError(f"{what} was interrupted")
         if results[0] is not None:
             raise results[0]
 
 
-def _wait(
-    works: Sequence[Work], results: list[Exception | None], over: threading.Event
-) -> None:
-    try:
-        for work in works:
-            work.wait()
-    except Exception as error:  # noqa: BLE001 - raised where it is waited for
-        results.append(error)
-    else:
-        results.append(None)
-    over.set()
+_Request = tuple[Sequence[Work], list[Exception | None], threading.Event]
+
+
+class _Waiter:
+    """A thread that waits for one request after the other."""
+
+    def __init__(self) -> None:
+        self._requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
+        threading.Thread(target=self._serve, name="send-wait", daemon=True).start()
+
+    def ask(
+        self, works: Sequence[Work], results: list[Exception | None], over: threading.Event
+    ) -> None:
+        """Wait for sends; then `results` has one entry, and `over` is set."""
+        self._requests.put((works, results, over))
+
+    def dismiss(self) -> None:
+        """End when what was asked for is over."""
+        self._requests.put(None)
+
+    def _serve(self) -> None:
+        while (request := self._requests.get()) is not None:
+            works, results, over = request
+            try:
+                for work in works:
+                    work.wait()
+            except Exception as error:  # noqa: BLE001 - raised where it is waited for
+                results.append(error)
+            else:
+                results.append(None)
+            over.set()
+            del request, works, results  # a send keeps its tensor

@@ -401,7 +401,6 @@ class PipelineStep:
         for bucket in (*self._tied_buckets, *self._count_buckets):
             self._reducer.start(bucket)
         self._reducer.finish()
-        self._transport.finish_sends()
         self._take_counts()
         spans = self._spans.take()
         own_clock = self._device.type == "cuda" or self.overruns is not None
@@ -412,6 +411,7 @@ class PipelineStep:
         cpu = self._part("reduce_cpu_s", cpu)
         own = self._row(take_wishes(), totals, step_s=exchanging - began)
         exchange = self._transport.start_all_gather(own)
+        self._transport.finish_sends()  # receivers take them before they join the exchange
         if ahead:
             self._update(self._rule.rate(step))
             self._update_s = time.perf_counter() - exchanging

@@ -29,9 +29,11 @@ from deepopt.convert import build_layers, describe
 from deepopt.datasets.batch_source import build_batch_source
 from deepopt.errors import DeepoptError, TrainingError, TransportError, WorkersLostError
 from deepopt.pipeline.emulated_clock import Overruns
+from deepopt.pipeline.lone_transport import LoneTransport
+from deepopt.pipeline.process_group import ProcessGroupTransport
 from deepopt.pipeline.spans import Span
 from deepopt.pipeline.step import PipelineStep
-from deepopt.pipeline.transport import LoneTransport, ProcessGroupTransport, Transport
+from deepopt.pipeline.transport import Transport
 from deepopt.planner.plan import Plan
 from deepopt.schedule.ir import COMPUTE_OPS, Schedule
 from deepopt.worker.rendezvous import StoreServer, serve_store

@@ -13,12 +13,9 @@ import torch
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from deepopt.errors import ClusterError, TransportError
-from deepopt.pipeline.transport import (
-    LoneTransport,
-    ProcessGroupTransport,
-    Store,
-    Transport,
-)
+from deepopt.pipeline.lone_transport import LoneTransport
+from deepopt.pipeline.process_group import ProcessGroupTransport
+from deepopt.pipeline.transport import Store, Transport
 from deepopt.worker.messages import Assignment
 
 _SIOCGIFADDR = 0x8915  # Linux: get the IPv4 address of an interface
