@@ -9,7 +9,7 @@ import torch
 
 from deepopt.convert import describe
 from deepopt.job_file import load_job
-from deepopt.pipeline.transport import LoneTransport
+from deepopt.pipeline.lone_transport import LoneTransport
 from deepopt.planner.decide import make_plan
 from deepopt.worker.rehearsal import RankPlan
 
