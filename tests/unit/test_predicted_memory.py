@@ -9,8 +9,8 @@ import torch
 
 from deepopt.convert import build_layers, describe
 from deepopt.datasets.batch_source import build_batch_source
+from deepopt.pipeline.lone_transport import LoneTransport
 from deepopt.pipeline.step import PipelineStep
-from deepopt.pipeline.transport import LoneTransport
 from deepopt.planner.orders import built_order
 from deepopt.planner.rank_memory import rank_bytes
 from deepopt.worker.calibrate import calibrate
