@@ -14,10 +14,12 @@ from __future__ import annotations
 import argparse
 import statistics
 import sysconfig
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from _machine import describe
 from _report import progress, ratio_line, say, table
@@ -34,8 +36,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "sign 0.001": {"mode": "sign"},
     "quantile": {"mode": "quantile"},
     "elb": {},
-    "elb, devices": {"devices": DEVICES, "alpha": 1.0},
-    "elb, experts": {"level": "expert", "alpha": 1.0},
+    "elb, devices": {"devices": DEVICES},
+    "elb, experts": {"level": "expert"},
 }
 OTHERS = ("none", "aux 0.01", "sign 0.001", "quantile")
 DEVICE_AIM = 0.003  # loss above elb without feedback inside the step, at most
@@ -81,6 +83,7 @@ def train(
     steps: int,
     seed: int,
     text: tuple[torch.Tensor, torch.Tensor],
+    look: Callable[[int, Sequence[ElbRouter]], None] | None = None,
 ) -> Outcome:
     """One training from the start.
 
@@ -90,6 +93,7 @@ def train(
         steps: of the optimizer.
         seed: of weights and order.
         text: for training, and held out.
+        look: is told of each step and its routers before they are updated.
     """
     torch.manual_seed(seed)
     model = build(
@@ -117,11 +121,11 @@ def train(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         if step >= steps * 4 // 5:
-            loads = [
-                router.read_counts(router._own_counts().numpy()).load for router in routers
-            ]
+            loads = [load_of(router) for router in routers]
             vio += [balancer.max_violation(load) for load in loads]
             straggler += [balancer.straggler_factor(load, devices=DEVICES) for load in loads]
+        if look is not None:
+            look(step, routers)
         for router in routers:
             router.update()
         optimizer.step()
@@ -131,6 +135,11 @@ def train(
         max_vio=statistics.mean(vio),
         straggler=statistics.mean(straggler),
     )
+
+
+def load_of(router: ElbRouter) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Tokens of each expert in the step so far."""
+    return router.read_counts(router._own_counts().numpy()).load
 
 
 @torch.no_grad()
@@ -147,14 +156,14 @@ def _validate(model: MoeTransformer, text: torch.Tensor) -> float:
 def main() -> None:
     """Train all ways and print a table a size."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="20 steps, one seed, 32 experts")
+    parser.add_argument("--quick", action="store_true", help="20 steps, one seed, one size")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--experts", type=int, nargs="*", default=[32, 64])
     options = parser.parse_args()
     steps, seeds, sizes = options.steps, options.seeds, options.experts
     if options.quick:
-        steps, seeds, sizes = 20, 1, [32]
+        steps, seeds, sizes = 20, 1, sizes[:1]
     torch.set_num_threads(1)
     for line in describe():
         say(line)

@@ -11,7 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 HORIZONS = (10, 100, 1000)  # steps; the short ones tell something before 1,000 steps are over
-HALF_LIFE = 100  # steps after which a load weighs half
+# Steps after which a load weighs half. In two trainings (benchmarks/elb_forecast.py) 200 was better for loads
+# that ELB keeps even, 50 for loads that a young model moves.
+HALF_LIFE = 100
 
 
 @dataclass(slots=True)
