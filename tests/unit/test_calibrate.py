@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -10,13 +11,14 @@ import torch
 from deepopt.config import JobConfig
 from deepopt.convert import describe
 from deepopt.datasets.batch_source import build_batch_source
+from deepopt.pipeline.stage_experts import StageExperts, count_routers
 from deepopt.planner.alpha_beta import AlphaBeta
 from deepopt.planner.layer_costs import LayerCosts
 from deepopt.planner.skeleton import ModelSkeleton
 from deepopt.worker import calibrate as calibration
 from deepopt.worker.calibrate import calibrate, with_messages
 from deepopt.worker.message_trial import MessageTrial
-from support.worker_processes import tiny_job
+from support.worker_processes import TINY_MODEL, tiny_job
 
 CPU = torch.device("cpu")
 
@@ -45,6 +47,26 @@ def test_a_message_costs_its_thread_where_cores_are_not_shared(
     assert found("cpu", None) == pytest.approx((1e-5, 1e9, 4.8e-4))
     # What an emulated layer hands on has a stated size, and passes through no CPU.
     assert found("emulated", None)[1] is None
+
+
+def test_the_update_of_a_layer_includes_that_of_its_routers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    balance, update_s = StageExperts.update, 0.05
+
+    def slowly(experts: StageExperts) -> None:
+        balance(experts)
+        ends = time.thread_time() + update_s
+        while time.thread_time() < ends:
+            pass
+
+    monkeypatch.setattr(StageExperts, "update", slowly)
+    job = tiny_job(model={"kwargs": {**TINY_MODEL, "num_blocks": 2}})
+    found = tried(job)
+    assert found is not None
+    routers = [count_routers(layer.buffers) for layer in describe(job).layers]
+    assert sorted(routers) == [0, 0, 0, 1]
+    assert [s >= update_s for s in found.update_s] == list(map(bool, routers))
 
 
 def test_every_layer_gets_times_and_sizes_and_threads_are_as_before() -> None:

@@ -187,7 +187,7 @@ def try_layer(
         grads = tuple(torch.ones_like(out) for out in outputs if out.requires_grad)
         times[1].append(clock.measure("I", partial(stage.backward_input, repeat, grads))[0])
         times[2].append(clock.measure("W", partial(stage.backward_weight, repeat))[0])
-        update = partial(_update, gradients, optimizer)
+        update = partial(_update, stage, optimizer)
         times[3].append(clock.measure("update", update)[0])
     forward_s, input_s, weight_s, update_s = (tuple(own[2:]) for own in times)
     return LayerTrial(
@@ -200,9 +200,16 @@ def try_layer(
     )
 
 
-def _update(gradients: StageGradients, optimizer: LayerOptimizer) -> None:
-    """Everything that a step does with a layer once: norms, clipping, update, zeros."""
+def _update(stage: Stage, optimizer: LayerOptimizer) -> None:
+    """Everything that a step does with a layer once: routers' counts and biases, norms, clipping, update,
+    zeros."""
+    gradients, experts = stage.gradients, stage.experts
     totals = gradients.totals()
+    if experts:
+        experts.latch()
+        experts.compensate(totals)
+        experts.figures()
+        experts.update()
     if totals:
         torch.stack([torch.linalg.vector_norm(total) for total in totals.values()]).tolist()
     gradients.rows[0].mul_(1.0)
