@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from deepopt.errors import ScheduleError
 from deepopt.schedule.builders import BUILDERS, build
 from deepopt.schedule.ir import (
+    SEND_OPS,
     Action,
     Direction,
     Op,
@@ -18,7 +19,7 @@ from deepopt.schedule.ir import (
     parse_action,
     place,
 )
-from deepopt.schedule.lowering import lower
+from deepopt.schedule.lowering import count_transfers, lower
 from deepopt.schedule.verify import peak_activations, verify
 from deepopt.schedule.verify_lowered import verify_lowered
 
@@ -72,7 +73,10 @@ def test_every_builder_is_verified_for_any_ranks_and_microbatches(schedule: Sche
 def test_lowered_lists_need_only_one_send_under_way(
     schedule: Schedule, buffers: int, reduce: bool
 ) -> None:
-    verify_lowered(schedule, rows=lower(schedule, reduce=reduce), buffers=buffers)
+    rows = lower(schedule, reduce=reduce)
+    verify_lowered(schedule, rows=rows, buffers=buffers)
+    sends = sum(action.op in SEND_OPS for row in rows for action in row)
+    assert count_transfers(schedule) == sends
 
 
 @pytest.mark.parametrize("name", sorted(BUILDERS))

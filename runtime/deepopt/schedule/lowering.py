@@ -69,6 +69,15 @@ def lower(schedule: Schedule, *, reduce: bool) -> Lowered:
     return tuple(map(tuple, rows))
 
 
+def count_transfers(schedule: Schedule) -> int:
+    """Tensors that are sent between ranks in a step: the sends that `lower` adds.
+
+    Args:
+        schedule: compute actions.
+    """
+    return sum(_output_of(schedule, a) is not None for row in schedule.actions for a in row)
+
+
 def channel_of(schedule: Schedule, action: Action) -> tuple[Channel, Message]:
     """The channel and the message of a send or receive action.
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from deepopt.errors import ScheduleError
 from deepopt.schedule.faults import Fault, fault_at, find_membership_fault
 from deepopt.schedule.ir import Action, Op, Schedule
-from deepopt.schedule.lowering import lower
+from deepopt.schedule.lowering import count_transfers, lower
 from deepopt.schedule.memory import Memory, held_at
 from deepopt.schedule.verify_lowered import find_transfer_fault
 
@@ -58,11 +58,7 @@ def verify(
         raise ScheduleError(fault.message, remedy=fault.remedy)
     return VerifyReport(
         peak_activations=peak_activations(schedule),
-        num_transfers=sum(
-            action.op in (Op.SEND_F, Op.SEND_B)
-            for row in lower(schedule, reduce=False)
-            for action in row
-        ),
+        num_transfers=count_transfers(schedule),
     )
 
 
