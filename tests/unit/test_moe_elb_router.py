@@ -297,3 +297,26 @@ def test_it_compiles_as_one_graph() -> None:
     x = tokens(32)
     for found, expected in zip(compiled(x), router(x), strict=True):
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "padded"), [({}, True), ({"devices": 4, "chunks": 2}, False)]
+)
+def test_training_compiles_as_one_graph_with_equal_bits(
+    kwargs: dict[str, Any], padded: bool
+) -> None:
+    plain, other = make(**kwargs), make(**kwargs)
+    mask = torch.arange(64) % 32 >= 24 if padded else None
+    for router in (plain, other):  # the first steps warm up
+        train(router, 4, size=256)
+        while router._still_warms_up():
+            train(router, 1, size=256)
+    compiled = torch.compile(other, backend="eager", fullgraph=True)
+    for step in range(2):
+        x = tokens(64, seed=step)
+        expected = plain(x, mask, sequence_length=32)
+        for a, b in zip(compiled(x, mask, sequence_length=32), expected, strict=True):
+            assert torch.equal(a, b)
+        plain.update()
+        other.update()
+        assert same(state_of(plain), state_of(other))

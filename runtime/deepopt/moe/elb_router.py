@@ -41,6 +41,7 @@ from deepopt.moe.step_totals import (
     add_stats,
     bad_scores,
     bad_tokens,
+    loads_of,
     num_totals,
     read_totals,
     sample_rows,
@@ -141,6 +142,7 @@ class ElbRouter(torch.nn.Module):
         self._counts = None
         if not self.expert_bias.is_meta and int(self.elb_step) == 0:
             self.reset_state()
+        self._look()
 
     def reset_parameters(self) -> None:
         """Initialise everything: the weight from the default generator, the state to nothing learned."""
@@ -191,7 +193,7 @@ class ElbRouter(torch.nn.Module):
         known = self._memory.take(key)
         if known is not None:
             ids_TK = known
-            load_E = self._loads(ids_TK, counted_T)
+            load_E = loads_of(ids_TK, counted_T, num_experts=self.num_experts)
         else:
             ids_TK, stats = self._select(logits_TE.detach(), counted_T, length)
             load_E = stats[-(self.num_experts + 2) : -2].long()
@@ -222,7 +224,7 @@ class ElbRouter(torch.nn.Module):
 
     def begin_step(self) -> None:
         """Forget micro-batches of the step before, and look at the state anew."""
-        self._look_anew()
+        self._look()
         self._memory.begin_step()
 
     def begin_pass(self, key: Hashable) -> None:
@@ -249,7 +251,6 @@ class ElbRouter(torch.nn.Module):
         counts = self.read_counts(totals)
         state = balancer.update(self.state(), counts, elb=self.elb, top_k=self.top_k)
         self._store(state)
-        self._look_anew()
         self._memory.end_pass()
 
     def update(self, all_reduce: Callable[[torch.Tensor], object] | None = None) -> None:
@@ -339,24 +340,25 @@ class ElbRouter(torch.nn.Module):
         return logits_TE
 
     def _starts_cold(self) -> bool:
-        if not self.elb.warmup or self.elb.mode not in ("elb", "quantile"):
-            return False
         if self._is_cold is None:
-            self._is_cold = int(self.elb_step) == 0
-        return self._is_cold
+            self._look()
+        return bool(self._is_cold)
 
     def _still_warms_up(self) -> bool:
-        if self.expert_bias.is_meta:
-            return False
         if self._is_unsettled is None:
-            drift = self.elb_drift.float().cpu().numpy()  # a bf16 model casts buffers, too
-            self._is_unsettled = balancer.is_unsettled(
-                drift, step=int(self.elb_step), elb=self.elb
-            )
-        return self._is_unsettled
+            self._look()
+        return bool(self._is_unsettled)
 
-    def _look_anew(self) -> None:
-        self._is_cold = self._is_unsettled = None
+    def _look(self) -> None:
+        """Read from the state what forwards depend on beside tensors: not inside a forward where that can
+        be helped, for it waits for a device and stops compilers."""
+        if self.expert_bias.is_meta:
+            self._is_cold = self._is_unsettled = None
+            return
+        step = int(self.elb_step)
+        drift = self.elb_drift.float().cpu().numpy()  # a bf16 model casts buffers, too
+        self._is_cold = step == 0 and self.elb.warmup and self.elb.mode in ("elb", "quantile")
+        self._is_unsettled = balancer.is_unsettled(drift, step=step, elb=self.elb)
 
     def _warm(self, u_TE: torch.Tensor, counted_T: torch.Tensor | None) -> torch.Tensor:
         if self.top_k >= self.num_experts or self.elb.target_share:
@@ -400,12 +402,12 @@ class ElbRouter(torch.nn.Module):
         if not wants_losses(self.elb) or not len(logits_TE):
             return weights_TK
         # The whole batch's load of the last step: this step's is not known yet.
-        is_known = bool(self.elb_load.any())
+        known_E = torch.where(self.elb_load.any(), self.elb_load, load_E.float())
         routed = Routed(
             logits_TE=logits_TE,
             scores_TE=self.gate.scores(logits_TE),
             ids_TK=logits_TE.detach().topk(self.top_k, dim=-1).indices,
-            load_E=self.elb_load if is_known else load_E.float(),
+            load_E=known_E,
             counted_T=counted_T,
             sequence_length=length,
         )
@@ -442,24 +444,19 @@ class ElbRouter(torch.nn.Module):
         counts = self._own_counts()
         add_stats(counts, stats)
         rows = sample_rows(logits_TE.shape[0])
-        sample_TE, ids_TK = logits_TE[rows], ids_TK[rows]
-        if counted_T is not None:
-            sample_TE, ids_TK = sample_TE[counted_T[rows]], ids_TK[counted_T[rows]]
-        add_sample(counts, self.gate.scores(sample_TE), ids_TK)
-
-    def _loads(self, ids_TK: torch.Tensor, counted_T: torch.Tensor | None) -> torch.Tensor:
-        ids = ids_TK if counted_T is None else ids_TK[counted_T]
-        return torch.bincount(ids.flatten(), minlength=self.num_experts)
+        sampled_T = None if counted_T is None else counted_T[rows]
+        add_sample(counts, self.gate.scores(logits_TE[rows]), ids_TK[rows], sampled_T)
 
     # State. --------------------------------------------------------------------------------------
 
     def _store(self, state: BalancerState) -> None:
         if not self.expert_bias.is_meta:
             store_state(self, state)
+        self._look()
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         refuse_other_size(state_dict, prefix, num_experts=self.num_experts)
-        self._look_anew()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._look()

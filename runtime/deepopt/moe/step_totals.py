@@ -51,21 +51,45 @@ def sample_rows(num_tokens: int) -> slice:
     return slice(None, None, max(1, -(-num_tokens // _SAMPLED_TOKENS)))
 
 
-def add_sample(counts: torch.Tensor, scores_TE: torch.Tensor, ids_TK: torch.Tensor) -> None:
+def add_sample(
+    counts: torch.Tensor,
+    scores_TE: torch.Tensor,
+    ids_TK: torch.Tensor,
+    counted_T: torch.Tensor | None,
+) -> None:
     """Add the choices that some tokens would have had without bias, and the gate mass of both.
 
     Args:
         counts: int32 [num_totals], changed in place.
         scores_TE: of the sampled tokens.
         ids_TK: their choices.
+        counted_T: bool, those that count; None: all.
     """
     num_experts = scores_TE.shape[1]
     best_TK = scores_TE.topk(ids_TK.shape[1], dim=-1).indices
     tail = counts[-num_experts - _NUM_MASSES - 2 : -2]
-    tail[:num_experts] += torch.bincount(best_TK.flatten(), minlength=num_experts)
+    tail[:num_experts] += loads_of(best_TK, counted_T, num_experts=num_experts)
     for position, ids in enumerate((best_TK, ids_TK)):
-        mass = scores_TE.gather(1, ids).nan_to_num_(0.0).sum()
-        tail[num_experts + position] += (mass * _MASS_UNIT).round().int()
+        mass_TK = scores_TE.gather(1, ids).nan_to_num(0.0)
+        if counted_T is not None:
+            mass_TK = mass_TK * counted_T.unsqueeze(-1)
+        tail[num_experts + position] += (mass_TK.sum() * _MASS_UNIT).round().int()
+
+
+def loads_of(
+    ids_TK: torch.Tensor, counted_T: torch.Tensor | None, *, num_experts: int
+) -> torch.Tensor:
+    """[E] int64 choices of each expert. No bincount: its shape stops compilers.
+
+    Args:
+        ids_TK: choices.
+        counted_T: bool, the tokens that count; None: all.
+        num_experts: E.
+    """
+    ones_TK = torch.ones_like(ids_TK)
+    if counted_T is not None:
+        ones_TK = ones_TK * counted_T.unsqueeze(-1)
+    return ids_TK.new_zeros(num_experts).scatter_add_(0, ids_TK.flatten(), ones_TK.flatten())
 
 
 def read_totals(totals: Totals, *, num_experts: int, num_bins: int) -> StepCounts:
