@@ -5,6 +5,7 @@ Takes the lines of `metrics.jsonl` and `expert_loads.jsonl` as they come; reads 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,7 +39,7 @@ class ExpertPanel:
     @property
     def layers(self) -> list[str]:
         """That have routers, as far as is known."""
-        return list(self._windows)
+        return sorted(self._windows, key=_by_number)
 
     def step(self, record: Mapping[str, Any]) -> None:
         """Take a line of `metrics.jsonl`."""
@@ -68,7 +69,7 @@ class ExpertPanel:
             no_wrap=True,
         )
         parts: list[RenderableType] = [figures, *self._curve()]
-        layer = self._layer or next(iter(self._windows), None)
+        layer = self._layer or next(iter(self.layers), None)
         if layer in self._windows:
             parts += self._map(layer)
         if errors := self._forecast.errors():
@@ -110,3 +111,8 @@ class ExpertPanel:
                     text.stylize(_BELOW if below else _ABOVE, place, place + 1)
             lines.append(text)
         return lines
+
+
+def _by_number(layer: str) -> list[tuple[int, str]]:
+    """Workers tell of their layers in any order; `blocks.2` comes before `blocks.10`."""
+    return [(int(p) if p.isdigit() else 0, p) for p in re.split(r"(\d+)", layer)]

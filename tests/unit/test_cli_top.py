@@ -116,6 +116,15 @@ def test_the_layer_can_be_chosen(run_dir: Path) -> None:
     assert f"0 |{BLOCKS[4] * 3}|" in text
 
 
+def test_the_first_layer_is_mapped_whoever_told_first(run_dir: Path) -> None:
+    line = loads(3, **{"blocks.10": [1, 2, 3, 4]})
+    told = run_dir / "expert_loads.jsonl"
+    told.write_text(json.dumps(line) + "\n" + told.read_text())
+    text = deepopt(run_dir, "--layer", "none").stderr
+    assert "known: blocks.0, blocks.1, blocks.10" in text
+    assert "load of each expert of blocks.0" in deepopt(run_dir).stdout
+
+
 def test_an_unknown_layer_is_one_error_that_names_those_there_are(run_dir: Path) -> None:
     result = deepopt(run_dir, "--layer", "blocks.7")
     assert result.exit_code == 1
