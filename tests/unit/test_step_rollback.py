@@ -7,7 +7,8 @@ import torch
 
 from deepopt.errors import TransportError
 from deepopt.pipeline.lone_transport import LoneTransport
-from deepopt.pipeline.step import Agreement, PipelineStep
+from deepopt.pipeline.step import PipelineStep
+from deepopt.pipeline.step_result import Agreement
 from support.lone_step import Cut, job_of, make_step, state_of
 
 STEPS = 6

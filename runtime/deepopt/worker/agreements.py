@@ -10,7 +10,7 @@ import json
 from datetime import timedelta
 
 from deepopt.errors import TransportError
-from deepopt.pipeline.step import Agreement
+from deepopt.pipeline.step_result import Agreement
 from deepopt.pipeline.transport import Store
 
 

@@ -32,7 +32,8 @@ from deepopt.datasets.batch_source import BatchSource, build_batch_source
 from deepopt.datasets.evaluation import evaluation_batches
 from deepopt.errors import DeepoptError, TransportError
 from deepopt.pipeline.spans import Span
-from deepopt.pipeline.step import Agreement, PipelineStep, StepResult, Wish
+from deepopt.pipeline.step import PipelineStep
+from deepopt.pipeline.step_result import Agreement, StepResult, Wish
 from deepopt.pipeline.transport import Transport
 from deepopt.pipeline.update_rule import make_rule
 from deepopt.planner.orders import load_schedule
@@ -300,7 +301,7 @@ class StageWorker:
         script.check(self._pipeline.executor.program)
         self._validation = self._make_validation()
         self._pipeline.executor.before_action = script if script else None
-        self._pipeline.before_update = self._before_update
+        self._pipeline.updates.before_update = self._before_update
         self._fault_script = script
         if self._checkpointer is not None:  # what it still writes is nobody's any more
             self._checkpointer.abandon()
