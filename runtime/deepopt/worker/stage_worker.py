@@ -12,12 +12,9 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import statistics
 import threading
 import time
-import traceback
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,23 +27,20 @@ from deepopt.config import JobConfig
 from deepopt.convert import build_layers, describe
 from deepopt.datasets.batch_source import BatchSource, build_batch_source
 from deepopt.datasets.evaluation import evaluation_batches
-from deepopt.errors import DeepoptError, TransportError
-from deepopt.pipeline.spans import Span
+from deepopt.errors import TransportError
 from deepopt.pipeline.step import PipelineStep
-from deepopt.pipeline.step_result import Agreement, StepResult, Wish
+from deepopt.pipeline.step_result import Agreement, Wish
 from deepopt.pipeline.transport import Transport
 from deepopt.pipeline.update_rule import make_rule
 from deepopt.planner.orders import load_schedule
 from deepopt.planner.skeleton import ModelSkeleton
 from deepopt.run_directory import RunDirectory
-from deepopt.schedule.ir import COMPUTE_OPS
-from deepopt.telemetry.trace import write_trace
 from deepopt.worker import agreements, rendezvous
 from deepopt.worker.bit_flip import flip_a_bit
 from deepopt.worker.device import choose_device, peak_flops, pin_gpu
+from deepopt.worker.failure_description import describe_failure
 from deepopt.worker.fault_script import FaultScript
 from deepopt.worker.layer_checkpoint import LayerCheckpointer
-from deepopt.worker.load_window import LoadWindow
 from deepopt.worker.messages import (
     Assignment,
     BadStep,
@@ -61,12 +55,11 @@ from deepopt.worker.messages import (
     StepReport,
     WeightWork,
     WorkerReady,
-    WorkerTimes,
 )
 from deepopt.worker.predictions import generation_folder
 from deepopt.worker.replicas import ReplicaKeeper, keeps_replicas, layers_without_copy
 from deepopt.worker.state_transfer import transfer
-from deepopt.worker.step_parts import StepParts
+from deepopt.worker.step_reports import StepReports
 from deepopt.worker.validation import Validation
 
 logger = logging.getLogger(__name__)
@@ -74,9 +67,6 @@ logger = logging.getLogger(__name__)
 Report = Callable[
     [StepReport | WeightWork | ExpertLoads | BadStep | ShardsWritten | CheckpointFailed], None
 ]
-
-_TIMES_KEPT = 1000  # of each operation, the newest: the median of a run without end
-_WARM_UP_STEPS = 2  # left out of the measured times of operations: caches and allocators fill
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,11 +106,14 @@ class StageWorker:
         self._is_set_up = False
         self._wishes = Wish.NONE
         self._wishes_lock = threading.Lock()
-        self._parts = StepParts()
-        self._busy_s: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=_TIMES_KEPT))
         self._taken = Wish.NONE  # wishes that the exchange of the step in work carries
-        self._told_weight_work = False
-        self._load_window = LoadWindow(self._job.elb.monitor_freq)
+        self._reports = StepReports(
+            self._job,
+            run_directory=self._run_directory,
+            report=report,
+            sender=self._sender,
+            start_step=self._step,
+        )
         # Made by setup(). --------------------------------------------------------------------
         self._device = torch.device("cpu")
         self._skeleton: ModelSkeleton | None = None
@@ -236,6 +229,7 @@ class StageWorker:
         """
         self._assignment, self._sender = assignment, assignment.sender
         self._step = assignment.start_step
+        self._reports.begin(self._sender, start_step=self._step)
         with self._wishes_lock:  # nobody acted on what the forgotten step carried
             self._wishes |= self._taken
             self._taken = Wish.NONE
@@ -424,7 +418,14 @@ class StageWorker:
             began, ended = ended, time.perf_counter()
             stop = bool(result.wishes & Wish.STOP)
             scalars = {} if stop else self._evaluate_if_due()
-            self._account(result, step_time_s=ended - began, scalars=scalars)
+            self._reports.account(
+                self._step,
+                result,
+                pipeline=self._pipeline,
+                tokens=self._tokens,
+                step_time_s=ended - began,
+                scalars=scalars,
+            )
             ended += scalars.get("val_time_s", 0.0)
             if self._checkpoint_is_due(stop=stop, asked=bool(result.wishes & Wish.CHECKPOINT)):
                 self._save()
@@ -436,8 +437,8 @@ class StageWorker:
             sender=self._sender,
             step=self._step,
             reason=reason,
-            op_times_s={name: statistics.median(times) for name, times in self._busy_s.items()},
-            parts_s=self._parts.medians(),
+            op_times_s=self._reports.op_times_s(),
+            parts_s=self._reports.parts_s(),
             overruns=self._pipeline.overruns,
             standing=self.standing(),
         )
@@ -453,7 +454,13 @@ class StageWorker:
             agreement = self._pipeline.agreement or self._find_agreement(in_place, self._step)
             result = self._pipeline.result_of(agreement)
             step_time_s = result.times[0].step_s
-            self._report(self._step_report(result, step_time_s=step_time_s, scalars=scalars))
+            self._reports.tell_step(
+                self._step,
+                result,
+                tokens=self._tokens,
+                step_time_s=step_time_s,
+                scalars=scalars,
+            )
         if in_place.save:
             self._save()
 
@@ -466,7 +473,7 @@ class StageWorker:
             folder = generation_folder(root, self._sender.generation)
             self._validation.write_outputs(folder, rank=self._sender.rank)
         else:
-            self._report_evaluation(self._validation.run())
+            self._reports.tell_evaluation(self._step, self._validation.run())
         return RunEnded(
             sender=self._sender,
             step=self._step,
@@ -474,22 +481,6 @@ class StageWorker:
             op_times_s={},
             overruns=None,
         )
-
-    def _report_evaluation(self, scalars: Mapping[str, float]) -> None:
-        if self._sender.rank == 0:
-            self._report(
-                StepReport(
-                    sender=self._sender,
-                    step=self._step,
-                    loss=scalars["val_loss"],
-                    grad_norm=0.0,
-                    learning_rate=0.0,
-                    tokens=0,
-                    step_time_s=scalars["val_time_s"],
-                    workers=(),
-                    scalars=scalars,
-                )
-            )
 
     def _evaluate_if_due(self) -> dict[str, float]:
         """Figures of the validation set after the step done; none where it is not due."""
@@ -559,31 +550,11 @@ class StageWorker:
 
     def describe_failure(self, error: BaseException) -> Failure:
         """What the head should know of an error that `setup` or `run` raised."""
-        beat = self.heartbeat()
-        own = "error" if self._is_set_up else "setup"
-        kind = "peer" if isinstance(error, TransportError) else own
-        remedy = ""
-        if isinstance(error, DeepoptError):
-            message, remedy, exit_code = error.message, error.remedy, error.exit_code
-        else:
-            message, exit_code = f"{type(error).__name__}: {error}", 5
-            if isinstance(error, torch.OutOfMemoryError | MemoryError):
-                remedy = (
-                    "set pipeline.recompute to full, lower training.microbatch_size, "
-                    "or use more workers"
-                )
-        return Failure(
-            sender=self._sender,
-            kind=kind,
-            step=beat.step if self._is_set_up else 0,
-            action=beat.action,
-            message=message,
-            traceback="".join(traceback.format_exception(error)),
-            exit_code=exit_code,
-            remedy=remedy,
-            pid=os.getpid(),
-            host=socket.gethostname(),
-            standing=self.standing() if kind == "peer" else None,
+        return describe_failure(
+            error,
+            beat=self.heartbeat(),
+            is_set_up=self._is_set_up,
+            standing=self.standing() if isinstance(error, TransportError) else None,
         )
 
     def export(self, checkpoint_dir: str) -> str:
@@ -623,88 +594,12 @@ class StageWorker:
         saves = self._checkpoint_is_due(stop=False, asked=False)
         return self._job.pipeline.overlap_steps and not saves and not evaluates
 
-    def _account(
-        self, result: StepResult, *, step_time_s: float, scalars: Mapping[str, float]
-    ) -> None:
-        done = self._step - self._assignment.start_step
-        if done > _WARM_UP_STEPS:
-            for span in result.spans:
-                if span.action.op in COMPUTE_OPS:
-                    name = f"{span.action.stage}{span.action.op}"
-                    self._busy_s[name].append(span.busy_ns * 1e-9)
-            assert self._pipeline is not None, "a step before setup()"
-            self._parts.add(result.spans, parts_s=self._pipeline.parts_s)
-        else:
-            self._parts.skip()
-        if self._step in self._job.logging.trace_steps:
-            self._write_trace(result.spans)
-        if not self._told_weight_work:
-            self._told_weight_work = True
-            self._report_weight_work()
-        if self._sender.rank == 0:
-            if result.bad is not None:
-                what, skipped = result.bad.what, result.skipped
-                self._report(
-                    BadStep(sender=self._sender, step=self._step, what=what, skipped=skipped)
-                )
-            self._report(self._step_report(result, step_time_s=step_time_s, scalars=scalars))
-        window = self._load_window.add(self._step, result.expert_loads)
-        if window is not None:
-            self._report(
-                ExpertLoads(
-                    sender=self._sender,
-                    first_step=window.first_step,
-                    step=window.step,
-                    loads=window.loads,
-                )
-            )
-
-    def _report_weight_work(self) -> None:
-        assert self._pipeline is not None, "a step before setup()"
-        notes = self._pipeline.weight_notes()
-        for note in notes:
-            logger.info("weight gradients of %s", note)
-        if notes:
-            self._report(WeightWork(sender=self._sender, notes=tuple(notes)))
-
-    def _step_report(
-        self, result: StepResult, *, step_time_s: float, scalars: Mapping[str, float]
-    ) -> StepReport:
-        assert self._batches is not None, "rank 0 holds the first stage"
-        return StepReport(
-            sender=self._sender,
-            step=self._step,
-            loss=result.loss,
-            grad_norm=result.grad_norm,
-            learning_rate=result.learning_rate,
-            tokens=self._batches.tokens_per_microbatch * self._plan.num_microbatches,
-            step_time_s=step_time_s,
-            workers=tuple(
-                WorkerTimes(
-                    rank=rank,
-                    step_s=times.step_s,
-                    compute_s=times.compute_s,
-                    wait_s=times.wait_s,
-                    send_s=times.send_s,
-                    reduce_s=times.reduce_s,
-                    update_s=times.update_s,
-                )
-                for rank, times in enumerate(result.times)
-            ),
-            scalars={**scalars, **result.experts, **self._overlap_scalars(result)},
-        )
-
-    def _overlap_scalars(self, result: StepResult) -> dict[str, float]:
-        if not self._job.pipeline.overlap_steps:
-            return {}
-        return {
-            "ran_ahead": float(result.ran_ahead),
-            "rolled_back": float(result.rolled_back),
-        }
-
-    def _write_trace(self, spans: list[Span]) -> None:
-        path = self._run_directory.traces / f"step-{self._step}.rank-{self._sender.rank}.json"
-        write_trace(path, rank=self._sender.rank, spans=spans)
+    @property
+    def _tokens(self) -> int:
+        """Of a whole step; 0 where no batches are read."""
+        if self._batches is None:
+            return 0
+        return self._batches.tokens_per_microbatch * self._plan.num_microbatches
 
     def _checkpoint_is_due(self, *, stop: bool, asked: bool) -> bool:
         every = self._job.checkpoint.every

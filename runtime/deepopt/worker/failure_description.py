@@ -1,0 +1,50 @@
+"""What the head should know of an error in a worker: whose it is, where, and what to do about it."""
+
+from __future__ import annotations
+
+import os
+import socket
+import traceback
+
+import torch
+
+from deepopt.errors import DeepoptError, TransportError
+from deepopt.worker.messages import Failure, Heartbeat, Standing
+
+
+def describe_failure(
+    error: BaseException, *, beat: Heartbeat, is_set_up: bool, standing: Standing | None
+) -> Failure:
+    """Describe an error that a worker's set-up or training raised.
+
+    Args:
+        error: a broken connection is a peer's; all others are the worker's own.
+        beat: where the worker is.
+        is_set_up: whether training had begun.
+        standing: what the worker can go on with after an error of a peer.
+    """
+    own = "error" if is_set_up else "setup"
+    kind = "peer" if isinstance(error, TransportError) else own
+    remedy = ""
+    if isinstance(error, DeepoptError):
+        message, remedy, exit_code = error.message, error.remedy, error.exit_code
+    else:
+        message, exit_code = f"{type(error).__name__}: {error}", 5
+        if isinstance(error, torch.OutOfMemoryError | MemoryError):
+            remedy = (
+                "set pipeline.recompute to full, lower training.microbatch_size, "
+                "or use more workers"
+            )
+    return Failure(
+        sender=beat.sender,
+        kind=kind,
+        step=beat.step if is_set_up else 0,
+        action=beat.action,
+        message=message,
+        traceback="".join(traceback.format_exception(error)),
+        exit_code=exit_code,
+        remedy=remedy,
+        pid=os.getpid(),
+        host=socket.gethostname(),
+        standing=standing,
+    )
