@@ -21,7 +21,7 @@ from chaos import soak
 from chaos.checks import CHECKS, run_check
 from chaos.host_rows import HOST_ROWS, play_host_row, why_no_hosts
 from chaos.matrix import ACTS, NOT_RUN
-from chaos.report import Result, describe, say, table
+from chaos.report import Result, describe, end_cleanly_on_signals, say, table
 from chaos.single_rows import SINGLE_ROWS, play_single
 from chaos.stage import perform
 
@@ -29,6 +29,7 @@ from chaos.stage import perform
 def main() -> int:
     """Run what is asked for; 1 when a row does not pass."""
     options = _parse()
+    end_cleanly_on_signals()
     say("\n".join(describe()))
     results: list[Result] = []
     began_s = time.monotonic()

@@ -225,8 +225,9 @@ HANGS = Act(
         ),
         Row(
             name="hang before a receive: all wait",
-            causes=("stuck", "collective"),
-            limit_s=8.0,
+            causes=("stuck",),
+            rank=1,
+            limit_s=12.0,
             script=("hang", {"op": "RECV_F"}),
         ),
         Row(

@@ -11,6 +11,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 from _machine import describe as describe
+from _processes import end_cleanly_on_signals as end_cleanly_on_signals
 from _report import progress as progress
 from _report import say as say
 from _report import table as draw

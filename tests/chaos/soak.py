@@ -23,7 +23,7 @@ from typing import Any
 
 from chaos.play import NotSeen, Play, strike, wrong_losses
 from chaos.reference import losses_of
-from chaos.report import describe, progress, say
+from chaos.report import describe, end_cleanly_on_signals, progress, say
 from deepopt.cluster.process_table import descendants
 
 APART_S = (10.0, 15.0)  # between two faults
@@ -219,6 +219,7 @@ def main() -> int:
     parser.add_argument("--faults", type=int, default=50, help="how many [50]")
     parser.add_argument("--seed", type=int, default=1, help="which [1]")
     options = parser.parse_args()
+    end_cleanly_on_signals()
     say("\n".join(describe()))
     with tempfile.TemporaryDirectory(prefix="deepopt-soak-") as folder:
         outcome = soak(Path(folder) / "job", faults=options.faults, seed=options.seed)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from deepopt.cluster.group import SpareGone
+from deepopt.cluster.process_look import ProcessLook
 from deepopt.config import JobConfig
 from deepopt.planner.plan import Plan
 from deepopt.schedule.ir import PlacementKind
@@ -108,7 +110,83 @@ def test_a_worker_that_does_not_leave_its_group_is_replaced_as_well(open_head: O
     assert head.group.kept == {}
     assert head.group.assignments[0].in_place is None
     warnings = [event["message"] for event in head.events("warning")]
-    assert any("rank 0 did not leave its group within" in message for message in warnings)
+    assert any("rank 0 has not left its group 2.0 s after" in message for message in warnings)
+
+
+def stand_still(head: HeadUnderTest, duration_s: float, actions: dict[int, str]) -> None:
+    """Workers speak and get no further; an agent sees them asleep."""
+    for _ in range(round(duration_s / 0.25)):
+        head.clock.now_s += 0.25
+        for rank, action in actions.items():
+            head.beat(rank, step=6, progress=60, action=action)
+        head.agent(looks={rank: ProcessLook(state="S", cpu_share=0.0) for rank in (0, 1)})
+        head.controller.tick()
+
+
+def steady(open_head: Open) -> HeadUnderTest:
+    return open_head(hang_steps=1.0).start().ready().steps(1, 5)
+
+
+def test_when_all_wait_who_does_not_leave_is_the_culprit_and_the_others_are_kept(
+    open_head: Open,
+) -> None:
+    head = steady(open_head)
+    stand_still(head, 3.5, {0: "0RECV_B0", 1: "1RECV_F0"})
+    assert ("interrupt",) in head.group.calls
+    assert not [call for call in head.group.calls if call[0] == "kill"]
+    head.fails(0, "peer", standing=standing(5))
+    stand_still(head, 2.5, {1: "1RECV_F0"})
+    assert head.status["generation"] == 1
+    stand_still(head, 1.0, {1: "1RECV_F0"})
+    assert head.status["generation"] == 2
+    assert head.group.kept == {0: 0}
+    (fault,) = head.status["faults"]
+    assert (fault["cause"], fault["culprit"]["rank"]) == ("stuck", 1)
+    assert "did not leave its group when told to" in fault["culprit"]["message"]
+    assert [victim["rank"] for victim in fault["victims"]] == [0]
+    assert 3.0 <= fault["times_s"]["detect"] <= 3.5
+
+
+def test_when_all_wait_and_all_leave_no_process_is_lost(open_head: Open) -> None:
+    head = steady(open_head)
+    stand_still(head, 3.5, {0: "0RECV_B0", 1: "1RECV_F0"})
+    for rank in (1, 0):
+        head.fails(rank, "peer", standing=standing(5))
+    head.controller.tick()
+    assert head.status["generation"] == 2
+    assert head.group.kept == {0: 0, 1: 1}
+    (fault,) = head.status["faults"]
+    assert (fault["cause"], fault["source"]) == ("collective", "survivors")
+    assert "all left their group when told to" in fault["culprit"]["message"]
+
+
+def test_a_worker_that_dies_while_all_leave_is_the_culprit(open_head: Open) -> None:
+    head = steady(open_head)
+    stand_still(head, 3.5, {0: "0RECV_B0", 1: "1RECV_F0"})
+    head.dies(1)
+    head.fails(0, "peer", standing=standing(5))
+    head.controller.tick()
+    (fault,) = head.status["faults"]
+    assert (fault["cause"], fault["culprit"]["rank"]) == ("exit", 1)
+
+
+def test_a_peer_inside_an_operation_is_not_waited_for_longer_than_a_step_could_take(
+    open_head: Open,
+) -> None:
+    head = open_head().start().ready().steps(1, 5)
+    head.beat(0, step=6, progress=60, action="0RECV_B0")
+    head.dies(1)
+    stand_still(head, 2.75, {0: "0RECV_B0"})
+    assert head.status["generation"] == 1
+    stand_still(head, 0.5, {0: "0RECV_B0"})
+    assert head.status["generation"] == 2
+
+
+def test_a_spare_that_dies_is_replaced_while_the_job_runs(open_head: Open) -> None:
+    head = open_head(spares=2).start().ready()
+    head.group.spares = 0
+    head.controller.handle(SpareGone())
+    assert head.group.spares == 2
 
 
 def test_spares_are_kept_from_the_first_step_on(open_head: Open) -> None:

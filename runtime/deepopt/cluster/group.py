@@ -102,6 +102,11 @@ class AgentGone:
     host: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpareGone:
+    """A process that waited for a place has ended."""
+
+
 WorkerMessage = (
     WorkerReady
     | StepReport
@@ -117,7 +122,7 @@ WorkerMessage = (
 )
 GroupEvent = WorkerUp | WorkerGone | ExportEnded | GroupRefused
 AgentEvent = AgentWord | ProcessEnded | AgentGone
-HeadEvent = WorkerMessage | GroupEvent | AgentEvent
+HeadEvent = WorkerMessage | GroupEvent | AgentEvent | SpareGone
 
 
 def how_gone(how: str) -> str:

@@ -30,6 +30,7 @@ from deepopt.cluster.group import (
     AgentGone,
     ExportEnded,
     HeadEvent,
+    SpareGone,
     WorkerGone,
     WorkerUp,
     how_gone,
@@ -40,7 +41,7 @@ from deepopt.cluster.slots import Slots
 from deepopt.config import JobConfig
 from deepopt.errors import ClusterError
 from deepopt.run_directory import RunDirectory
-from deepopt.worker.actor import REQUESTS, WorkerActor
+from deepopt.worker.actor import REQUESTS, STAY, WorkerActor
 from deepopt.worker.adopted import Adopted, NewHead, Whereabouts
 from deepopt.worker.messages import Assignment
 
@@ -109,7 +110,7 @@ class RayWorkerGroup:
         self._agents = NodeAgents(head=head, lease_s=lease_s, lost=self._on_agent_gone)
         # Ray unpickles a class by its import path: workers need deepopt, not this process.
         as_actor: Any = ray.remote  # its annotations lack concurrency groups
-        self._actor_class = as_actor(concurrency_groups={REQUESTS: 1})(WorkerActor)
+        self._actor_class = as_actor(concurrency_groups={REQUESTS: 1, STAY: 1})(WorkerActor)
 
     def prepare(
         self, generation: int, *, num_workers: int, kept: Mapping[int, int] | None = None
@@ -336,9 +337,11 @@ class RayWorkerGroup:
         self._spares.append(spare)
 
         def is_gone(error: BaseException) -> None:
-            logger.warning("a spare is gone: %s", error)
-            if spare in self._spares:
+            if spare in self._spares:  # else it is a worker by now
+                logger.warning("a spare is gone: %s", error)
                 self._spares.remove(spare)
+                if spare.warm:  # one that cannot even start is not tried again and again
+                    self._tell(SpareGone())
 
         self._watch(
             self._members,
@@ -349,6 +352,9 @@ class RayWorkerGroup:
 
         def is_warm(_: None) -> None:
             spare.warm = True
+
+        # An idle process that dies is told of by nothing but a call that is pending with it.
+        self._watch(self._members, spare.actor.stay.remote(), lambda _: None, is_gone)
 
         self._watch(
             self._members, spare.actor.wait_as_spare.remote(self._job), is_warm, is_gone

@@ -19,6 +19,7 @@ from deepopt.cluster.group import (
     ExportEnded,
     GroupRefused,
     HeadEvent,
+    SpareGone,
     WorkerGone,
     WorkerGroup,
     WorkerUp,
@@ -192,6 +193,12 @@ class Controller:
         if isinstance(event, AgentGone):
             self._losses.renew_agent(event.host, why="has ended")
             return
+        if isinstance(event, SpareGone):
+            if (
+                self._record.state is JobState.RUNNING
+            ):  # else they are counted when it runs again
+                self._record.group.keep_spares(self._record.job.faults.spares)
+            return
         if isinstance(event, AgentWord | ProcessEnded):
             if generation is not None:
                 self._hearing.take_agent(generation, event)
@@ -227,8 +234,7 @@ class Controller:
             generation.began_s += gap_s
         self._account.take_commits(generation.committer.poll())
         if generation.settle_by_s is not None:
-            settled = generation.is_accounted_for and now_s >= generation.not_before_s
-            if settled or now_s >= generation.settle_by_s:
+            if self._losses.is_due(generation, now_s=now_s):
                 self._losses.settle(generation)
         elif self._stopping.ends_late(now_s=now_s):
             return

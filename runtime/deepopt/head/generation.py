@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from deepopt.cluster.group import how_gone
 from deepopt.errors import WorkersLostError
 from deepopt.head.commits import Committer
-from deepopt.head.liveness import Liveness
+from deepopt.head.liveness import Finding, Liveness
 from deepopt.planner.plan import Plan
 from deepopt.worker.messages import Failure, RunEnded, Sender, Standing, WorkerReady
 
@@ -69,6 +69,8 @@ class Generation:
         exporting: whether the final weights are being written.
         adopted: whether a head before this one has formed it.
         interrupted: whether its workers were told that it has ended.
+        interrupted_s: when that was.
+        called_off: why they were told so although nobody was lost; None as a rule.
     """
 
     number: int
@@ -85,16 +87,13 @@ class Generation:
     exporting: bool = False
     adopted: bool = False
     interrupted: bool = False
+    interrupted_s: float = 0.0
+    called_off: Finding | None = None
 
     @property
     def is_ready(self) -> bool:
         """Whether all workers are set up."""
         return all(member.ready is not None for member in self.members)
-
-    @property
-    def is_accounted_for(self) -> bool:
-        """Whether every worker has failed or ended: no further word will come."""
-        return all(member.failure or member.ended for member in self.members)
 
     @property
     def has_ended(self) -> bool:

@@ -29,11 +29,18 @@ SUSPECT_GAPS = 2.0  # longest recent gaps between heartbeats: a busy machine is 
 HELD_SHARE = (
     1.5  # of the time to become suspect, until a process that runs and is silent is lost
 )
+HOST_SHARE = 0.8  # of the timeout, where two processes of a host are silent, not one
 WARM_UP_FACTOR = 3.0  # set-up and first steps import, compile, allocate, with the GIL held
 STALLED_SHARE = 1 / 2  # of the timeout: peers of a stuck worker stop soon after it, or before
 BUSY_FACTOR = 3.0  # a stuck operation that uses a CPU may only be slow
 BUSY_CPU_SHARE = 0.5
+LEAVE_S = 3.0  # for a worker inside an operation to leave its group when told to
+LEAVE_STEPS = (
+    2.0  # ... or as many of the longest recent steps: no operation takes longer than one
+)
+PATIENT_STEPS = 200  # undisturbed steps after which earlier hangs stretch deadlines no more
 NO_AGENT_FACTOR = 2.0  # nobody saw the process: a second deadline instead of a second sign
+AGENT_FRESH_S = 1.25  # two of an agent's words: later, what it said of a process may be history
 AGENT_SILENT_S = 2.0  # four of its words: it, its host or the link to it is gone
 AGENT_RENEW_S = (
     5.0  # ... and where workers of its host are heard meanwhile, it is itself to blame
@@ -191,6 +198,8 @@ class Liveness:
     def note_step(self, step_s: float) -> None:
         """Take the duration of a step that all have done."""
         self._steps += 1
+        if self.is_undisturbed:
+            self._patience = 1.0
         if self._steps > WARM_UP_STEPS:
             self._recent_s.append(step_s)
 
@@ -241,9 +250,34 @@ class Liveness:
             self._agents_s[host] = now_s  # the next one gets as long
         return silent
 
+    def stays(self, rank: int, *, told_s: float, now_s: float) -> bool:
+        """Whether a worker should have left its group by now and has not: it hangs.
+
+        Args:
+            rank: one that has not told of leaving.
+            told_s: when it was told to.
+            now_s: the time.
+        """
+        signs = self._signs.get(rank)
+        if signs is None or not signs.beat.action or not self.is_steady:
+            return (
+                False  # it may be reading data, or compiling: nobody knows how long that takes
+            )
+        if signs.look is not None and signs.look.is_traced:
+            return False
+        longest_s = max(self._recent_s)
+        return now_s - told_s > max(
+            LEAVE_S, LEAVE_STEPS * longest_s, SUSPECT_GAPS * self._gap_s
+        )
+
     def suspects(self) -> tuple[int, ...]:
         """The workers that are suspect now."""
         return tuple(sorted(rank for rank, signs in self._signs.items() if signs.suspect))
+
+    @property
+    def is_undisturbed(self) -> bool:
+        """Whether so many steps are done that hangs before them do not count any more."""
+        return self._steps > PATIENT_STEPS
 
     @property
     def is_steady(self) -> bool:
@@ -265,6 +299,8 @@ class Liveness:
             return Cause.STOPPED, f"its process is {look.words()}"
         if look.state == "D":
             return Cause.DISK, f"its process is {look.words()}"
+        if now_s - self._agents_s[host] > AGENT_FRESH_S:
+            return Cause.SILENT, ""  # its host may be going: the next word, or none, will tell
         return Cause.HELD_GIL, f"its process is {look.words()}: something holds the GIL"
 
     def check(self, *, now_s: float, stepping: bool) -> list[Finding]:
@@ -305,7 +341,7 @@ class Liveness:
             return timeout_s * WARM_UP_FACTOR
         if cause is Cause.HELD_GIL:
             return min(timeout_s, self._suspect_s() * HELD_SHARE)
-        return timeout_s
+        return timeout_s * HOST_SHARE if cause is Cause.UNREACHABLE else timeout_s
 
     def _judge_silence(self, rank: int, *, now_s: float) -> Finding | None:
         signs = self._signs[rank]

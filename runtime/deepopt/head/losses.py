@@ -5,6 +5,8 @@ The verdicts are those of `liveness` and `recovery`.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from deepopt.head import recovery
 from deepopt.head.account import Account
 from deepopt.head.budgets import Spent, backoff_s
@@ -62,9 +64,69 @@ class Losses:
             if finding.kind in ("suspect", "held"):
                 self._record.warn(f"rank {finding.rank} is {finding.kind}: {finding.message}")
                 self._record.show(force=True)
+                continue
+            if finding.kind == "stuck":
+                self._former.hangs *= not generation.liveness.is_undisturbed
+                self._former.hangs += 1
+            if finding.cause is Cause.COLLECTIVE:
+                self._call_off(generation, finding)
             else:
-                self._former.hangs += finding.kind == "stuck"
                 self.fence(generation, finding)
+
+    def is_due(self, generation: Generation, *, now_s: float) -> bool:
+        """Whether no further word can come of a group that has lost a worker."""
+        assert generation.settle_by_s is not None, "a group that has lost nobody"
+        missing = [m.sender.rank for m in generation.members if not (m.failure or m.ended)]
+        hang = all(
+            generation.liveness.stays(rank, told_s=generation.interrupted_s, now_s=now_s)
+            for rank in missing
+        )
+        return now_s >= generation.settle_by_s or (hang and now_s >= generation.not_before_s)
+
+    def _call_off(self, generation: Generation, finding: Finding) -> None:
+        """End a group in which all wait: who does not leave it is the one they wait for."""
+        now_s = self._record.clock.monotonic_s()
+        self._record.faults.notice(
+            generation=generation.number,
+            step_done=self._record.progress.step,
+            since_s=finding.since_s,
+            now_s=now_s,
+            plan=self._record.plan,
+        )
+        self._record.warn(
+            f"all wait for each other; rank {finding.rank}: {finding.message}; all are told to leave"
+        )
+        generation.called_off = finding
+        generation.settle_by_s = now_s + self._record.job.faults.survivor_timeout_s
+        self._interrupt(generation, now_s=now_s)
+
+    def _interrupt(self, generation: Generation, *, now_s: float) -> None:
+        if not generation.interrupted:
+            generation.interrupted, generation.interrupted_s = True, now_s
+            self._record.group.interrupt()
+
+    def _name_who_hangs(self, generation: Generation, *, finding: Finding) -> None:
+        """Of a group that was called off: who stayed in it; else the network, or a lost message."""
+        stayed = [m.sender.rank for m in generation.members if not (m.failure or m.ended)]
+        for rank in stayed:
+            peers = "" if rank == finding.rank else f"rank {finding.rank} waited: "
+            failure = lost_worker(
+                generation,
+                rank,
+                "hang",
+                f"{peers}{finding.message}; it did not leave its group when told to",
+                step_done=self._record.progress.step,
+                cause=str(Cause.STUCK),
+            )
+            self.add(generation, failure, since_s=finding.since_s)
+        if not stayed and {failure.kind for failure in generation.failures} == {"peer"}:
+            first = generation.failures[0]
+            blamed = replace(
+                first,
+                message=f"{finding.message}; all left their group when told to",
+                cause=str(Cause.COLLECTIVE),
+            )
+            generation.failures[0] = generation.members[first.sender.rank].failure = blamed
 
     def renew_agent(self, host: str, *, why: str) -> None:
         """Start another agent on a host: without one, no second sign comes from there."""
@@ -128,9 +190,9 @@ class Losses:
                 message=failure.message,
             )
         )
-        if not generation.interrupted:  # who waits for it may have noticed nothing yet
-            generation.interrupted = True
-            self._record.group.interrupt()
+        self._interrupt(
+            generation, now_s=now_s
+        )  # who waits for it may have noticed nothing yet
         # The verdict waits for the others: it finds the culprit, and keeps who lives on.
         own = failure.kind in recovery.OWN_ERROR_KINDS
         grace_s = OWN_GRACE_S if own else self._record.job.faults.survivor_timeout_s
@@ -162,6 +224,11 @@ class Losses:
                 cause=str(cause),
             )
             self.add(generation, failure)
+        if generation.called_off is not None:
+            self._name_who_hangs(generation, finding=generation.called_off)
+            if not generation.failures:  # it came to its end meanwhile
+                generation.settle_by_s = self._record.faults.open = None
+                return
         verdict = recovery.decide(
             generation.failures,
             spent=self._record.spent,
@@ -188,10 +255,11 @@ class Losses:
             return
         for member in generation.members:
             if member.failure is None and member.ended is None:
-                timeout_s = self._record.job.faults.survivor_timeout_s
+                stayed_s = now_s - generation.interrupted_s
                 self._record.warn(
-                    f"rank {member.sender.rank} did not leave its group within "
-                    f"faults.survivor_timeout_s ({timeout_s:g} s) and is replaced as well"
+                    f"rank {member.sender.rank} has not left its group {stayed_s:.1f} s after it was "
+                    "told to, and is replaced as well (faults.survivor_timeout_s "
+                    f"{self._record.job.faults.survivor_timeout_s:g})"
                 )
         self._record.progress.restarts += 1
         if self._record.state is not JobState.RECOVERING:

@@ -111,6 +111,7 @@ class Takeover:
         self._record.move(
             JobState.RUNNING, reason="a new head goes on with the workers of the last"
         )
+        self._record.group.keep_spares(self._record.job.faults.spares)
         for rank in set(range(self._record.plan.world_size)) - set(found):
             failure = lost_worker(
                 generation,

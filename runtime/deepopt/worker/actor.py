@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 _ray: Any = ray  # its annotations are half there, and wrong where they are
 
 REQUESTS = "requests"  # concurrency group of calls that are answered while a step runs
+STAY = "stay"  # ... of the call that is pending as long as the process lives
 FLUSH_TIMEOUT_S = 60.0  # for the head to take the last messages of a run
 
 
@@ -63,6 +64,7 @@ class WorkerActor:
         self._ended: RunEnded | Failure | None = None
         self._is_adopted = False  # the head that called `work` is dead
         self._is_preempted = False
+        self._ended_generation = 0  # the newest that it was told has ended
         self._tell_preempted: Callable[[], None] = lambda: None
         if not on_sigterm(self._on_sigterm):
             logger.warning("SIGTERM will end this process at once: not in the main thread")
@@ -101,6 +103,11 @@ class WorkerActor:
             self._warmth = self._load_class().warm(job, self._run.root)
         except Exception:  # said again, and reported, by `work`
             logger.exception("getting ready failed")
+
+    @ray.method(concurrency_group=STAY)
+    def stay(self) -> None:
+        """Never return: whoever calls hears of this process's end."""
+        threading.Event().wait()
 
     def work(self, assignment: Assignment, head: Any) -> RunEnded | Failure:
         """Set up and train; every error becomes a `Failure`. After one that names what the worker
@@ -218,7 +225,8 @@ class WorkerActor:
         Args:
             generation: which; nothing happens to a later one.
         """
-        worker = self._worker
+        with self._lock:
+            worker, self._ended_generation = self._worker, generation
         if worker is not None:
             worker.interrupt(generation)
 
@@ -234,6 +242,9 @@ class WorkerActor:
     def _adopt(self, worker: Any) -> None:
         with self._lock:
             self._worker = worker
+            worker.interrupt(
+                self._ended_generation
+            )  # its peers may have failed before it began
             for what in self._asked:
                 _pass_on(worker, what)
 

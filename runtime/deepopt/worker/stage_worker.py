@@ -118,6 +118,7 @@ class StageWorker:
         self._device = torch.device("cpu")
         self._skeleton: ModelSkeleton | None = None
         self._transport: Transport | None = None
+        self._ended_generation = 0  # the newest that was interrupted
         self._batches: BatchSource | None = None
         self._reads_stream = False
         self._pipeline: PipelineStep | None = None
@@ -162,6 +163,8 @@ class StageWorker:
             pin_gpu(job, rank=rank)
             self._device = choose_device(job)
             self._transport = rendezvous.make_transport(assignment, device=self._device)
+            if self._ended_generation:  # that word came before there was a transport
+                self._transport.interrupt(self._ended_generation)
             warmth = self._warmth
             self._skeleton = describe(job) if warmth is None else warmth.skeleton
             stages = plan.held_stages(rank)
@@ -260,6 +263,7 @@ class StageWorker:
 
     def interrupt(self, generation: int) -> None:
         """End all waits of this worker in a generation: its group has ended. From any thread."""
+        self._ended_generation = max(self._ended_generation, generation)
         if self._transport is not None:
             self._transport.interrupt(generation)
 
