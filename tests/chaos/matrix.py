@@ -56,7 +56,7 @@ class Act:
     Args:
         name: of the act.
         rows: in order.
-        steps: of the job: enough for all rows.
+        steps: of the job: more than all rows take; it is ended after the last one.
         spares: that wait.
         sections: of the job file.
     """
@@ -211,7 +211,7 @@ KILLS = Act(
             limit_s=10.0,
         ),
     ),
-    steps=470,
+    steps=2000,
 )
 HANGS = Act(
     name="a worker hangs; numbers, links, disks",
@@ -279,7 +279,7 @@ HANGS = Act(
         Row(name="spare killed", causes=(), act=_spare),
         Row(name="SIGTERM to a worker, on_preemption: go_on", rank=0, act=_preempted),
     ),
-    steps=420,
+    steps=2000,
     sections={"faults": {"bad_step": "recompute", "on_preemption": "go_on"}},
 )
 HEADS = Act(
@@ -294,7 +294,7 @@ HEADS = Act(
             act=_head_in_recovery,
         ),
     ),
-    steps=200,
+    steps=2000,
 )
 ACTS = (KILLS, HANGS, HEADS)
 
