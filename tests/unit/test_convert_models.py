@@ -10,10 +10,13 @@ import torch
 from deepopt import convert_to_deepopt
 from deepopt.convert import describe
 from deepopt.convert.example import example_of
-from deepopt.errors import TrainingError
+from deepopt.errors import InputError, TrainingError
 from support import transformers_models
 from support.converted import in_stages, make_job, of_original
 
+PEFT_ASKS = pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)
 HF, NASTY = "support.transformers_models", "support.nasty_models"
 
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -111,3 +114,46 @@ def test_a_job_learns_its_masks_from_a_padded_micro_batch() -> None:
         update={"training": job.training.model_copy(update={"microbatches": 3})}
     )
     assert not example_of(job).kwargs["attention_mask"].all()
+
+
+def _adapted(kind: str) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    import peft
+
+    settings: dict[str, Any] = {
+        "dora": peft.LoraConfig(r=4, use_dora=True, target_modules=["q_proj"]),
+        "ia3": peft.IA3Config(target_modules=["down_proj"], feedforward_modules=["down_proj"]),
+        "prompt": peft.PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
+        "prefix": peft.PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
+    }
+    torch.manual_seed(0)
+    model: torch.nn.Module = peft.get_peft_model(transformers_models.llama(), settings[kind])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    inputs, _ = transformers_models.Batches("labels").batch(1, 0)
+    return model.train(), inputs
+
+
+@PEFT_ASKS
+@pytest.mark.parametrize("kind", ["dora", "ia3", "prompt"])
+def test_adapters_of_other_kinds_keep_their_bits(kind: str) -> None:
+    model, inputs = _adapted(kind)
+    converted = convert_to_deepopt(model, example_inputs=inputs)
+    found = []
+    for forward in (model, converted):
+        model.zero_grad()
+        loss = forward(**inputs).loss
+        loss.backward()
+        found.append([loss, *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert len(found[0]) > 1
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@PEFT_ASKS
+def test_a_prefix_lies_in_a_cache_and_is_refused() -> None:
+    model, inputs = _adapted("prefix")
+    with pytest.raises(
+        InputError, match=r"DynamicCache that carries tensors from layer to layer"
+    ):
+        convert_to_deepopt(model, example_inputs=inputs)
