@@ -34,6 +34,18 @@ def test_nothing_heavy_is_loaded_with_the_app() -> None:
     assert loaded.stdout.strip() == "[]"
 
 
+def test_a_worker_loads_neither_triton_nor_a_compiler_before_it_needs_them() -> None:
+    unused = ("triton", "torch._dynamo", "torch._inductor", "tensorboard", "transformers")
+    script = (
+        "import sys, deepopt.worker.stage_worker\n"
+        f"print([m for m in {unused!r} if m in sys.modules])"
+    )
+    loaded = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert loaded.stdout.strip() == "[]"
+
+
 def test_help_answers_in_under_four_tenths_of_a_second() -> None:
     times_s = []
     for _ in range(5):

@@ -4,21 +4,25 @@ memory was made where."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from deepopt.convert.structure import leaves
 
-# Operation -> its floating-point operations by shapes. torch's table lacks the CPU's attention.
-_COUNTS: Mapping[Any, Callable[..., Any]] = {
-    **flop_registry,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
-        torch.ops.aten._scaled_dot_product_flash_attention
-    ],
-}
+
+@cache
+def _counts() -> Mapping[Any, Callable[..., Any]]:
+    """Operation -> its floating-point operations by shapes."""
+    # It imports triton: 0.3 s of CPU time in each worker, which as a rule records nothing.
+    from torch.utils.flop_counter import flop_registry
+
+    attention = torch.ops.aten._scaled_dot_product_flash_attention
+    # torch's table lacks the CPU's attention.
+    on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return {**flop_registry, on_cpu: flop_registry[attention]}
 
 
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -26,6 +30,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._counts = _counts()
         self._call: str | None = None
         self._drew = False
         self._flops = 0
@@ -60,7 +65,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if torch.Tag.nondeterministic_seeded in func.tags:
             self._drew = True
         result = func(*args, **kwargs)
-        count = _COUNTS.get(func._overloadpacket)
+        count = self._counts.get(func._overloadpacket)
         if count is not None:
             self._flops += int(count(*args, **kwargs, out_val=result))
         before = _storages((args, kwargs))
