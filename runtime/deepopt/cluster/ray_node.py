@@ -47,7 +47,7 @@ _QUIET = {
 # faults a step on CPU workers of a small model. With these, next to none; tensors above 64 MiB are
 # mapped one by one as before. And it leaves memory in pages of 4 KiB where the kernel gives larger ones
 # only to who asks (transparent_hugepage `madvise`): asked for, forward and backward of a small model take
-# 3 to 8 % less CPU time, and no more memory.
+# 2 to 9 % less CPU time, and no more memory (benchmarks/results).
 _KEEP_MEMORY = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
     "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
