@@ -216,6 +216,7 @@ class _Runner:
             step_times_s={
                 int(record["step"]): record["step_time_s"]
                 for record in read_steps(self._steps_file)[self._first_step :]
+                if "step_time_s" in record  # not every contender tells
             },
         )
 
