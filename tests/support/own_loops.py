@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,11 @@ from torch import nn
 
 from deepopt import BiStreamPipeline
 from deepopt.errors import DeepoptError
+from support.forking import fork_context
 
 MICROBATCHES = 5  # the two streams get 2 and 3
 SAMPLES = 20
 _TIMEOUT_S = 90.0
-
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["deepopt.own_loop"])
 
 Outcome = dict[str, Any]
 
@@ -116,7 +113,9 @@ def run_ranks(
     """What a script's processes found, by rank; the first failure fails the test."""
     folder.mkdir(exist_ok=True)
     processes = [
-        _context.Process(target=_rank, args=(script, rank, world_size, folder), daemon=True)
+        fork_context().Process(
+            target=_rank, args=(script, rank, world_size, folder), daemon=True
+        )
         for rank in range(world_size)
     ]
     for process in processes:

@@ -35,7 +35,8 @@ from deepopt.worker.messages import (
 )
 from deepopt.worker.rendezvous import serve_store
 from deepopt.worker.stage_worker import StageWorker
-from support.worker_processes import Outcome, _context, commit
+from support.forking import fork_context
+from support.worker_processes import Outcome, commit
 
 TIMEOUT_S = 90.0
 
@@ -68,9 +69,10 @@ class Worker:
     """A process that works on one assignment after the other."""
 
     def __init__(self) -> None:
-        self.inbox: Any = _context.SimpleQueue()
-        self.outbox, theirs = _context.Pipe(duplex=False)
-        self.process = _context.Process(target=_serve, args=(self.inbox, theirs), daemon=True)
+        context = fork_context()
+        self.inbox: Any = context.SimpleQueue()
+        self.outbox, theirs = context.Pipe(duplex=False)
+        self.process = context.Process(target=_serve, args=(self.inbox, theirs), daemon=True)
         self.process.start()
         theirs.close()
 

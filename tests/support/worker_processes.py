@@ -6,7 +6,6 @@ The caller plays the head: it hands out assignments, collects messages and may c
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import queue
 import traceback
 import uuid
@@ -34,14 +33,9 @@ from deepopt.worker.messages import (
 )
 from deepopt.worker.rendezvous import serve_store
 from deepopt.worker.stage_worker import StageWorker
+from support.forking import fork_context
 
 _TIMEOUT_S = 90.0
-
-# Children are forked from a server that has imported torch but never ran it.
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    ["deepopt.worker.stage_worker", "deepopt.models.moe_transformer"]
-)
 
 
 @dataclass
@@ -126,7 +120,8 @@ def train(
 ) -> Outcome:
     """Run one generation to its end and return what its workers said, step reports in order."""
     store = serve_store("127.0.0.1")
-    messages: Any = _context.Queue()
+    context = fork_context()
+    messages: Any = context.Queue()
     processes = []
     for rank in range(plan.world_size):
         assignment = Assignment(
@@ -146,7 +141,7 @@ def train(
             start_step=start_step,
             last_step=last_step,
         )
-        process = _context.Process(target=_work, args=(assignment, messages), daemon=True)
+        process = context.Process(target=_work, args=(assignment, messages), daemon=True)
         process.start()
         processes.append(process)
     outcome = Outcome()
