@@ -4,7 +4,7 @@ import pytest
 
 from deepopt.cluster.hostfile import Host
 from deepopt.cluster.slots import check_slots
-from deepopt.cluster.ssh import is_local, ssh_command, take_slots
+from deepopt.cluster.ssh import head_address, is_local, ssh_command, take_slots
 from deepopt.errors import ClusterError
 
 HOSTS = (Host(name="a", slots=2), Host(name="b", slots=4, port=2222), Host(name="c", slots=1))
@@ -14,13 +14,13 @@ HOSTS = (Host(name="a", slots=2), Host(name="b", slots=4, port=2222), Host(name=
     ("num_workers", "names"), [(1, "a"), (2, "a"), (3, "ab"), (6, "ab"), (7, "abc")]
 )
 def test_hosts_are_filled_in_the_order_of_the_file(num_workers: int, names: str) -> None:
-    used = take_slots(HOSTS, num_workers=num_workers, use_gpus=False)
+    used = take_slots(HOSTS, num_workers=num_workers)
     assert "".join(host.name for host in used) == names
 
 
 def test_too_few_slots_say_what_was_asked_and_found_where() -> None:
     with pytest.raises(ClusterError) as caught:
-        take_slots(HOSTS, num_workers=8, use_gpus=True)
+        check_slots(wanted=8, found={h.name: h.slots for h in HOSTS}, what="GPUs")
     assert caught.value.exit_code == 3
     assert "asked for 8 workers, found 7 GPUs on 3 host(s)" in caught.value.message
     assert "a: 2, b: 4, c: 1" in caught.value.message
@@ -40,3 +40,17 @@ def test_ssh_asks_no_questions_and_quotes_the_command() -> None:
 def test_an_address_of_this_host_is_told_from_another_s() -> None:
     assert is_local("127.0.0.1")
     assert not is_local("192.0.2.7")
+
+
+def test_a_hostfile_of_this_host_alone_is_a_cluster_on_loopback() -> None:
+    for own in ("127.0.0.1", "127.0.1.1", "10.0.0.5"):
+        assert head_address(here=[own], others=[]) == "127.0.0.1"
+
+
+def test_the_head_s_host_is_named_by_an_address_that_the_others_reach(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("deepopt.cluster.ssh.source_address", lambda target: f"to {target}")
+    assert head_address(here=["10.0.0.5"], others=["10.0.0.6"]) == "10.0.0.5"
+    for here in ([], ["127.0.0.1"], ["127.0.1.1"]):
+        assert head_address(here=here, others=["10.0.0.6", "10.0.0.7"]) == "to 10.0.0.6"

@@ -7,6 +7,7 @@ when ssh goes, so a moment of lost ssh harms nothing. Ray's secret goes over ssh
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import shlex
 import socket
@@ -78,19 +79,27 @@ class SshCluster:
         self._temp_dir = temp_dir
         self._reached: list[ReachedHost] = []
         self._connected = False
-        token = ray_node.make_token()
-        ray_node.prepare_environment(threads=threads, token=token, loopback=False)
-        use_gpus = device == "cuda" or (device == "auto" and count_gpus() > 0)
-        used = take_slots(hosts, num_workers=num_workers, use_gpus=use_gpus)
+        used = take_slots(hosts, num_workers=num_workers)
         addresses = {host.name: resolve(host) for host in used}
         here = [host for host in used if is_local(addresses[host.name])]
+        others = [host for host in used if host not in here]
+        token = ray_node.make_token()
+        # Before anything imports Ray, which reads it once.
+        ray_node.prepare_environment(threads=threads, token=token, loopback=not others)
+        use_gpus = device == "cuda" or (device == "auto" and count_gpus() > 0)
+        check_slots(
+            wanted=num_workers,
+            found={host.name: host.slots for host in hosts},
+            what="GPUs" if use_gpus else "CPU slots",
+        )
         if len(here) > 1:
             raise ClusterError(
                 f"the hostfile names this host twice: {', '.join(host.name for host in here)}",
                 remedy="give each host one line with all of its slots",
             )
-        self.node_ip = (
-            addresses[here[0].name] if here else source_address(addresses[used[0].name])
+        self.node_ip = head_address(
+            here=[addresses[host.name] for host in here],
+            others=[addresses[host.name] for host in others],
         )
         node = ray_node.start_node(
             ray_node.NodeRequest(
@@ -107,7 +116,7 @@ class SshCluster:
         ]
         try:
             self._bring_up(
-                [host for host in used if host not in here],
+                others,
                 addresses=addresses,
                 common={
                     "gcs_address": node.gcs_address,
@@ -177,22 +186,13 @@ class SshCluster:
                 raise outcome
 
 
-def take_slots(hosts: Sequence[Host], *, num_workers: int, use_gpus: bool) -> tuple[Host, ...]:
-    """The hosts that are needed, in order.
+def take_slots(hosts: Sequence[Host], *, num_workers: int) -> tuple[Host, ...]:
+    """The hosts that are needed, in order; all of them where they have too few slots.
 
     Args:
         hosts: of the hostfile.
         num_workers: workers to place.
-        use_gpus: for the words of the error.
-
-    Raises:
-        ClusterError: they have too few slots together.
     """
-    check_slots(
-        wanted=num_workers,
-        found={host.name: host.slots for host in hosts},
-        what="GPUs" if use_gpus else "CPU slots",
-    )
     used: list[Host] = []
     for host in hosts:
         if sum(taken.slots for taken in used) >= num_workers:
@@ -299,6 +299,24 @@ def is_local(address: str) -> bool:
         except OSError:
             return False
         return True
+
+
+def head_address(*, here: Sequence[str], others: Sequence[str]) -> str:
+    """The address that this host's Ray listens at.
+
+    Args:
+        here: IPv4 address of this host, if it is in the hostfile; often a loopback one (`localhost`,
+            or its own name in /etc/hosts), which no other host can reach.
+        others: IPv4 addresses of the other hosts.
+
+    Raises:
+        ClusterError: there is no route to the first of the others.
+    """
+    if not others:
+        return ray_node.LOOPBACK
+    if here and not ipaddress.ip_address(here[0]).is_loopback:
+        return here[0]
+    return source_address(others[0])
 
 
 def source_address(target: str) -> str:

@@ -14,7 +14,6 @@ from deepopt.head.budgets import KEYS, Budget, Limits, Spent, bad_hosts, budget_
 from deepopt.head.liveness import Cause
 from deepopt.worker.messages import Failure
 
-LOST_KINDS = frozenset({"death", "hang", "peer"})  # a new worker group may do better
 WORDS = {
     Budget.WORKER: "lost worker group(s)",
     Budget.HOST: "lost host(s)",
