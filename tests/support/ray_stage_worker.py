@@ -58,7 +58,8 @@ class FakeStageWorker:
         """Nothing takes long here."""
 
     def interrupt(self, generation: int) -> None:
-        self._interrupted = True
+        if generation >= self._sender.generation:
+            self._interrupted = True
 
     def let_go(self) -> None:
         """It holds nobody up."""
