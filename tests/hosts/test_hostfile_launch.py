@@ -1,4 +1,4 @@
-"""`deepopt launch --hostfile` on two hosts: the losses of one, and nothing left on either."""
+"""`deepopt launch --hostfile` on two hosts: the losses of one process, and nothing left on either."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from deepopt.job_file import load_job
 from support import launcher
 from support.hosts import HostGroup
+from support.worker_processes import losses_of, make_plan
 
 pytestmark = [
     pytest.mark.multihost,
@@ -44,19 +46,6 @@ def folder(two_hosts: HostGroup, request: pytest.FixtureRequest) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def losses_of_one_host(two_hosts: HostGroup) -> dict[int, float]:
-    """Losses of the same plan with both workers on the first host."""
-    folder = two_hosts.shared / "one-host"
-    folder.mkdir()
-    done = launch(two_hosts, launcher.write_job(folder), "--run-dir", folder / "run")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert hosts_of_workers(two_hosts, folder / "run") == ["node-a", "node-a"]
-    losses = launcher.losses(folder / "run")
-    assert sorted(losses) == list(range(1, STEPS + 1))
-    return losses
-
-
 def launch(
     group: HostGroup, job: Path, *options: str | Path, workers: int = 2
 ) -> subprocess.CompletedProcess[str]:
@@ -81,10 +70,6 @@ def status_of(group: HostGroup, run_dir: Path) -> dict[str, Any]:
     return content
 
 
-def hosts_of_workers(group: HostGroup, run_dir: Path) -> list[str]:
-    return [worker["host"] for worker in status_of(group, run_dir)["workers"]]
-
-
 def files_of(group: HostGroup, index: int) -> str:
     """What lies in the folders that a host has to itself."""
     done = group.hosts[index].run(["ls", "-A", "/tmp", "/dev/shm"], timeout_s=COMMAND_TIMEOUT_S)
@@ -92,19 +77,8 @@ def files_of(group: HostGroup, index: int) -> str:
     return done.stdout
 
 
-def test_losses_are_those_of_one_host_bit_for_bit(
-    losses_of_one_host: dict[int, float], hosts: HostGroup, folder: Path
-) -> None:
-    hostfile = write_hostfile(folder, "node-a slots=1", "node-b slots=1")
-    job = launcher.write_job(folder)
-    done = launch(hosts, job, "--hostfile", hostfile, "--run-dir", folder / "run")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert hosts_of_workers(hosts, folder / "run") == ["node-a", "node-b"]
-    assert launcher.losses(folder / "run") == losses_of_one_host
-
-
-def test_a_worker_that_hangs_on_the_other_host_is_killed_there_and_replaced(
-    losses_of_one_host: dict[int, float], hosts: HostGroup, folder: Path
+def test_a_worker_that_hangs_on_the_other_host_is_replaced_there_and_the_losses_are_those_of_one_process(
+    hosts: HostGroup, folder: Path
 ) -> None:
     # A stopped process reads no message: only a SIGKILL on its own host ends it.
     faults = {"heartbeat_timeout_s": 5, "inject": [{"stop": {"rank": 1, "step": 2, "op": "F"}}]}
@@ -115,7 +89,9 @@ def test_a_worker_that_hangs_on_the_other_host_is_killed_there_and_replaced(
     status = status_of(hosts, folder / "run")
     assert [worker["host"] for worker in status["workers"]] == ["node-a", "node-b"]
     assert status["generation"] == 2
-    assert launcher.losses(folder / "run") == losses_of_one_host
+    alone = load_job(launcher.write_job(folder))
+    losses = losses_of(alone, make_plan(alone), run_dir=folder / "alone", last_step=STEPS)
+    assert launcher.losses(folder / "run") == dict(enumerate(losses, start=1))
 
 
 @pytest.mark.parametrize(
