@@ -81,6 +81,19 @@ def mirror(job: JobConfig, *, ranks: int) -> Any:
             id="nn.Transformer",
         ),
         pytest.param(
+            make_job(f"{HF}:qwen3_moe", f"{HF}:Batches", data={"kind": "labels"}),
+            4,
+            id="qwen3-moe",
+        ),
+        pytest.param(
+            make_job(f"{HF}:bert", f"{HF}:Batches", data={"kind": "padded late"}),
+            2,
+            id="bert-some-padded",
+        ),
+        pytest.param(
+            make_job(f"{HF}:vit", f"{HF}:Batches", data={"kind": "images"}), 2, id="vit"
+        ),
+        pytest.param(
             make_job(f"{NASTY}:Recurrent", f"{NASTY}:Batches", data={}), 2, id="shared-block"
         ),
         pytest.param(

@@ -5,6 +5,7 @@ One foreign cluster serves all tests of this module; the last one looks whether 
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -131,6 +132,71 @@ def test_too_few_slots_are_refused_with_what_was_asked_and_found(launch: Launch)
     assert (
         f"asked for 4 workers, found {SLOTS} CPU slots on 1 host" in status["error"]["message"]
     )
+
+
+SCRIPT = """
+import json, os, torch
+from pathlib import Path
+from deepopt import DeepTrainer
+from deepopt.errors import DeepoptError
+from deepopt.telemetry.files import read_json
+
+torch.manual_seed(0)
+torch.set_num_threads(1)
+model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(4)))
+rows = [(torch.randn(4), torch.randn(4)) for _ in range(11)]
+
+class Rows(torch.utils.data.Dataset):
+    def __len__(self):
+        return len(rows)
+    def __getitem__(self, index):
+        return rows[index]
+
+def mean_square(output, targets):
+    return (output - targets).square().mean()
+
+def no_number(output, targets):
+    return mean_square(output, targets) * float("nan")
+
+given = dict(
+    workers=2, placement="bi_stream", batch_size=4, microbatches=2, address=os.environ["ADDRESS"],
+    progress=False, drop_last=True,
+)
+trainer = DeepTrainer(model, loss_fn=mean_square, name="forwards", **given)
+loss, outputs = trainer.evaluate(Rows()), trainer.predict(Rows())
+inputs, targets = (torch.stack(column) for column in zip(*rows))
+with torch.no_grad():
+    expected = torch.cat([model(part) for part in inputs[:10].split(2)])
+    whole = mean_square(model(inputs), targets)
+before = [p.clone() for p in model.parameters()]
+try:
+    DeepTrainer(model, loss_fn=no_number, **given).fit(Rows())
+except DeepoptError as error:
+    failed = [type(error).__name__, str(error), error.__notes__[-1]]
+print(json.dumps({
+    "same": torch.equal(outputs[:10], expected), "rows": len(outputs), "off": abs(loss - whole.item()),
+    "steps": [read_json(path)["step"] for path in Path("runs").glob("forwards-*/status.json")],
+    "failed": failed, "kept": all(map(torch.equal, before, model.parameters())),
+}))
+"""
+
+
+def test_a_script_evaluates_predicts_and_fails_in_a_cluster_of_others(
+    cluster: Mapping[str, str], tmp_path: Path
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], cwd=tmp_path, env={**os.environ, **cluster},
+        capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert (said["same"], said["rows"], said["steps"]) == (True, 11, [1, 1])
+    assert said["off"] < 1e-6
+    kind, message, hint = said["failed"]
+    assert (kind, said["kept"]) == ("TrainingError", True)
+    assert "failed in step 1: " in message
+    assert "the loss of micro-batch 0 is nan" in message
+    assert hint.startswith("hint: ")
 
 
 def test_the_foreign_cluster_is_as_before(
