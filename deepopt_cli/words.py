@@ -143,6 +143,9 @@ def status_lines(
             f"plan {status.get('plan_id')}, generation {status.get('generation')}, "
             f"{status.get('restarts', 0)} restarts"
         )
+    workers, wanted = len(status.get("workers") or ()), status.get("workers_wanted") or 0
+    if 0 < workers < wanted and state not in ENDED:
+        lines.append(f"workers     {workers} of {wanted}: there is no device for the others")
     if status.get("bubble") is not None:
         lines.append(f"bubble      {human_percent(status['bubble'])}")
     checkpoint = status.get("checkpoint_step")

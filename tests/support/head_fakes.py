@@ -78,11 +78,14 @@ class FakeGroup:
     spares: int = 0
     warm_spares: int = 0
     kept: dict[int, int] = field(default_factory=dict)
+    places: tuple[int, ...] = ()
+    sought: tuple[int, ...] = ()
 
     def prepare(
-        self, generation: int, *, num_workers: int, kept: Mapping[int, int] | None = None
+        self, generation: int, *, places: Sequence[int], kept: Mapping[int, int] | None = None
     ) -> None:
-        self.calls.append(("prepare", generation, num_workers))
+        self.calls.append(("prepare", generation, len(places)))
+        self.places = tuple(places)
         self.kept = dict(kept or {})
 
     def keep_spares(self, count: int) -> None:
@@ -97,6 +100,12 @@ class FakeGroup:
 
     def request_stop(self) -> None:
         self.calls.append(("stop",))
+
+    def seek(self, places: Collection[int]) -> None:
+        self.sought = tuple(sorted(places))
+
+    def request_leave(self) -> None:
+        self.calls.append(("leave",))
 
     def request_checkpoint(self) -> None:
         self.calls.append(("checkpoint",))

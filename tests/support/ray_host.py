@@ -1,4 +1,7 @@
-"""A private Ray that others may join, alive until stdin is closed: `python -m support.ray_host N`."""
+"""A private Ray that others may join, alive until stdin is closed: `python -m support.ray_host N`.
+
+With an address of such a Ray after N, it is a further host of that one.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +17,15 @@ KILL_TIMEOUT_S = 60.0
 
 def main() -> None:
     become_subreaper()
-    token = ray_node.make_token()
+    token = os.environ.get("RAY_AUTH_TOKEN") or ray_node.make_token()
+    joined = sys.argv[2] if len(sys.argv) > 2 else None
     ray_node.prepare_environment(threads=1, token=token, loopback=True)
     temp_dir = ray_node.make_temp_dir()
     node = ray_node.start_node(
         ray_node.NodeRequest(
             node_ip=ray_node.LOOPBACK,
-            gcs_address=None,
-            slots=int(sys.argv[1]) - 1,  # the head host has one more CPU
+            gcs_address=joined,
+            slots=int(sys.argv[1]) - (joined is None),  # the head host has one more CPU
             use_gpus=False,
             temp_dir=str(temp_dir),
             object_store_bytes=80 * ray_node.MIB,

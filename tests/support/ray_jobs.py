@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from deepopt.cluster.process_table import Process, find_process
+from deepopt.cluster.process_table import Process, descendants, find_process
 from deepopt.config import JobConfig
 from deepopt.head.supervisor import spawn_supervisor
 from deepopt.job_file import dump_job
@@ -114,3 +115,36 @@ def foreign_ray(*, slots: int) -> Iterator[dict[str, str]]:
         finally:
             process.stdin.close()  # it ends with this
             process.wait(timeout=TIMEOUT_S)
+
+
+class FurtherHost:
+    """A further host of a foreign Ray, until its power is cut.
+
+    Args:
+        environment: what `foreign_ray` gave.
+        slots: CPU slots that it adds.
+    """
+
+    def __init__(self, environment: Mapping[str, str], *, slots: int) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "support.ray_host", str(slots), environment["ADDRESS"]],
+            cwd=TESTS,
+            env={**os.environ, **environment},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self._process.stdout is not None
+        self._process.stdout.readline()
+
+    def has(self, pid: int) -> bool:
+        """Whether a process runs there."""
+        return any(one.pid == pid for one in descendants(self._process.pid))
+
+    def cut_power(self) -> None:
+        """SIGKILL to all that runs there."""
+        doomed = descendants(self._process.pid)
+        self._process.kill()
+        for one in doomed:
+            one.send(signal.SIGKILL)
+        self._process.communicate()

@@ -37,7 +37,12 @@ class FakeStageWorker:
     """As `StageWorker`, see there."""
 
     def __init__(
-        self, assignment: Assignment, *, report: Callable[[Any], None], warmth: None = None
+        self,
+        assignment: Assignment,
+        *,
+        report: Callable[[Any], None],
+        warmth: None = None,
+        before: None = None,
     ) -> None:
         self._assignment = assignment
         self._sender = assignment.sender
@@ -49,7 +54,7 @@ class FakeStageWorker:
         self._step_s = float(kwargs.get("step_s", 0.05))  # type: ignore[arg-type]
         self._crash_at = kwargs.get("crash_at")
 
-        self.is_set_up = False  # it cannot go on in another generation
+        self.can_go_on = False  # it cannot go on in another generation
 
         self._interrupted = False
 

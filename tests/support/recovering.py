@@ -11,6 +11,7 @@ import threading
 import time
 import traceback
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -65,6 +66,21 @@ class Story:
         return [said for _, (said,) in sorted(self.losses.items())]
 
 
+@dataclass(frozen=True)
+class Resize:
+    """Another plan for a generation and those after it.
+
+    Args:
+        plan: who holds what from now on.
+        kept: rank in the generation before, by new rank, of processes that live on.
+        leave_after: step after which the generation before is asked to leave; None: a fault ends it.
+    """
+
+    plan: Plan
+    kept: Mapping[int, int]
+    leave_after: int | None = None
+
+
 class Worker:
     """A process that works on one assignment after the other."""
 
@@ -82,15 +98,24 @@ class Drama:
 
     Args:
         job: with the kills in `faults.inject`.
-        plan: of all generations.
+        plan: of all generations before the first resize.
         run_dir: the run directory.
         last_step: run through this step.
         spares: processes that wait for somebody's death.
+        resizes: by the generation that begins with it.
     """
 
     def __init__(
-        self, job: JobConfig, plan: Plan, *, run_dir: Path, last_step: int, spares: int = 0
+        self,
+        job: JobConfig,
+        plan: Plan,
+        *,
+        run_dir: Path,
+        last_step: int,
+        spares: int = 0,
+        resizes: Mapping[int, Resize] | None = None,
     ) -> None:
+        self._resizes = resizes or {}
         self._job = job
         self._plan = plan
         self._run_dir = run_dir
@@ -119,8 +144,11 @@ class Drama:
                 worker.process.join()
 
     def _form(self, standings: dict[int, Standing]) -> None:
-        plan, before = self._plan, self._generation
+        before = self._generation
         self._generation += 1
+        if resize := self._resizes.get(self._generation):
+            standings = self._resize(resize, standings)
+        plan = self._plan
         start = restore(plan, survivors=standings) if standings else None
         if before:
             self.story.restorations.append(start)
@@ -166,6 +194,16 @@ class Drama:
                 )
             )
 
+    def _resize(self, resize: Resize, standings: dict[int, Standing]) -> dict[int, Standing]:
+        old, self._plan = self._workers, resize.plan
+        for rank in old.keys() - set(resize.kept.values()):
+            old[rank].process.kill()
+        self._workers = {
+            rank: old[resize.kept[rank]] if rank in resize.kept else Worker()
+            for rank in range(resize.plan.world_size)
+        }
+        return {new: standings[o] for new, o in resize.kept.items() if o in standings}
+
     def _attend(self) -> dict[int, Standing] | None:
         """Listen until all have ended, or all that live have left their group."""
         open_pipes = {worker.outbox: rank for rank, worker in self._workers.items()}
@@ -199,7 +237,7 @@ class Drama:
                     assert message.standing is not None, message.traceback
                     standings[rank] = message.standing
                     self._interrupt(but=lost)
-        if len(ended) == len(self._workers):
+        if len(ended) == len(self._workers) and ended[0].reason != "left":
             self.story.ended = ended
             return None
         return standings
@@ -224,6 +262,9 @@ class Drama:
             self._commit(message)
         if isinstance(message, StepReport):
             self.story.losses.setdefault(message.step, set()).add(message.loss)
+            coming = self._resizes.get(self._generation + 1)
+            if coming is not None and coming.leave_after == message.step:
+                self._workers[0].inbox.put(("leave", self._generation))
             if self._died_s is not None:
                 self.story.back_s.append(time.monotonic() - self._died_s)
                 self._died_s = None
@@ -243,18 +284,21 @@ def _serve(inbox: Any, outbox: Any) -> None:
             asked = inbox.get()
             if isinstance(asked, Assignment):
                 work.put(asked)
+            elif worker is not None and isinstance(asked, tuple):
+                worker.request_leave(asked[1])
             elif worker is not None:
                 worker.interrupt(asked)
 
     threading.Thread(target=listen, daemon=True).start()
     while True:
         assignment = work.get()
-        goes_on = worker is not None and worker.is_set_up
+        before = worker if worker is not None and worker.can_go_on else None
+        goes_on = before is not None and before.fits(assignment)
         if goes_on:
             assert worker is not None
             worker.reassign(assignment)
         else:
-            worker = StageWorker(assignment, report=tell)
+            worker = StageWorker(assignment, report=tell, before=before)
         try:
             ready: WorkerReady = worker.rejoin() if goes_on else worker.setup()
             tell(ready)
@@ -267,7 +311,15 @@ def _serve(inbox: Any, outbox: Any) -> None:
 
 
 def train_through_faults(
-    job: JobConfig, plan: Plan, *, run_dir: Path, last_step: int, spares: int = 0
+    job: JobConfig,
+    plan: Plan,
+    *,
+    run_dir: Path,
+    last_step: int,
+    spares: int = 0,
+    resizes: Mapping[int, Resize] | None = None,
 ) -> Story:
     """Train to the last step whatever dies on the way."""
-    return Drama(job, plan, run_dir=run_dir, last_step=last_step, spares=spares).play()
+    return Drama(
+        job, plan, run_dir=run_dir, last_step=last_step, spares=spares, resizes=resizes
+    ).play()

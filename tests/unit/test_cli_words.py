@@ -44,6 +44,13 @@ def test_a_running_job_in_words() -> None:
     ]
 
 
+def test_a_job_that_has_shrunk_says_how_many_workers_it_has_and_wants() -> None:
+    lines = words.status_lines(
+        {**status(), "workers_wanted": 3}, supervisor_alive=True, age_s=0.4
+    )
+    assert "workers     2 of 3: there is no device for the others" in lines
+
+
 def test_a_job_whose_supervisor_died_is_not_called_running() -> None:
     lines = words.status_lines(status(), supervisor_alive=False, age_s=100.0)
     assert lines[1] == "state       recorded as running, but its supervisor is gone"

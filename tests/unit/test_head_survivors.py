@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -91,6 +93,25 @@ def test_a_layer_without_any_copy_needs_the_disk() -> None:
     survivors = {r: standing(LINE, r, 9) for r in (0, 1, 2)}
     assert restore(LINE, survivors=survivors) is None
     assert restore(LINE, survivors={}) is None
+
+
+def test_under_another_plan_who_keeps_a_copy_of_its_new_layers_takes_it_itself() -> None:
+    fewer = replace(LINE, boundaries=(0, 2), pipeline_size=2)
+    survivors = {  # ranks 0 and 2 of four; those after them are lost, and their copies are here
+        0: standing(LINE, 0, 7, replicas={7: ("c", "d")}),
+        1: standing(LINE, 2, 7, replicas={7: ("a", "b")}),
+    }
+    found = restore(fewer, survivors=survivors)
+    assert found is not None
+    assert (found.step, found.source) == (7, "replicas")
+    assert {(t.layer, t.source, t.target, t.replica) for t in found.transfers} == {
+        ("b", 1, 0, True),
+        ("d", 0, 1, True),
+    }
+    nearer = {**survivors, 1: standing(LINE, 2, 7, replicas={7: ("b", "d")})}
+    found = restore(fewer, survivors=nearer)
+    assert found is not None
+    assert ("d", 1, 1) in {(t.layer, t.source, t.target) for t in found.transfers}
 
 
 def test_before_the_first_step_every_layer_is_as_initialised() -> None:

@@ -55,12 +55,14 @@ class WorkerGone:
         rank: the worker.
         reason: one line.
         traceback: what the process left behind; empty when nothing.
+        no_place: whether it could not be started because its host is gone.
     """
 
     generation: int
     rank: int
     reason: str
     traceback: str = ""
+    no_place: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +78,19 @@ class ExportEnded:
     generation: int
     folder: str | None
     reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlaceFound:
+    """A process that can work runs at a place that `WorkerGroup.seek` was asked for, or no longer.
+
+    Args:
+        place: index of the place.
+        is_there: whether it runs.
+    """
+
+    place: int
+    is_there: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +135,7 @@ WorkerMessage = (
     | RunEnded
     | Failure
 )
-GroupEvent = WorkerUp | WorkerGone | ExportEnded | GroupRefused
+GroupEvent = WorkerUp | WorkerGone | ExportEnded | GroupRefused | PlaceFound
 AgentEvent = AgentWord | ProcessEnded | AgentGone
 HeadEvent = WorkerMessage | GroupEvent | AgentEvent | SpareGone
 
@@ -142,19 +157,27 @@ class WorkerGroup(Protocol):
     """The processes of one generation. Nothing but `kill_all` and `close` waits."""
 
     def prepare(
-        self, generation: int, *, num_workers: int, kept: Mapping[int, int] | None = None
+        self,
+        generation: int,
+        *,
+        places: Sequence[int],
+        kept: Mapping[int, int] | None = None,
     ) -> None:
         """Begin to start the processes of a generation; a repeated call changes nothing.
 
         Args:
             generation: which.
-            num_workers: its size.
+            places: index of each rank's place.
             kept: rank in the generation before, by new rank, of those whose process stays.
         """
         ...
 
     def keep_spares(self, count: int) -> None:
         """Begin to start processes that wait for a place, until there are so many."""
+        ...
+
+    def seek(self, places: Collection[int]) -> None:
+        """Look for devices at places that have none, and for no others; answered by `PlaceFound`."""
         ...
 
     @property
@@ -172,6 +195,10 @@ class WorkerGroup(Protocol):
 
     def request_stop(self) -> None:
         """Ask the workers to stop, with a checkpoint, after the step in work."""
+        ...
+
+    def request_leave(self) -> None:
+        """Ask the workers to leave their group after the step in work."""
         ...
 
     def request_checkpoint(self) -> None:

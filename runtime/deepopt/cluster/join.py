@@ -7,6 +7,7 @@ end its actors and its reservation go; everything else stays as it was.
 from __future__ import annotations
 
 import socket
+from collections import Counter
 from typing import Any
 
 from deepopt.cluster.local import connect
@@ -122,11 +123,10 @@ def reserve(num_workers: int, *, use_gpus: bool, timeout_s: float) -> Any:
     ray = _import_ray()
     key = "GPU" if use_gpus else "CPU"
     what = "GPUs" if use_gpus else "CPU slots"
-    hosts = {
-        node["NodeManagerAddress"]: int(node["Resources"].get(key, 0))
-        for node in ray.nodes()
-        if node["Alive"]
-    }
+    hosts: Counter[str] = Counter()  # one may have several of Ray's nodes
+    for node in ray.nodes():
+        if node["Alive"]:
+            hosts[node["NodeManagerAddress"]] += int(node["Resources"].get(key, 0))
     total = sum(hosts.values())
     shown = ", ".join(f"{host}: {slots}" for host, slots in hosts.items())
     if total < num_workers:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import ActorUnschedulableError, RayActorError, RayError
 from ray.util.scheduling_strategies import (
     NodeAffinitySchedulingStrategy,
     PlacementGroupSchedulingStrategy,
@@ -30,6 +30,7 @@ from deepopt.cluster.group import (
     AgentGone,
     ExportEnded,
     HeadEvent,
+    PlaceFound,
     SpareGone,
     WorkerGone,
     WorkerUp,
@@ -47,6 +48,8 @@ from deepopt.worker.messages import Assignment
 
 logger = logging.getLogger(__name__)
 
+_ray: Any = ray  # its annotations are half there
+
 WORKER_NAME = "worker-"
 _POLL_S = 0.01
 _ADOPT_TIMEOUT_S = 5.0  # for a worker to answer a new head
@@ -57,6 +60,7 @@ _AGENT_TIMEOUT_S = 5.0  # for an agent's answer; its host may be gone
 class _Worker:
     actor: Any
     log_size: int
+    place: int = 0
     pid: int = 0
     host: str = ""
     process: Process | None = None  # on the head's host only
@@ -105,21 +109,26 @@ class RayWorkerGroup:
         self._job = job
         self._members = _Members(generation=0, workers=[])
         self._spares: list[_Worker] = []
+        self._seekers: dict[int, _Worker] = {}  # by place
         self._num_spares_made = 0
-        self._gpus: dict[int, tuple[str, ...]] = {}  # of each place, by rank
+        self._gpus: dict[int, tuple[str, ...]] = {}  # of each place
         self._agents = NodeAgents(head=head, lease_s=lease_s, lost=self._on_agent_gone)
         # Ray unpickles a class by its import path: workers need deepopt, not this process.
         as_actor: Any = ray.remote  # its annotations lack concurrency groups
         self._actor_class = as_actor(concurrency_groups={REQUESTS: 1, STAY: 1})(WorkerActor)
 
     def prepare(
-        self, generation: int, *, num_workers: int, kept: Mapping[int, int] | None = None
+        self,
+        generation: int,
+        *,
+        places: Sequence[int],
+        kept: Mapping[int, int] | None = None,
     ) -> None:
         """Begin to start the processes of a generation; a repeated call changes nothing.
 
         Args:
             generation: which.
-            num_workers: its size.
+            places: index of each rank's place.
             kept: rank in the generation before, by new rank, of those whose process stays.
 
         Raises:
@@ -127,20 +136,24 @@ class RayWorkerGroup:
         """
         if self._members.generation == generation:
             return
-        if num_workers > len(self._slots.places):
+        if len(places) > len(self._slots.places):
             raise ClusterError(
-                f"{num_workers} workers on {len(self._slots.places)} places",
+                f"{len(places)} workers on {len(self._slots.places)} places",
                 remedy="this is a bug in deepopt: please report it with the job file",
             )
         before, kept = self._members.workers, kept or {}
         workers = []
-        for rank in range(num_workers):
+        for rank, place in enumerate(places):
             if rank in kept:
                 worker = before[kept[rank]]
                 worker.log_size = self._log_size(rank)
                 workers.append(worker)
             else:
-                workers.append(self._take_spare(rank) or self._start(rank))
+                workers.append(
+                    self._take_seeker(place, rank)
+                    or self._take_spare(place, rank)
+                    or self._start(place, rank)
+                )
         self._members = members = _Members(generation=generation, workers=workers)
         for rank, worker in enumerate(workers):
             if worker.pid:  # it runs already
@@ -159,19 +172,27 @@ class RayWorkerGroup:
         while len(self._spares) < count:
             self._start_spare()
 
+    def seek(self, places: Collection[int]) -> None:
+        """Look for devices at places that have none: with a process each, that waits for one."""
+        for place in self._seekers.keys() - set(places):
+            self._kill(self._seekers.pop(place))
+        for place in places:
+            if place not in self._seekers:
+                self._start_seeker(place)
+
     @property
     def warm_spares(self) -> int:
         """Processes that can take a place at once."""
         return sum(spare.warm for spare in self._spares)
 
     def adopt(
-        self, generation: int, *, num_workers: int, store: tuple[str, int]
+        self, generation: int, *, places: Sequence[int], store: tuple[str, int]
     ) -> dict[int, Adopted]:
         """Take over the workers of a generation whose head has died; others are killed.
 
         Args:
             generation: which.
-            num_workers: its size.
+            places: index of each rank's place.
             store: IP address and port of the new head's store.
 
         Returns:
@@ -190,7 +211,7 @@ class RayWorkerGroup:
                 list(calls), num_returns=len(calls), timeout=_ADOPT_TIMEOUT_S
             )
         found: dict[int, Adopted] = {}
-        workers = [_Worker(actor=None, log_size=0, ended=True) for _ in range(num_workers)]
+        workers = [_Worker(actor=None, log_size=0, ended=True, place=p) for p in places]
         for call, actor in calls.items():
             adopted = _answer(call) if call in answered else None
             sender = None if adopted is None else adopted.sender
@@ -198,7 +219,9 @@ class RayWorkerGroup:
                 ray.kill(actor, no_restart=True)
                 continue
             found[sender.rank] = adopted
-            workers[sender.rank] = _Worker(actor=actor, log_size=self._log_size(sender.rank))
+            workers[sender.rank] = _Worker(
+                actor=actor, log_size=self._log_size(sender.rank), place=places[sender.rank]
+            )
         self._members = members = _Members(generation=generation, workers=workers)
         for rank, adopted in found.items():
             self._on_up(members, rank, adopted.whereabouts)
@@ -225,6 +248,13 @@ class RayWorkerGroup:
     def request_stop(self) -> None:
         """Ask the workers to stop, with a checkpoint, after the step in work."""
         self._request("stop")
+
+    def request_leave(self) -> None:
+        """Ask the workers to leave their group after the step in work."""
+        members = self._members
+        for worker in members.workers:
+            if not worker.ended:
+                members.references.append(worker.actor.leave.remote(members.generation))
 
     def request_checkpoint(self) -> None:
         """Ask the workers for a checkpoint after the step in work."""
@@ -292,8 +322,8 @@ class RayWorkerGroup:
         until_s = time.monotonic() + timeout_s
         doomed = [w for rank, w in enumerate(self._members.workers) if rank not in but]
         if not but:
-            doomed += self._spares
-            self._spares = []
+            doomed += [*self._spares, *self._seekers.values()]
+            self._spares, self._seekers = [], {}
         left = [worker for worker in doomed if not self._is_gone(worker)]
         for worker in left:
             self._kill(worker)
@@ -310,13 +340,14 @@ class RayWorkerGroup:
 
     # --- inside --------------------------------------------------------------------------
 
-    def _start(self, rank: int) -> _Worker:
-        log, gpus = self._run.rank_log(rank), self._gpus.get(rank)
+    def _start(self, place: int, rank: int) -> _Worker:
+        log, gpus = self._run.rank_log(rank), self._gpus.get(place)
         worker = _Worker(
-            actor=self._actor_class.options(**self._options(rank, owns=gpus is None)).remote(
+            actor=self._actor_class.options(**self._options(place, owns=gpus is None)).remote(
                 log=str(log), run_dir=str(self._run.root), stage_worker=self._stage_worker
             ),
             log_size=self._log_size(rank),
+            place=place,
         )
         if gpus:
             worker.actor.use_gpus.remote(gpus)
@@ -325,9 +356,9 @@ class RayWorkerGroup:
     def _start_spare(self) -> None:
         number = self._num_spares_made
         self._num_spares_made += 1
-        rank = number % len(self._slots.places)  # all hosts in turn
+        place = number % len(self._slots.places)  # all hosts in turn
         spare = _Worker(
-            actor=self._actor_class.options(**self._options(rank, owns=False)).remote(
+            actor=self._actor_class.options(**self._options(place, owns=False)).remote(
                 log=str(self._run.spare_log(number)),
                 run_dir=str(self._run.root),
                 stage_worker=self._stage_worker,
@@ -360,15 +391,60 @@ class RayWorkerGroup:
             self._members, spare.actor.wait_as_spare.remote(self._job), is_warm, is_gone
         )
 
-    def _take_spare(self, rank: int) -> _Worker | None:
-        """A spare for a rank's place, the readiest; on the host of its GPU, if it has one."""
-        host = self._slots.places[rank].node_id
+    def _start_seeker(self, place: int) -> None:
+        number = self._num_spares_made
+        self._num_spares_made += 1
+        self._gpus.pop(place, None)  # of a host that may have come back: Ray gives it others
+        seeker = _Worker(
+            actor=self._actor_class.options(**self._options(place)).remote(
+                log=str(self._run.spare_log(number)),
+                run_dir=str(self._run.root),
+                stage_worker=self._stage_worker,
+            ),
+            log_size=0,
+            place=place,
+        )
+        self._seekers[place] = seeker
+
+        def is_gone(error: BaseException) -> None:
+            if self._seekers.get(place) is seeker:
+                logger.info("nothing at place %d: %s", place, str(error).strip())
+                del self._seekers[place]
+                self._tell(PlaceFound(place=place, is_there=False))
+
+        def is_up(found: Whereabouts) -> None:
+            self._place(seeker, found)
+            if found.gpus:
+                self._gpus[place] = found.gpus
+
+        def is_warm(_: None) -> None:
+            seeker.warm = True
+            if self._seekers.get(place) is seeker:
+                self._tell(PlaceFound(place=place, is_there=True))
+
+        self._watch(self._members, seeker.actor.whereabouts.remote(), is_up, is_gone)
+        self._watch(
+            self._members, seeker.actor.wait_as_spare.remote(self._job), is_warm, is_gone
+        )
+
+    def _take_seeker(self, place: int, rank: int) -> _Worker | None:
+        """The process that waits at a place; None while it has no device."""
+        seeker = self._seekers.get(place)
+        if seeker is None or not seeker.pid:
+            return None
+        del self._seekers[place]
+        seeker.log_size = self._log_size(rank)
+        return seeker
+
+    def _take_spare(self, place: int, rank: int) -> _Worker | None:
+        """A spare for a place, the readiest; on the host of its GPU, if it has one."""
+        host = self._slots.places[place].node_id
         for spare in sorted(self._spares, key=lambda s: (not s.warm, not s.pid)):
             near = host is None or spare.node_id == host
             if near or not self._slots.use_gpus:
                 self._spares.remove(spare)
-                spare.log_size = self._log_size(rank)
-                if gpus := self._gpus.get(rank):
+                spare.log_size, spare.place = self._log_size(rank), place
+                if gpus := self._gpus.get(place):
                     spare.actor.use_gpus.remote(gpus)
                 return spare
         return None
@@ -377,9 +453,9 @@ class RayWorkerGroup:
         log = self._run.rank_log(rank)
         return log.stat().st_size if log.exists() else 0
 
-    def _options(self, rank: int, *, owns: bool = True) -> dict[str, Any]:
-        """Of an actor for a rank's place; one that does not own it is given what another had."""
-        slots, place = self._slots, self._slots.places[rank]
+    def _options(self, index: int, *, owns: bool = True) -> dict[str, Any]:
+        """Of an actor for a place; one that does not own it is given what another had."""
+        slots, place = self._slots, self._slots.places[index]
         options: dict[str, Any] = {
             # Detached: it lives on when this head dies, and the next one finds it by its name.
             "name": f"{WORKER_NAME}{uuid.uuid4().hex}",
@@ -395,12 +471,23 @@ class RayWorkerGroup:
                 placement_group_bundle_index=place.bundle_index,
             )
         elif place.node_id is not None:
+            is_first = not self._members.workers
             options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(
-                node_id=place.node_id, soft=False
+                node_id=place.node_id if is_first else self._living_node(place.node_id),
+                soft=False,
             )
         if slots.worker_environment:
             options["runtime_env"] = {"env_vars": dict(slots.worker_environment)}
         return options
+
+    def _living_node(self, node_id: str) -> str:
+        """The id that a host has now: it has another one when its Ray was started again."""
+        nodes: list[Any] = _ray.nodes()
+        address = next((n["NodeManagerAddress"] for n in nodes if n["NodeID"] == node_id), None)
+        living = [
+            n["NodeID"] for n in nodes if n["Alive"] and n["NodeManagerAddress"] == address
+        ]
+        return node_id if node_id in living or not living else str(living[-1])
 
     def _watch(
         self,
@@ -426,7 +513,7 @@ class RayWorkerGroup:
     def _on_up(self, members: _Members, rank: int, found: Whereabouts) -> None:
         self._place(members.workers[rank], found)
         if found.gpus:
-            self._gpus[rank] = found.gpus
+            self._gpus[members.workers[rank].place] = found.gpus
         self._tell_up(members, rank)
 
     def _place(self, worker: _Worker, found: Whereabouts) -> None:
@@ -447,12 +534,16 @@ class RayWorkerGroup:
 
     def _on_gone(self, members: _Members, rank: int, error: BaseException) -> None:
         logger.info("rank %d is gone; Ray says: %s", rank, str(error).strip())
-        if isinstance(error, RayActorError):
+        if isinstance(error, ActorUnschedulableError):
+            self._tell_gone(members, rank, how="", no_place=True)
+        elif isinstance(error, RayActorError):
             self._tell_gone(members, rank, how="")
         else:
             self._tell_gone(members, rank, how=f"error: {str(error).strip().splitlines()[-1]}")
 
-    def _tell_gone(self, members: _Members, rank: int, *, how: str) -> None:
+    def _tell_gone(
+        self, members: _Members, rank: int, *, how: str, no_place: bool = False
+    ) -> None:
         worker = members.workers[rank]
         if worker.ended:
             return
@@ -461,7 +552,11 @@ class RayWorkerGroup:
         reason = f"its process crashed: {crash.headline}" if crash.headline else how_gone(how)
         self._tell(
             WorkerGone(
-                generation=members.generation, rank=rank, reason=reason, traceback=crash.text
+                generation=members.generation,
+                rank=rank,
+                reason=reason,
+                traceback=crash.text,
+                no_place=no_place,
             )
         )
 

@@ -81,6 +81,24 @@ class FaultsConfig(Section):
         default=0,
         description="Processes that wait, with everything imported, to take a lost worker's place.",
     )
+    shrink: Literal["auto", "never"] = Field(
+        default="auto",
+        description="When no device can be had for a lost worker's replacement: `auto` goes on with the "
+        "workers that are left, by another plan, and takes places in again when they come back; "
+        "`never` waits for a device until `setup_timeout_s`.",
+    )
+    min_workers: Count = Field(
+        default=1, description="Fewest workers that the job goes on with after it has shrunk."
+    )
+    place_timeout_s: Seconds = Field(
+        default=30.0,
+        description="Longest wait for a device for a replacement, in seconds; then the job shrinks.",
+    )
+    grow_after_s: Seconds | None = Field(
+        default=30.0,
+        description="Shortest time between a change of the number of workers and growing again, in "
+        "seconds, doubled with each shrink within `window_s`; null: it never grows by itself.",
+    )
     replicas: Literal["auto", "peer", "none"] = Field(
         default="auto",
         description="Copies of layers in the memory of peers, made while training goes on: `auto` "

@@ -39,7 +39,8 @@ class Account:
             None if before is None else before + report.tokens
         )
         self._record.pace.add(report, figures)
-        progress.step, progress.report, progress.figures = report.step, report, figures
+        progress.step = progress.reported = report.step
+        progress.report, progress.figures = report, figures
         progress.prediction_error = prediction_error(
             self._record.prediction, self._record.pace.step_s
         )
@@ -102,4 +103,4 @@ class Account:
             self._record.tokens_seen[step] = (
                 None if tokens is None else tokens + int(line["tokens"])
             )
-            progress.step = step
+            progress.step = progress.reported = step

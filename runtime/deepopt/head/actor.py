@@ -136,13 +136,12 @@ class HeadActor:
             stage_worker=arguments.stage_worker,
         )
         predecessor, found = arguments.predecessor, {}
-        generation, num_workers = (
-            replay(journal.entries).generation,
-            len(arguments.slots.places),
-        )
+        history = replay(journal.entries)
+        generation = history.generation
+        places = tuple(range(len(arguments.slots.places)))
         if predecessor is None:
             # First of all: the processes take longest, and import torch while this one does.
-            group.prepare(generation + 1, num_workers=num_workers)
+            group.prepare(generation + 1, places=places)
 
         from deepopt.checkpoint.store import CheckpointStore
         from deepopt.clock import SystemClock
@@ -160,7 +159,7 @@ class HeadActor:
         if predecessor is not None:
             found = group.adopt(
                 generation,
-                num_workers=num_workers,
+                places=history.places or places,
                 store=(store_server.host, store_server.port),
             )
         board = Board(run, tensorboard=job.logging.tensorboard)

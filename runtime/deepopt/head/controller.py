@@ -19,6 +19,7 @@ from deepopt.cluster.group import (
     ExportEnded,
     GroupRefused,
     HeadEvent,
+    PlaceFound,
     SpareGone,
     WorkerGone,
     WorkerGroup,
@@ -32,11 +33,13 @@ from deepopt.head.board import Board
 from deepopt.head.ending import Ending
 from deepopt.head.former import Former
 from deepopt.head.generation import Generation
+from deepopt.head.growth import Growth
 from deepopt.head.hearing import Hearing
 from deepopt.head.journal import Journal
 from deepopt.head.liveness import Cause, Finding
 from deepopt.head.losses import Losses
 from deepopt.head.record import JobRecord, Outcome
+from deepopt.head.shrinking import Shrinking
 from deepopt.head.state import ENDED, JobState
 from deepopt.head.status import Identity
 from deepopt.head.stopping import Stopping
@@ -108,10 +111,19 @@ class Controller:
             executor=executor,
             new_incarnation=new_incarnation,
         )
-        self._losses = losses = Losses(record, account=account, former=former, ending=ending)
+        shrinking = Shrinking(record, former=former, ending=ending)
+        self._losses = losses = Losses(
+            record, account=account, former=former, shrinking=shrinking, ending=ending
+        )
+        self._growth = Growth(record, former=former)
         self._stopping = stopping = Stopping(record, ending=ending)
         self._hearing = Hearing(
-            record, account=account, losses=losses, ending=ending, stopping=stopping
+            record,
+            account=account,
+            losses=losses,
+            shrinking=shrinking,
+            ending=ending,
+            stopping=stopping,
         )
         self._takeover = Takeover(record, account=account, former=former, losses=losses)
         self._ticked_s = clock.monotonic_s()
@@ -144,6 +156,7 @@ class Controller:
             "plan",
             plan_id=self._record.plan.plan_id,
             fingerprint=self._record.plan.fingerprint(),
+            plan=self._record.plan.to_json(),
         )
         self._record.note("state", state=str(self._record.state))
         self._record.board.tell(events.StateChanged(state=str(self._record.state)))
@@ -199,6 +212,9 @@ class Controller:
             ):  # else they are counted when it runs again
                 self._record.group.keep_spares(self._record.job.faults.spares)
             return
+        if isinstance(event, PlaceFound):
+            self._growth.take(event)
+            return
         if isinstance(event, AgentWord | ProcessEnded):
             if generation is not None:
                 self._hearing.take_agent(generation, event)
@@ -238,10 +254,16 @@ class Controller:
                 self._losses.settle(generation)
         elif self._stopping.ends_late(now_s=now_s):
             return
+        elif generation.has_ended and generation.has_left:
+            self._account.take_commits(
+                generation.committer.drain(timeout_s=self._ending.drain_timeout_s)
+            )
+            self._growth.form(generation)
         elif generation.has_ended:
             self._conclude(generation, now_s=now_s)
         else:
             self._losses.look(generation, now_s=now_s)
+            self._growth.look(generation, now_s=now_s)
         if self._record.state not in ENDED:
             self._record.show()
 

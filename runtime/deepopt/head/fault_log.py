@@ -44,6 +44,7 @@ class FaultRecord:
         done_s: when a step was done that had not been done before.
         start_step: step that the next worker group began after.
         source: where its state came from, in words.
+        plan: of the worker group that it hit; None: as the job's is now.
     """
 
     number: int
@@ -64,6 +65,7 @@ class FaultRecord:
     done_s: float | None = None
     start_step: int | None = None
     source: str = ""
+    plan: Plan | None = None
 
     @property
     def is_judged(self) -> bool:
@@ -93,7 +95,7 @@ class FaultRecord:
         Args:
             plan: tells the stages of the ranks.
         """
-        blame = self.blame
+        blame, plan = self.blame, self.plan or plan
         replayed = None
         if self.start_step is not None and self.start_step < self.step_done:
             replayed = [self.start_step + 1, self.step_done]
@@ -167,6 +169,7 @@ class FaultLog:
             step_done=step_done,
             since_s=min(since_s, now_s),
             noticed_s=now_s,
+            plan=plan,
         )
         return self.open
 

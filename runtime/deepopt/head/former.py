@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
+from dataclasses import replace
 
 from deepopt.checkpoint import folders
 from deepopt.checkpoint.store import CheckpointStore
+from deepopt.errors import RunDirectoryError
+from deepopt.head.closing_report import shared_cores
 from deepopt.head.commits import Committer, Origin
 from deepopt.head.formation import (
     Start,
@@ -17,8 +20,14 @@ from deepopt.head.formation import (
 )
 from deepopt.head.generation import Generation
 from deepopt.head.record import JobRecord
+from deepopt.head.resize import places_for, plan_for
 from deepopt.head.survivors import restore
+from deepopt.planner.layer_costs import LayerCosts
+from deepopt.planner.orders import known_orders, write_orders
+from deepopt.planner.plan import Plan
+from deepopt.run_directory import RunDirectory
 from deepopt.telemetry import events
+from deepopt.telemetry.files import read_json, write_json_atomic
 from deepopt.worker.messages import InPlace, Standing
 
 
@@ -50,6 +59,7 @@ class Former:
         self._store_address = store_address
         self._executor = executor
         self.new_incarnation = new_incarnation
+        self._formed_places: tuple[int, ...] = record.places
         self.hangs = 0
 
     def form(self, *, reason: str, before: Generation | None = None) -> None:
@@ -59,10 +69,15 @@ class Former:
         checkpoint.
         """
         number, plan = self._record.next_generation, self._record.plan
-        standings = {} if before is None else before.standings()
-        self._record.group.prepare(
-            number, num_workers=plan.world_size, kept={rank: rank for rank in standings}
-        )
+        places, kept = self._record.places, {}
+        if before is not None:
+            found, old = before.standings(), self._formed_places
+            ranks = {old[rank]: rank for rank in found}
+            kept = {new: ranks[place] for new, place in enumerate(places) if place in ranks}
+            standings = {new: found[rank] for new, rank in kept.items()}
+        else:
+            standings = {}
+        self._record.group.prepare(number, places=places, kept=kept)
         self._store.sweep(number)
         start = self._find_start(standings)
         self._record.journal.append(
@@ -74,6 +89,7 @@ class Former:
             source=start.source,
         )
         self._record.number = number
+        self._formed_places = places
         self._record.generation = generation = open_generation(
             number,
             plan=plan,
@@ -83,8 +99,8 @@ class Former:
             start=start,
             now_s=self._record.clock.monotonic_s(),
             incarnations=[
-                before.members[rank].sender.incarnation
-                if before is not None and rank in standings
+                before.members[kept[rank]].sender.incarnation
+                if before is not None and rank in kept
                 else self.new_incarnation()
                 for rank in range(plan.world_size)
             ],
@@ -118,6 +134,82 @@ class Former:
         )
         self._record.show(force=True)
 
+    def adopted(self) -> None:
+        """Take note that the group of an earlier head goes on, at the places that it has."""
+        self._formed_places = self._record.places
+
+    def shrink(self, places: Sequence[int], *, reason: str, is_loss: bool = True) -> None:
+        """Decide on a plan for the places that are left; the next generation works by it.
+
+        Args:
+            places: that have a process or can have one.
+            reason: why, in words.
+            is_loss: whether there are fewer than before.
+
+        Raises:
+            PlanError: no plan fits.
+        """
+        record = self._record
+        members = [] if record.generation is None else record.generation.members
+        ready = [(m.ready.device, m.host) for m in members if m.ready is not None]
+        planned = plan_for(
+            record.job,
+            record.skeleton,
+            wanted=record.wanted,
+            available=len(places),
+            plan_id=record.last_plan_id + 1,
+            costs=_known_costs(record.run),
+            cores=shared_cores([d for d, _ in ready], [h for _, h in ready]) if ready else None,
+            known=known_orders(record.run.schedules),
+        )
+        write_orders(record.run.schedules, orders=planned.orders)
+        self._take(planned.plan, there=places, reason=reason, shrunk=is_loss)
+
+    def grow(self, places: Sequence[int], *, reason: str) -> None:
+        """Decide on a plan for more places: that of the launch where all are there.
+
+        Args:
+            places: that have a process.
+            reason: why, in words.
+
+        Raises:
+            PlanError: no plan fits.
+        """
+        record = self._record
+        if len(places) < record.wanted.world_size:
+            self.shrink(places, reason=reason, is_loss=False)
+            return
+        plan = replace(record.wanted, plan_id=record.last_plan_id + 1)
+        self._take(plan, there=places, reason=reason, shrunk=False)
+
+    def _take(self, plan: Plan, *, there: Sequence[int], reason: str, shrunk: bool) -> None:
+        record = self._record
+        places = places_for(plan, of_wanted=record.wanted.world_size, there=there)
+        record.journal.append(
+            "plan",
+            plan_id=plan.plan_id,
+            fingerprint=plan.fingerprint(),
+            plan=plan.to_json(),
+            places=list(places),
+            shrunk=shrunk,
+            reason=reason,
+        )
+        record.take_plan(plan, places=places)
+        if shrunk:
+            record.shrunk_s.append(record.clock.monotonic_s())
+        try:
+            write_json_atomic(record.run.plan, plan.to_json(), durable=True)
+        except OSError as error:  # the journal has it
+            record.warn(f"cannot write {record.run.plan}: {error}")
+        record.board.tell(
+            events.Resized(
+                plan_id=plan.plan_id,
+                num_workers=plan.world_size,
+                wanted=record.wanted.world_size,
+                reason=reason,
+            )
+        )
+
     def _find_start(self, standings: Mapping[int, Standing]) -> Start:
         """Where the next generation goes on: from what survivors have, else from a checkpoint."""
         restoration = restore(self._record.plan, survivors=standings)
@@ -135,7 +227,7 @@ class Former:
             in_place=InPlace(
                 previous_generation=self._record.number,
                 transfers=restoration.transfers,
-                report=step > progress.step,
+                report=step > progress.reported,
                 save=due and step != progress.checkpoint_step,
             ),
         )
@@ -155,7 +247,8 @@ class Former:
         start = choose_start(
             found, plan=self._record.plan, last_step=self._record.identity.last_step
         )
-        self._record.progress.step = self._record.progress.checkpoint_step = start.step
+        progress = self._record.progress
+        progress.step = progress.reported = progress.checkpoint_step = start.step
         self._record.progress.checkpoint_path = start.checkpoint
         self._record.tokens_seen = {start.step: start.tokens_seen}
         self._record.data_fingerprint = start.data_fingerprint or self._record.data_fingerprint
@@ -169,3 +262,11 @@ class Former:
             origin=origin,
             tokens_seen=self._record.tokens_seen.get,
         )
+
+
+def _known_costs(run: RunDirectory) -> LayerCosts | None:
+    """The costs that the launch planned with, measured where it could; None: nobody kept them."""
+    try:
+        return LayerCosts.from_json(read_json(run.costs))
+    except (RunDirectoryError, KeyError, TypeError, ValueError):
+        return None

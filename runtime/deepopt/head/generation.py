@@ -71,6 +71,8 @@ class Generation:
         interrupted: whether its workers were told that it has ended.
         interrupted_s: when that was.
         called_off: why they were told so although nobody was lost; None as a rule.
+        unplaced: ranks that no device can be had for.
+        leaving: whether its workers were asked to leave it, for a larger one.
     """
 
     number: int
@@ -89,11 +91,18 @@ class Generation:
     interrupted: bool = False
     interrupted_s: float = 0.0
     called_off: Finding | None = None
+    unplaced: frozenset[int] = frozenset()
+    leaving: bool = False
 
     @property
     def is_ready(self) -> bool:
         """Whether all workers are set up."""
         return all(member.ready is not None for member in self.members)
+
+    @property
+    def has_left(self) -> bool:
+        """Whether the workers' runs ended because they were asked to leave."""
+        return any(m.ended is not None and m.ended.reason == "left" for m in self.members)
 
     @property
     def has_ended(self) -> bool:

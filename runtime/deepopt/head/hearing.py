@@ -10,6 +10,7 @@ from deepopt.head.ending import Ending
 from deepopt.head.generation import Generation, lost_worker
 from deepopt.head.losses import Losses
 from deepopt.head.record import JobRecord
+from deepopt.head.shrinking import Shrinking
 from deepopt.head.state import JobState
 from deepopt.head.stopping import Stopping
 from deepopt.telemetry import events
@@ -34,6 +35,7 @@ class Hearing:
         record: of the job.
         account: of what has been done.
         losses: takes note of lost workers.
+        shrinking: does with fewer workers.
         ending: ends the job.
         stopping: takes requests to stop.
     """
@@ -44,12 +46,14 @@ class Hearing:
         *,
         account: Account,
         losses: Losses,
+        shrinking: Shrinking,
         ending: Ending,
         stopping: Stopping,
     ) -> None:
         self._record = record
         self._account = account
         self._losses = losses
+        self._shrinking = shrinking
         self._ending = ending
         self._stopping = stopping
         self._refused: set[tuple[str, str]] = set()
@@ -177,6 +181,8 @@ class Hearing:
         member = generation.members[event.rank]
         if member.ended is not None and not (generation.exporting and event.rank == 0):
             return  # its work is done
+        if event.no_place and self._shrinking.takes(generation, event.rank):
+            return
         failure = lost_worker(
             generation,
             event.rank,

@@ -174,6 +174,10 @@ class History:
         job_id: None when nothing was journaled yet.
         generation: the newest one formed; 0 before the first.
         plan_id: the newest plan; 0 before the first.
+        wanted: the plan since the last launch or resume that has all workers; None: not told.
+        plan: the plan of the newest generation; None: not told.
+        places: index of the place of each rank of that plan; empty: each rank's own.
+        shrunk: when the job shrank since the last launch or resume, as `Entry.time`.
         state: the last state; empty before the first.
         checkpoint_step: step of the newest checkpoint announced; 0 for none.
         checkpoint_path: its folder; None for none.
@@ -184,6 +188,10 @@ class History:
     job_id: str | None = None
     generation: int = 0
     plan_id: int = 0
+    wanted: Mapping[str, Any] | None = None
+    plan: Mapping[str, Any] | None = None
+    places: tuple[int, ...] = ()
+    shrunk: tuple[str, ...] = ()
     state: str = ""
     checkpoint_step: int = 0
     checkpoint_path: str | None = None
@@ -199,14 +207,24 @@ def replay(entries: Iterable[Entry]) -> History:
     checkpoint_path: str | None = None
     faults: dict[int, Mapping[str, Any]] = {}
     counting: set[int] = set()
+    plans: dict[int, Mapping[str, Any]] = {}  # fields of their entries
+    of_generation = wanted_id = 0
+    shrunk: list[str] = []
     for entry in entries:
         if entry.kind == "job":
             job_id = entry.fields["job_id"]
             counting.clear()
+            shrunk.clear()
+            wanted_id = 0
         elif entry.kind == "generation":
             generation = entry.fields["generation"]
+            of_generation = entry.fields.get("plan_id", 0)
         elif entry.kind == "plan":
             plan_id = entry.fields["plan_id"]
+            plans[plan_id] = entry.fields
+            wanted_id = wanted_id or plan_id
+            if entry.fields.get("shrunk"):
+                shrunk.append(entry.time)
         elif entry.kind == "state":
             state = entry.fields["state"]
         elif entry.kind == "checkpoint":
@@ -221,6 +239,10 @@ def replay(entries: Iterable[Entry]) -> History:
         job_id=job_id,
         generation=generation,
         plan_id=plan_id,
+        wanted=plans.get(wanted_id, {}).get("plan"),
+        plan=plans.get(of_generation, {}).get("plan"),
+        places=tuple(plans.get(of_generation, {}).get("places") or ()),
+        shrunk=tuple(shrunk),
         state=state,
         checkpoint_step=checkpoint_step,
         checkpoint_path=checkpoint_path,

@@ -15,6 +15,7 @@ from deepopt.head.former import Former
 from deepopt.head.generation import Generation, find_late_start, lost_worker
 from deepopt.head.liveness import AGENT_RENEW_S, Cause, Finding
 from deepopt.head.record import JobRecord
+from deepopt.head.shrinking import Shrinking
 from deepopt.head.state import JobState
 from deepopt.telemetry import events
 from deepopt.worker.messages import Failure
@@ -30,19 +31,29 @@ class Losses:
         record: of the job.
         account: takes the last checkpoints of a generation.
         former: forms the next generation.
+        shrinking: does with fewer workers.
         ending: ends the job.
     """
 
     def __init__(
-        self, record: JobRecord, *, account: Account, former: Former, ending: Ending
+        self,
+        record: JobRecord,
+        *,
+        account: Account,
+        former: Former,
+        shrinking: Shrinking,
+        ending: Ending,
     ) -> None:
         self._record = record
         self._account = account
         self._former = former
+        self._shrinking = shrinking
         self._ending = ending
 
     def look(self, generation: Generation, *, now_s: float) -> None:
         """Look for workers that are late, silent or stuck."""
+        if self._shrinking.begins(generation, now_s=now_s):
+            return
         late = find_late_start(
             generation, now_s=now_s, timeout_s=self._record.job.faults.setup_timeout_s
         )
@@ -76,7 +87,11 @@ class Losses:
     def is_due(self, generation: Generation, *, now_s: float) -> bool:
         """Whether no further word can come of a group that has lost a worker."""
         assert generation.settle_by_s is not None, "a group that has lost nobody"
-        missing = [m.sender.rank for m in generation.members if not (m.failure or m.ended)]
+        missing = [
+            m.sender.rank
+            for m in generation.members
+            if not (m.failure or m.ended or m.sender.rank in generation.unplaced)
+        ]
         hang = all(
             generation.liveness.stays(rank, told_s=generation.interrupted_s, now_s=now_s)
             for rank in missing
@@ -163,6 +178,10 @@ class Losses:
         if member.failure is not None:
             return  # its first word counts
         member.failure = failure
+        if generation.unplaced and failure.kind == "peer":  # it leaves as it was asked to
+            generation.failures.append(failure)
+            generation.liveness.release(failure.sender.rank)
+            return
         now_s = self._record.clock.monotonic_s()
         if since_s is None:
             age_s = generation.liveness.age_s(failure.sender.rank, now_s=now_s)
@@ -211,6 +230,9 @@ class Losses:
     def settle(self, generation: Generation) -> None:
         """The failures are in: find the culprit, end the generation, form the next or fail."""
         now_s = self._record.clock.monotonic_s()
+        if self._shrinking.is_all(generation):
+            self._shrinking.finish(generation)
+            return
         for rank in generation.liveness.suspects():  # its peers' errors are the second sign
             silence_s = generation.liveness.age_s(rank, now_s=now_s)
             cause, seen = generation.liveness.explain(rank, now_s=now_s)

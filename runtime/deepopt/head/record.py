@@ -7,6 +7,7 @@ it themselves; it decides nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 from deepopt.clock import Clock
@@ -61,6 +62,10 @@ class JobRecord:
         error: what ended the job badly, as `status.error_of` makes it.
         tokens_seen: tokens trained on by step; None where unknown.
         data_fingerprint: of the data that the job began with.
+        wanted: the plan with all workers.
+        places: index of the place of each rank of `plan`.
+        last_plan_id: of the newest plan.
+        shrunk_s: when the job shrank, on the head's monotonic clock.
     """
 
     def __init__(
@@ -101,6 +106,10 @@ class JobRecord:
             now_s=clock.monotonic_s(),
         )
         self.limits = limits_of(job.faults)
+        self.wanted = plan
+        self.places = tuple(range(plan.world_size))
+        self.last_plan_id = max(plan.plan_id, history.plan_id)
+        self.shrunk_s: list[float] = []
         self.error: dict[str, Any] | None = None
         self.tokens_seen: dict[int, int | None] = {0: 0}
         self.data_fingerprint: str | None = None
@@ -109,6 +118,42 @@ class JobRecord:
     def next_generation(self) -> int:
         """The number that the next worker group will have."""
         return self.number + 1
+
+    @property
+    def missing_places(self) -> tuple[int, ...]:
+        """Places of the full job that have no worker."""
+        return tuple(p for p in range(self.wanted.world_size) if p not in self.places)
+
+    @property
+    def has_run(self) -> bool:
+        """Whether a group forms in the place of another one, so that it may do with fewer places."""
+        return self.faults.open is not None or bool(self.shrunk_s)
+
+    def take_plan(self, plan: Plan, *, places: tuple[int, ...]) -> None:
+        """Go on by another plan: what was measured and predicted of the one before is of no use.
+
+        Args:
+            plan: journaled.
+            places: index of each rank's place.
+        """
+        self.plan, self.places = plan, places
+        self.last_plan_id = max(self.last_plan_id, plan.plan_id)
+        self.pace = Pace()
+        self.prediction = load_prediction(self.run, plan)
+
+    def recall_size(self) -> None:
+        """Take the plan and the size that the job had under the head before this one."""
+        history = replay(self.journal.entries)
+        if history.wanted is not None:
+            self.wanted = Plan.from_json(history.wanted)
+        if history.plan is not None:
+            plan = Plan.from_json(history.plan)
+            self.take_plan(plan, places=history.places or tuple(range(plan.world_size)))
+        now, now_s = datetime.now(tz=UTC), self.clock.monotonic_s()
+        self.shrunk_s = [
+            now_s - max(0.0, (now - datetime.fromisoformat(time)).total_seconds())
+            for time in history.shrunk
+        ]
 
     def close_fault(self, outcome: str) -> None:
         """Write down how the open fault ended, if there is one."""
@@ -158,6 +203,7 @@ class JobRecord:
                 faults=self.faults.to_json(self.plan),
                 now_s=now_s,
                 warm_spares=self.group.warm_spares,
+                workers_wanted=self.wanted.world_size,
             )
 
         self.board.show(status, now_s=now_s, force=force)

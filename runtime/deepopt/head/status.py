@@ -21,6 +21,7 @@ class Progress:
 
     Args:
         step: the last step done.
+        reported: the last step whose figures are known; behind `step` until a new group tells them.
         checkpoint_step: step of the newest committed checkpoint; 0 for none.
         checkpoint_path: its folder; None for none.
         report: the last step's report; None before the first of this launch.
@@ -32,6 +33,7 @@ class Progress:
     """
 
     step: int = 0
+    reported: int = 0
     checkpoint_step: int = 0
     checkpoint_path: str | None = None
     report: StepReport | None = None
@@ -70,6 +72,7 @@ def status_of(
     faults: Sequence[Mapping[str, Any]],
     now_s: float,
     warm_spares: int,
+    workers_wanted: int,
 ) -> dict[str, Any]:
     """The job as it is now.
 
@@ -84,6 +87,7 @@ def status_of(
         faults: what `FaultLog` shows.
         now_s: the time on the head's monotonic clock.
         warm_spares: processes that can take a lost worker's place at once.
+        workers_wanted: of the full job; fewer are there while it has shrunk.
     """
     report, figures = progress.report, progress.figures
     return {
@@ -109,6 +113,7 @@ def status_of(
         "bubble": None if figures is None else figures.bubble,
         "restarts": progress.restarts,
         "warm_spares": warm_spares,
+        "workers_wanted": workers_wanted,
         "faults": list(faults),
         "checkpoint_step": progress.checkpoint_step,
         "placement": str(plan.placement),

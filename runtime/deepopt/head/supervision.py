@@ -47,6 +47,7 @@ _EMPTY_STATUS: dict[str, Any] = {
     "stage_busy": {},
     "bubble": None,
     "restarts": 0,
+    "workers_wanted": 0,
     "faults": [],
     "checkpoint_step": 0,
     "placement": "",

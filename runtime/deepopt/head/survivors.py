@@ -83,8 +83,10 @@ def _plan_transfers(
                     continue
                 sources = live[layer] or copies[layer]
                 if sources:
-                    source = min(sources, key=lambda other: (sent[other], other))
-                    sent[source] += 1
+                    source = rank  # under another plan it may keep the copy itself
+                    if rank not in sources:
+                        source = min(sources, key=lambda other: (sent[other], other))
+                        sent[source] += 1
                     transfers.append(
                         Transfer(
                             layer=layer,

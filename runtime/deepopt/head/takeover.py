@@ -49,6 +49,8 @@ class Takeover:
         """
         self._record.journal.append("head", found=sorted(found), reason=reason)
         self._record.progress.restarts = len(self._record.spent)
+        self._record.recall_size()
+        self._former.adopted()
         self._account.recall()
         now_s = self._record.clock.monotonic_s()
         fault = self._record.faults.notice(

@@ -411,8 +411,8 @@ class PipelineStep:
             self._take_back(step)
             self.updates.scale(coefficient)
             self.updates.update(result.learning_rate)
-        elif result.wishes & (Wish.STOP | Wish.CHECKPOINT):
-            # The layers are about to be saved as they are after this step.
+        elif result.wishes & (Wish.STOP | Wish.CHECKPOINT | Wish.LEAVE):
+            # The layers are about to be saved or handed over as they are after this step.
             self.executor.abandon()
             self._buffers.restore(step)
         return replace(result, ran_ahead=True, rolled_back=coefficient < 1.0)

@@ -17,6 +17,7 @@ class Wish(enum.IntFlag):
     STOP = 1
     CHECKPOINT = 2
     BUSY = 8  # copies for peers are still under way
+    LEAVE = 16  # the group is about to form anew, with other workers
     WAIT = 4  # do not run ahead: this worker's data cannot be asked for twice
 
 

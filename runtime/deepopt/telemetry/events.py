@@ -90,6 +90,30 @@ class GenerationFormed(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Resized(Event):
+    """The job goes on with another number of workers, by another plan.
+
+    Args:
+        plan_id: the new plan.
+        num_workers: its workers.
+        wanted: workers of the full job.
+        reason: why, in a few words.
+    """
+
+    kind: ClassVar[str] = "resized"
+    plan_id: int
+    num_workers: int
+    wanted: int
+    reason: str
+
+    def headline(self) -> str:
+        """The event in words."""
+        return (
+            f"{self.reason} (plan {self.plan_id}, {self.num_workers} of {self.wanted} workers)"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerBecameReady(Event):
     """A worker has its layers and its process groups.
 

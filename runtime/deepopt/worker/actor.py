@@ -138,12 +138,15 @@ class WorkerActor:
         done = threading.Event()
         try:
             worker = self._worker
-            goes_on = worker is not None and worker.is_set_up
+            before = worker if worker is not None and worker.can_go_on else None
+            goes_on = before is not None and before.fits(assignment)
             if goes_on:
                 worker.reassign(assignment)
             else:
                 warmth, self._warmth = self._warmth, None
-                worker = self._load_class()(assignment, report=mailbox.post, warmth=warmth)
+                worker = self._load_class()(
+                    assignment, report=mailbox.post, warmth=warmth, before=before
+                )
                 self._adopt(worker)
             threading.Thread(
                 target=_beat,
@@ -191,6 +194,17 @@ class WorkerActor:
                 self._asked.add(what)
             else:
                 _pass_on(self._worker, what)
+
+    @ray.method(concurrency_group=REQUESTS)
+    def leave(self, generation: int) -> None:
+        """Ask all workers to leave their group after the step in work.
+
+        Args:
+            generation: which; nothing happens to a later one.
+        """
+        worker = self._worker
+        if worker is not None:
+            worker.request_leave(generation)
 
     @ray.method(concurrency_group=REQUESTS)
     def adopt(self, head: NewHead) -> Adopted:

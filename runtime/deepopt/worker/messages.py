@@ -334,7 +334,7 @@ class RunEnded:
 
     Args:
         step: the last step whose update was applied.
-        reason: `finished` (last_step reached) or `stopped` (asked to).
+        reason: `finished` (last_step reached), `stopped` or `left` (the group; asked to).
         op_times_s: median seconds by `STAGE OP`, for example `2F`, measured on this worker.
         overruns: of this worker's emulated device; None where the device is real.
         parts_s: seconds of a step by part, see `worker.step_parts`.

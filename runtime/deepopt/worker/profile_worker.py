@@ -68,10 +68,15 @@ class ProfileWorker:
         report: takes messages for the head; a profile has none.
     """
 
-    is_set_up = False  # it has nothing to go on with in another generation
+    can_go_on = False  # it has nothing to go on with in another generation
 
     def __init__(
-        self, assignment: Assignment, *, report: Callable[[Any], None], warmth: None = None
+        self,
+        assignment: Assignment,
+        *,
+        report: Callable[[Any], None],
+        warmth: None = None,
+        before: None = None,
     ) -> None:
         self._assignment = assignment
         self._sender = assignment.sender

@@ -101,6 +101,7 @@ class ReplicaKeeper:
         self._work: tuple[int, Mapping[str, State]] | None = None
         self._copying = False
         self._busy = False
+        self._closed = False
         threading.Thread(target=self._run, name="replicas", daemon=True).start()
 
     @property
@@ -196,10 +197,18 @@ class ReplicaKeeper:
             if not self._changed.wait_for(lambda: not self._busy, timeout=timeout_s):
                 raise TransportError(f"a copy for a peer did not end within {timeout_s:g} s")
 
+    def close(self) -> None:
+        """End the thread when it is done with the copy in work; its copies are nobody's any more."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._work is not None)
+                self._changed.wait_for(lambda: self._work is not None or self._closed)
+                if self._closed:
+                    return
                 assert self._work is not None, "what was waited for"
                 step, states = self._work
                 self._work = None

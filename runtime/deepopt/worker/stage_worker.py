@@ -38,8 +38,10 @@ from deepopt.run_directory import RunDirectory
 from deepopt.worker import agreements, rendezvous
 from deepopt.worker.bit_flip import flip_a_bit
 from deepopt.worker.device import choose_device, peak_flops, pin_gpu
+from deepopt.worker.estate import Estate, in_host_memory
 from deepopt.worker.failure_description import describe_failure
 from deepopt.worker.fault_script import FaultScript
+from deepopt.worker.flat_state import State
 from deepopt.worker.layer_checkpoint import LayerCheckpointer
 from deepopt.worker.messages import (
     Assignment,
@@ -90,12 +92,20 @@ class StageWorker:
         report: takes messages for the head; called from the training thread and from the
             checkpoint writer's thread, must not block for long.
         warmth: what `warm` made in this process; None: nothing is ready.
+        before: who had this process under another plan or rank; None: nobody.
     """
 
     def __init__(
-        self, assignment: Assignment, *, report: Report, warmth: Warmth | None = None
+        self,
+        assignment: Assignment,
+        *,
+        report: Report,
+        warmth: Warmth | None = None,
+        before: StageWorker | None = None,
     ) -> None:
         self._warmth = warmth
+        self._before = before
+        self._estate: Estate | None = None
         self._assignment = assignment
         self._sender = assignment.sender
         self._job = assignment.job
@@ -144,9 +154,14 @@ class StageWorker:
         return Warmth(skeleton=describe(job), batches=build_batch_source(job, run_dir=run_dir))
 
     @property
-    def is_set_up(self) -> bool:
+    def can_go_on(self) -> bool:
         """Whether it has layers that it can join another generation with."""
-        return self._is_set_up
+        return self._is_set_up or self._before is not None or self._estate is not None
+
+    def fits(self, assignment: Assignment) -> bool:
+        """Whether it has the very layers of an assignment: it can rejoin as it is."""
+        same = assignment.plan == self._plan and assignment.sender.rank == self._sender.rank
+        return self._is_set_up and same
 
     def setup(self) -> WorkerReady:
         """Join the group, build this worker's layers, load or receive their state.
@@ -159,20 +174,23 @@ class StageWorker:
         assignment, job, plan, rank = self._assignment, self._job, self._plan, self._sender.rank
         times: dict[str, float] = {}
         torch.set_num_threads(job.worker.threads)
+        if self._before is not None:
+            with _timed(times, "roll"):
+                self._estate, self._before = self._before.bequeath(assignment), None
+            with self._wishes_lock:
+                self._wishes |= self._estate.wishes
         with _timed(times, "build"):
             pin_gpu(job, rank=rank)
             self._device = choose_device(job)
             self._transport = rendezvous.make_transport(assignment, device=self._device)
             if self._ended_generation:  # that word came before there was a transport
                 self._transport.interrupt(self._ended_generation)
-            warmth = self._warmth
-            self._skeleton = describe(job) if warmth is None else warmth.skeleton
+            ready = self._warmth or self._estate
+            self._skeleton = (ready and ready.skeleton) or describe(job)
             stages = plan.held_stages(rank)
             if 0 in stages or plan.num_stages - 1 in stages:  # others never see a batch
-                self._batches = (
-                    build_batch_source(job, run_dir=self._run_directory.root)
-                    if warmth is None
-                    else warmth.batches
+                self._batches = (ready and ready.batches) or build_batch_source(
+                    job, run_dir=self._run_directory.root
                 )
                 self._reads_stream = self._batches.state_dict() is not None
             indices = [i for stage in stages for i in plan.stage_layers(stage)]
@@ -260,6 +278,50 @@ class StageWorker:
             self._load()
         self._ready = replace(self._ready, sender=self._sender, setup_s=times)
         return self._ready
+
+    def bequeath(self, assignment: Assignment) -> Estate:
+        """Bring the layers to where a group with another plan begins, and hand them over.
+
+        Args:
+            assignment: of this process in that group.
+
+        Raises:
+            TransportError: the exchange of the last step cannot be had.
+        """
+        step, in_place = assignment.start_step, assignment.in_place
+        if self._before is not None:
+            return self._before.bequeath(assignment)
+        if not self._is_set_up:
+            estate = self._estate or Estate(step=step)
+            return estate if in_place is not None else Estate(step=step)
+        assert self._pipeline is not None, "layers before setup()"
+        assert self._transport is not None, "layers before setup()"
+        self.reassign(assignment)
+        layers: dict[str, State] = {}
+        copies, result = None, None
+        if in_place is not None:
+            self._roll(in_place, to=step)
+            layers = in_host_memory(self._pipeline.optimizers)
+            copies = None if self._keeper is None else self._keeper.ward(step)
+            if in_place.report and assignment.sender.rank == 0:
+                agreement = self._pipeline.agreement or self._find_agreement(in_place, step)
+                result = self._pipeline.result_of(agreement)
+        if self._keeper is not None:
+            self._keeper.close()
+        if self._checkpointer is not None:  # what it still writes is nobody's any more
+            self._checkpointer.abandon()
+        self._transport.close()
+        with self._wishes_lock:
+            wishes = self._wishes & ~Wish.LEAVE
+        return Estate(
+            step=step,
+            layers=layers,
+            replicas={} if copies is None else copies.states,
+            result=result,
+            wishes=wishes,
+            skeleton=self._skeleton,
+            batches=None if self._reads_stream else self._batches,
+        )
 
     def interrupt(self, generation: int) -> None:
         """End all waits of this worker in a generation: its group has ended. From any thread."""
@@ -360,11 +422,17 @@ class StageWorker:
             self._begin_copies(fresh=True)
             return
         copies = None if self._keeper is None else self._keeper.ward(assignment.start_step)
+        estate = self._estate or Estate(
+            step=assignment.start_step, replicas={} if copies is None else copies.states
+        )
+        for name in estate.layers.keys() & self._pipeline.optimizers.keys():
+            self._pipeline.optimizers[name].load_state(estate.layers[name])
         transfer(
             in_place.transfers,
             transport=self._transport,
             optimizers=self._pipeline.optimizers,
-            replicas={} if copies is None else copies.states,
+            replicas=estate.replicas,
+            held=estate.layers,
         )
         if not self._is_set_up:
             if self._reads_stream and checkpoint is not None:  # spares reading it all again
@@ -410,6 +478,7 @@ class StageWorker:
             return self._only_evaluate()
         reason = "finished"
         self._catch_up()
+        self._estate = None
         ended = time.perf_counter()
         while self._step < self._assignment.last_step:
             self._step += 1
@@ -421,6 +490,7 @@ class StageWorker:
                 self._keeper.take(self._step)
             began, ended = ended, time.perf_counter()
             stop = bool(result.wishes & Wish.STOP)
+            leave = bool(result.wishes & Wish.LEAVE) and not stop
             scalars = {} if stop else self._evaluate_if_due()
             self._reports.account(
                 self._step,
@@ -435,6 +505,9 @@ class StageWorker:
                 self._save()
             if stop:
                 reason = "stopped"
+                break
+            if leave and self._step < self._assignment.last_step:
+                reason = "left"
                 break
         self._checkpointer.wait()
         return RunEnded(
@@ -455,8 +528,10 @@ class StageWorker:
             return
         scalars = self._evaluate_if_due() if in_place.report else {}
         if in_place.report and self._sender.rank == 0:
-            agreement = self._pipeline.agreement or self._find_agreement(in_place, self._step)
-            result = self._pipeline.result_of(agreement)
+            result = None if self._estate is None else self._estate.result
+            if result is None:
+                found = self._pipeline.agreement or self._find_agreement(in_place, self._step)
+                result = self._pipeline.result_of(found)
             step_time_s = result.times[0].step_s
             self._reports.tell_step(
                 self._step,
@@ -495,9 +570,18 @@ class StageWorker:
 
     def standing(self) -> Standing | None:
         """What this worker can go on with in another generation; None before it was set up."""
-        pipeline = self._pipeline
+        pipeline, estate = self._pipeline, self._estate
+        if self._before is not None:
+            return self._before.standing()
         if pipeline is None or not self._is_set_up:
-            return None
+            if estate is None:
+                return None
+            return Standing(
+                version=estate.step,
+                ready=False,
+                layers=tuple(estate.layers),
+                replicas={estate.step: tuple(estate.replicas)},
+            )
         keeper = self._keeper
         return Standing(
             version=pipeline.version,
@@ -533,6 +617,16 @@ class StageWorker:
         """Ask all workers to stop after the step in work, with a checkpoint. From any thread."""
         with self._wishes_lock:
             self._wishes |= Wish.STOP
+
+    def request_leave(self, generation: int) -> None:
+        """Ask all workers to leave their group after the step in work. From any thread.
+
+        Args:
+            generation: which; nothing happens to a later one.
+        """
+        with self._wishes_lock:
+            if generation == self._sender.generation:
+                self._wishes |= Wish.LEAVE
 
     def request_checkpoint(self) -> None:
         """Ask all workers for a checkpoint after the step in work. From any thread."""

@@ -23,6 +23,7 @@ def transfer(
     transport: Transport,
     optimizers: Mapping[str, LayerOptimizer],
     replicas: Mapping[str, State],
+    held: Mapping[str, State],
 ) -> None:
     """Send and take this worker's part of a group's transfers.
 
@@ -31,6 +32,7 @@ def transfer(
         transport: has joined the group.
         optimizers: of this worker's layers by name; those that it is sent are overwritten.
         replicas: copies of others' layers by name, as after the step that the group starts from.
+        held: states of layers that this process had under another plan, by name.
 
     Raises:
         TransportError: a peer is gone.
@@ -40,6 +42,9 @@ def transfer(
     awaited: list[tuple[str, list[str], list[PendingReceive]]] = []
     for one in transfers:
         if transport.rank not in (one.source, one.target):
+            continue
+        if one.source == one.target:  # the copy of a peer's layer that it now trains itself
+            optimizers[one.layer].load_state(replicas[one.layer])
             continue
         channel = Channel(Kind.STATE, one.source, one.target)
         if one.target == transport.rank:
@@ -51,7 +56,9 @@ def transfer(
                 numbers[channel] += 1
             awaited.append((one.layer, [k for keys in _portions(own) for k in keys], pending))
         else:
-            state = replicas[one.layer] if one.replica else optimizers[one.layer].export_state()
+            state = replicas[one.layer] if one.replica else held.get(one.layer)
+            if state is None:
+                state = optimizers[one.layer].export_state()
             for keys in _portions(state):
                 transport.send(channel, numbers[channel], [state[key].cpu() for key in keys])
                 numbers[channel] += 1
