@@ -7,6 +7,7 @@ from pathlib import Path
 from deepopt.config import JobConfig
 from deepopt.errors import InputError, PlanError
 from deepopt.planner.decide import Planned
+from deepopt.planner.orders import KeptOrder
 from deepopt.planner.plan_check import check_fits
 from deepopt.planner.plan_file import PlanFile
 from deepopt.planner.plan_text import read_plan_file
@@ -67,11 +68,14 @@ def use_plan_file(
     )
     groups = plan_file.pipeline.groups
     training = job.training.model_copy(update={"groups": groups})
+    plan, schedules = plan_file.plan(plan_id=plan_id), plan_file.schedules()
+    orders = zip(plan.orders, schedules, strict=True) if plan.orders else ()
     planned = Planned(
-        plan=plan_file.plan(plan_id=plan_id),
-        schedules=plan_file.schedules(),
+        plan=plan,
+        schedules=schedules,
         costs=plan_file.costs(),
         comparison=None,
+        orders={key: KeptOrder(schedule=order, cut=None) for key, order in orders},
     )
     return job.model_copy(update={"training": training}), planned
 
