@@ -228,6 +228,11 @@ def plain_loop(make: Make) -> Trained:
         make: gives the model and its data.
     """
     model, data = made(make)
+    # A pipeline has no cache. Keys and values that went through one lie
+    # otherwise in memory, and T5's gradients get other bits.
+    for module in model.modules():
+        if hasattr(getattr(module, "config", None), "use_cache"):
+            module.config.use_cache = False
     rows = Rows(data)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     losses = []
