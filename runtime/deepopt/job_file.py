@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -277,11 +278,11 @@ def _remedy(kind: str, *, value: object, path: KeyPath) -> str:
 
 
 def _is_number(text: str) -> bool:
+    """Whether a text is a number that a key may hold: to YAML `nan` and `inf` are words."""
     try:
-        float(text)
+        return math.isfinite(float(text))
     except ValueError:
         return False
-    return True
 
 
 def _about(path: KeyPath) -> str:

@@ -186,6 +186,12 @@ def test_anchors_and_merges_work() -> None:
             "model.kwargs.sizes: Keyword arguments for the factory",
         ),
         (
+            "elb:\n  alpha: nan\n",
+            'job.yaml:2: elb.alpha: expected a number, found "nan"',
+            "elb.alpha: Gain of 1 + alpha x (mean load - load) / mean load, in (0, 1]: inside the "
+            "step in mode `elb`, between steps in mode `formula`",
+        ),
+        (
             "model:\n  factory: my_model.py\n",
             "job.yaml:2: model.factory: 'my_model.py' is not an import path",
             'write "package.module:name", for example "my_project.model:build"',

@@ -27,6 +27,18 @@ def test_the_short_form_maps_to_keys_of_the_job_and_says_so() -> None:
     assert "elb.monitor_freq = 100: loads are reported over windows of 100 steps" in text
 
 
+def test_what_alpha_does_depends_on_how_many_share_the_experts() -> None:
+    def says(**config: object) -> str:
+        return map_elb_config({"alpha": 0.3, **config}).lines[1]
+
+    assert "where one device holds all experts (parallel.expert" in says()
+    assert "where one device holds all experts (elb.devices)" in says(devices=1)
+    for config in ({"devices": 8}, {"level": "expert"}):
+        assert says(**config).endswith("over 16 position chunks")
+    assert "of no effect" in says(chunks=1)
+    assert "of no effect in mode sign" in says(mode="sign")
+
+
 def test_in_formula_mode_both_keys_drive_the_update() -> None:
     lines = map_elb_config({"mode": "formula", "alpha": 0.2, "monitor_freq": 50}).lines
     assert (

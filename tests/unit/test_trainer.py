@@ -216,6 +216,15 @@ def test_other_people_s_experts_are_balanced_and_the_model_has_a_place_for_it(
     assert trained <= {n for n, _ in (*model.named_parameters(), *model.named_buffers())}
 
 
+def test_fit_says_what_elb_config_comes_to(
+    launched: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launched(elb_config={"alpha": 0.3, "monitor_freq": 100}, progress=True)
+    said = capsys.readouterr().err
+    assert "elb.alpha = 0.3: gain of 1 + alpha x (mean - load) / mean" in said
+    assert "elb.monitor_freq = 100: loads are reported over windows of 100 steps" in said
+
+
 def test_max_steps_ends_epochs_early(launched: Any) -> None:
     assert launched(batch_size=8, fit={"epochs": 9, "max_steps": 5}).training.steps == 5
 

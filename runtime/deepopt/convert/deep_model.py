@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -17,6 +18,8 @@ from deepopt.moe.configure import configure_routers
 from deepopt.moe.elb_config import map_elb_config
 from deepopt.moe.elb_router import ElbRouter
 from deepopt.pipeline.transport import TensorSpec
+
+logger = logging.getLogger(__name__)
 
 ParallelMode = Literal["bi_stream", "mirror", "v", "line", "auto"]
 
@@ -139,7 +142,10 @@ def convert_to_deepopt(
 
 
 def _balance_experts(model: torch.nn.Module, elb_config: Mapping[str, Any]) -> None:
-    elb = map_elb_config(elb_config).elb
+    mapped = map_elb_config(elb_config)
+    elb = mapped.elb
+    for line in mapped.lines:
+        logger.info("%s", line)
     if not configure_routers(model, elb, devices=1) and elb.mode != "none":
         raise InputError(
             f"elb_config is given, but {type(model).__name__} has no router of a mixture of experts that "

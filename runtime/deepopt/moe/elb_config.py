@@ -97,10 +97,19 @@ _MODES = {
 
 def _alpha_means(elb: ElbConfig) -> str:
     if elb.mode == "elb":
+        if elb.chunks == 1:
+            return "of no effect: one chunk (elb.chunks) leaves no feedback inside the step"
         where = "each device's" if elb.level == "device" else "each expert's"
-        return (
+        text = (
             "gain of 1 + alpha x (mean - load) / mean, applied inside the step to "
             f"{where} queue over {elb.chunks} position chunks"
+        )
+        if elb.level == "expert" or (elb.devices or 0) > 1:
+            return text
+        said = "elb.devices" if elb.devices else "parallel.expert, which elb.devices overrides"
+        return (
+            f"{text}; where one device holds all experts ({said}) only the warm-up uses it, "
+            "expert by expert"
         )
     if elb.mode == "formula":
         return (

@@ -222,21 +222,22 @@ def check_devices(devices: Sequence[Device], *, hostfile: str | Path | None) -> 
                 )
 
 
-def check_elb(config: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The job's `elb` section of an `elb_config`; without one, its defaults.
+def check_elb(config: Mapping[str, Any] | None) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The job's `elb` section of an `elb_config`, and what it means, in lines; without one, the defaults.
 
     Raises:
         InputError: it is no mapping, a key is unknown, or a value is out of range.
     """
     given: Any = config
     if given is None:
-        return {}
+        return {}, ()
     if not isinstance(given, Mapping):
         raise InputError(
             f"elb_config is a {type(given).__name__}",
             remedy='give a mapping, for example {"alpha": 0.3, "monitor_freq": 100}',
         )
-    return map_elb_config(given).section
+    mapped = map_elb_config(given)
+    return mapped.section, mapped.lines
 
 
 def _fields(

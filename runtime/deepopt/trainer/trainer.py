@@ -147,11 +147,12 @@ class DeepTrainer:
             settings = merged(settings or {}, launch.settings)
         if placement is None:
             placement = model.placement if isinstance(model, DeepModel) else "auto"
+        elb, self._elb_lines = check_elb(elb_config)
         self._settings = Settings(
             device_map=device_map,
             workers=workers,
             placement="mirror" if placement == "bi_stream" else placement,
-            elb=check_elb(elb_config),
+            elb=elb,
             loss_fn=loss_fn,
             optimizer=optimizer,
             optimizer_kwargs=optimizer_kwargs,
@@ -239,6 +240,8 @@ class DeepTrainer:
             run = runs.open_new(path, make_job, begin_with=found)
         note_run(run.root)
         view = make_view(last_step=steps) if self._shows else NoView()
+        for line in self._elb_lines:
+            view.note(line)
         if unused := idle_readers(dataset):
             view.note(unused)
         if not data.can_resume:
