@@ -6,7 +6,11 @@ noise; in the middle of the run a quarter of the experts swap popularities. Load
 tokens an expert by that choice. The routers are the real ones; nothing is trained. `monitor_freq` is 10 for
 all ways of ours, so that their warm-up, which works expert by expert, is over before averages begin.
 
+All ways of a table make scores in the same way, `--score`: what share of gate mass even loads cost depends
+far more on that than on the way (softmax scores differ by factors, sigmoid scores hardly).
+
     python benchmarks/elb_simulation.py            # the table and the scales, 3 seeds: a quarter of an hour
+    python benchmarks/elb_simulation.py --score sigmoid
     python benchmarks/elb_simulation.py --methods elb "elb, devices"
     python benchmarks/elb_simulation.py --scales   # those alone
     python benchmarks/elb_simulation.py --quick
@@ -26,6 +30,7 @@ from _machine import describe
 from _report import progress, ratio_line, say, table
 
 from deepopt.moe import ElbRouter, balancer
+from deepopt.moe.router import SCORES
 from deepopt.moe.step_totals import gate_masses
 
 EXPERTS, TOP_K, DEVICES = 256, 8, 32
@@ -47,10 +52,10 @@ STEADY = 15  # first steps, and first after the shift, that are left out of aver
 _OURS: dict[str, Any] = {"monitor_freq": 10}
 METHODS: dict[str, dict[str, Any]] = {
     "none": {"mode": "none"},
-    "sign, 0.001": {"mode": "sign", "score": "sigmoid"},
+    "sign, 0.001": {"mode": "sign"},
     "formula, every 100": {"mode": "formula"},
     "formula, every step": {"mode": "formula", "monitor_freq": 1, "alpha": 0.1},
-    "quantile": {"mode": "quantile", "score": "sigmoid"},
+    "quantile": {"mode": "quantile"},
     "elb, cold": {"warmup": False, "chunks": 1, **_OURS},
     "elb": {"chunks": 1, **_OURS},
     "elb, devices": {"devices": DEVICES, **_OURS},
@@ -159,19 +164,23 @@ def mean_of(outcomes: list[Outcome]) -> Outcome:
 
 
 def measure(
-    name: str, *, seeds: int, steps: int, scale: float = 1.0, shared: float = 0.0
+    name: str, *, score: str, seeds: int, steps: int, scale: float = 1.0, shared: float = 0.0
 ) -> Outcome:
-    """A method over all seeds; arguments as of `run`."""
+    """A method over all seeds; `score` of its router, other arguments as of `run`."""
+    method = {"score": score, **METHODS[name]}
     found = []
     for seed in range(seeds):
         progress(f"{name}: seed {seed}, scale {scale:g}, shared {shared:g}")
-        found.append(run(METHODS[name], steps=steps, seed=seed, scale=scale, shared=shared))
+        found.append(run(method, steps=steps, seed=seed, scale=scale, shared=shared))
     return mean_of(found)
 
 
-def sweep(name: str, *, seeds: int, steps: int) -> float:
+def sweep(name: str, *, score: str, seeds: int, steps: int) -> float:
     """Print the load std over scales of the scores; return its largest change from scale 1."""
-    stds = {scale: measure(name, seeds=seeds, steps=steps, scale=scale).std for scale in SCALES}
+    stds = {
+        scale: measure(name, score=score, seeds=seeds, steps=steps, scale=scale).std
+        for scale in SCALES
+    }
     change = max(abs(std / stds[1.0] - 1) for std in stds.values())
     figures = ", ".join(f"{scale:g}: {std:.3f}" for scale, std in stds.items())
     say(f"{name}, std a step over scales of the scores: {figures}; change {100 * change:.2f} %")
@@ -214,6 +223,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one seed, few steps and methods")
     parser.add_argument("--methods", nargs="*", choices=METHODS, help="only these")
     parser.add_argument("--scales", action="store_true", help="only the scales of the scores")
+    parser.add_argument("--score", choices=SCORES, default="softmax", help="of all ways")
     options = parser.parse_args()
     torch.set_num_threads(1)
     seeds, steps = (1, 50) if options.quick else (3, 120)
@@ -222,11 +232,12 @@ def main() -> None:
         names = []
     for line in describe():
         say(line)
-    say("simulated scores, real routers; figures of the load are tokens an expert, mean 128")
+    say(f"simulated {options.score} scores, real routers; loads are tokens an expert, mean 128")
+    runs = {"score": options.score, "seeds": seeds, "steps": steps}
     rows, found = [], {}
     for name in names:
-        iid = measure(name, seeds=seeds, steps=steps)
-        alike = measure(name, seeds=seeds, steps=steps, shared=SHARED)
+        iid = measure(name, **runs)
+        alike = measure(name, **runs, shared=SHARED)
         found[name] = alike
         rows.append(
             [
@@ -254,7 +265,7 @@ def main() -> None:
     change = None
     if options.scales or not (options.quick or options.methods):
         say()
-        changes = [sweep(n, seeds=seeds, steps=steps) for n in ("elb", "elb, experts")]
+        changes = [sweep(n, **runs) for n in options.methods or ("elb", "elb, experts")]
         change = max(changes)
     judge(found, change)
 
