@@ -223,10 +223,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one seed, few steps and methods")
     parser.add_argument("--methods", nargs="*", choices=METHODS, help="only these")
     parser.add_argument("--scales", action="store_true", help="only the scales of the scores")
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--score", choices=SCORES, default="softmax", help="of all ways")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    seeds, steps = (1, 50) if options.quick else (3, 120)
+    seeds, steps = (1, 50) if options.quick else (options.seeds, 120)
     names = list(options.methods or (QUICK if options.quick else METHODS))
     if options.scales:
         names = []
