@@ -76,8 +76,8 @@ def find_trial(source: Path, *, workers: int | None, overrides: Sequence[str]) -
         import_from([Path.cwd()], job=asked)
         prepared = prepare(asked, plan_id=1)
         job, plan, schedules = prepared.job, prepared.plan, prepared.planned.schedules
-    costs = plan.costs_of(emulated_costs(job, num_layers=len(plan.layer_names))).table(
-        plan.boundaries, placement=plan.make_placement(), num_replicas=plan.data_size
+    costs = plan.stage_costs(
+        plan.costs_of(emulated_costs(job, num_layers=len(plan.layer_names)))
     )
     timelines = tuple(simulate(schedule, costs) for schedule in schedules)
     return Trial(job=job, plan=plan, schedules=tuple(schedules), timelines=timelines)

@@ -163,12 +163,9 @@ def make_report(record: JobRecord) -> dict[str, Any]:
         }
     costs: CostTable | None
     if overruns:  # devices and links take what the job says
-        costs = record.plan.costs_of(
-            emulated_costs(record.job, num_layers=len(record.plan.layer_names))
-        ).table(
-            record.plan.boundaries,
-            placement=record.plan.make_placement(),
-            num_replicas=record.plan.data_size,
+        plan = record.plan
+        costs = plan.stage_costs(
+            plan.costs_of(emulated_costs(record.job, num_layers=len(plan.layer_names)))
         )
     else:
         costs = cost_table(

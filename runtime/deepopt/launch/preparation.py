@@ -224,9 +224,7 @@ def prepare(
     for schedule in dict.fromkeys(planned.schedules):
         verify(schedule)
     plan = planned.plan
-    table = planned.costs.table(
-        plan.boundaries, placement=plan.make_placement(), num_replicas=plan.data_size
-    )
+    table = plan.stage_costs(planned.costs)
     per_replica = None if cores is None else max(1, cores // plan.data_size)
     return Prepared(
         job=job,

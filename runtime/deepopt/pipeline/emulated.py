@@ -43,9 +43,7 @@ class Emulation:
         self._pipeline_rank = rank % plan.pipeline_size
         self._plan = plan
         self._config = job.optimizer
-        self._table = self._costs.table(
-            plan.boundaries, placement=plan.make_placement(), num_replicas=plan.data_size
-        )
+        self._table = plan.stage_costs(self._costs)
         self.device = EmulatedDevice(
             action_times_s(program, costs=self._table, rank=self._pipeline_rank)
         )

@@ -22,6 +22,7 @@ from deepopt.schedule.ir import (
     group_bounds,
     place,
 )
+from deepopt.schedule.simulate import CostTable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,6 +145,19 @@ class Plan:
             layers: costs of all layers of the model.
         """
         return layers if self.recompute is None else layers.recomputing(self.recompute)
+
+    def stage_costs(self, layers: LayerCosts) -> CostTable:
+        """The costs of this plan's stages, for the simulator.
+
+        Args:
+            layers: costs of all layers of the model, with as many ranks as a pipeline has.
+
+        Raises:
+            PlanError: they are of another model or of other ranks.
+        """
+        return layers.table(
+            self.boundaries, placement=self.make_placement(), num_replicas=self.data_size
+        )
 
     def replica_groups(self, data_index: int) -> tuple[tuple[int, int], ...]:
         """Global micro-batch ranges of the groups that one replica owns."""

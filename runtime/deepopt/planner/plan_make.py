@@ -8,7 +8,6 @@ from deepopt.clock import utc_now
 from deepopt.config import JobConfig
 from deepopt.planner.decide import Planned, make_plan
 from deepopt.planner.layer_costs import LayerCosts
-from deepopt.planner.plan import Plan
 from deepopt.planner.plan_file import (
     FORMAT,
     PipelineSection,
@@ -27,7 +26,7 @@ from deepopt.planner.profile import (
 from deepopt.planner.rank_memory import rank_bytes
 from deepopt.planner.skeleton import ModelSkeleton
 from deepopt.schedule.bound import lower_bound_s
-from deepopt.schedule.simulate import CostTable, Timeline, simulate
+from deepopt.schedule.simulate import Timeline, simulate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,7 +135,7 @@ def predicted(plan_file: PlanFile) -> PlanFile:
     shares = [times.spread / 2 for times, _ in plan_file.resolved()]
 
     def step(table_costs: LayerCosts) -> tuple[float, float]:
-        table = _table(plan, table_costs)
+        table = plan.stage_costs(table_costs)
         return max(step_of(own, table, cores=cores, overlap=False) for own in schedules)
 
     step_s, bubble = step(costs)
@@ -145,7 +144,7 @@ def predicted(plan_file: PlanFile) -> PlanFile:
         bound = lower_bound_s(
             plan.make_placement(),
             directions=schedules[0].directions,
-            costs=_table(plan, costs),
+            costs=plan.stage_costs(costs),
         )
         gap = round(max(0.0, step_s / bound - 1), 4) if bound > 0 else None
     section = PredictedSection(
@@ -176,14 +175,8 @@ def timeline_of(plan_file: PlanFile) -> Timeline:
     plan = plan_file.plan(plan_id=1)
     return simulate(
         plan_file.schedules()[0],
-        _table(plan, plan_file.costs()),
+        plan.stage_costs(plan_file.costs()),
         cores=cores_of_replica(plan_file.hardware.shared_cores, plan),
-    )
-
-
-def _table(plan: Plan, costs: LayerCosts) -> CostTable:
-    return costs.table(
-        plan.boundaries, placement=plan.make_placement(), num_replicas=plan.data_size
     )
 
 

@@ -90,7 +90,7 @@ def predict(
     """
     if costs.source not in _SECONDS:
         return None
-    table = _table(costs, plan)
+    table = plan.stage_costs(costs)
     per_replica = cores_of_replica(cores, plan)
     slowest = max(
         (step_of(own, table, cores=per_replica, overlap=overlap) for own in schedules),
@@ -190,7 +190,7 @@ def _exchanged(
     prediction: Prediction, run: MeasuredRun, *, plan: Plan, schedule: Schedule
 ) -> Iterator[tuple[str, CostTable]]:
     """Cost tables in which ever more parts are the measured ones, and which part came last."""
-    table = _table(prediction.costs, plan)
+    table = plan.stage_costs(prediction.costs)
     times = stage_times(run.op_times_s)
     table = replace(
         table,
@@ -251,12 +251,6 @@ def _backward(
             inputs.append(found.get((stage, Op.I), own_i))
             weights.append(found.get((stage, Op.W), own_w))
     return tuple(inputs), tuple(weights)
-
-
-def _table(costs: LayerCosts, plan: Plan) -> CostTable:
-    return costs.table(
-        plan.boundaries, placement=plan.make_placement(), num_replicas=plan.data_size
-    )
 
 
 def step_of(
