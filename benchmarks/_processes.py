@@ -16,6 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
+from _thread_use import Thread, Use, look
+
 _MARK = "DEEPOPT_BENCHMARK_RUN"
 _BETWEEN_INTERRUPTS_S = 2.0
 _POLL_S = 0.05
@@ -91,6 +93,10 @@ class StartedCommand:
                 continue
             ticks += int(fields[11]) + int(fields[12])
         return ticks / os.sysconf("SC_CLK_TCK")
+
+    def threads(self) -> dict[Thread, Use]:
+        """What the command's threads that live now have used."""
+        return look(self._pids())
 
     def pause(self) -> None:
         """Stop every process of the command where it is; `resume` goes on."""

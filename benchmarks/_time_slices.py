@@ -18,6 +18,7 @@ from pathlib import Path
 
 from _processes import StartedCommand, machine_cpu_s, started
 from _report import progress
+from _thread_use import Thread, Use
 
 _LOOK_EVERY_S = 0.005
 _UNTIL_STOPPED = "1000000"  # steps: more than any measurement takes
@@ -71,6 +72,8 @@ class Measured:
         others_cpu_s: CPU time of all other programs of the machine in that time.
         step_times_s: of the steps measured, by number, as the contender itself tells them: a pause
             in the middle of a step counts.
+        threads_before: what its threads had used when the measurement began.
+        threads_after: what they had used at its end.
     """
 
     losses: tuple[float, ...]
@@ -79,6 +82,8 @@ class Measured:
     cpu_s: float
     others_cpu_s: float
     step_times_s: Mapping[int, float] = field(default_factory=dict)
+    threads_before: Mapping[Thread, Use] = field(default_factory=dict)
+    threads_after: Mapping[Thread, Use] = field(default_factory=dict)
 
 
 def measure(
@@ -176,6 +181,7 @@ class _Runner:
         self._machine_cpu_s = 0.0
         self._first_step = 0
         self._cpu_before_s = 0.0
+        self._threads_before: Mapping[Thread, Use] = {}
         self._running: StartedCommand = stack.enter_context(
             started(
                 contender.arguments(out),
@@ -192,6 +198,7 @@ class _Runner:
         self._running.pause()
         self._first_step = len(read_steps(self._steps_file))
         self._cpu_before_s = self._running.cpu_s()
+        self._threads_before = self._running.threads()
 
     def run_slice(self, slice_s: float) -> None:
         with self._timed():
@@ -206,6 +213,7 @@ class _Runner:
             self._running.resume()
             last = self._wait_for_step(len(read_steps(self._steps_file)) + 1)
         cpu_s = self._running.cpu_s() - self._cpu_before_s
+        threads = self._running.threads()
         self._running.end()
         return Measured(
             losses=tuple(self.losses()),
@@ -218,6 +226,8 @@ class _Runner:
                 for record in read_steps(self._steps_file)[self._first_step :]
                 if "step_time_s" in record  # not every contender tells
             },
+            threads_before=self._threads_before,
+            threads_after=threads,
         )
 
     @contextmanager

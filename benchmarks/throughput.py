@@ -44,7 +44,7 @@ def main() -> None:
     options = parse_slices(__doc__)
     end_cleanly_on_signals()
     say("\n".join(describe()))
-    job = _job(quick=options.quick)
+    job = make_job(quick=options.quick)
     say_job(job, workers=WORKERS, options=options)
     with tempfile.TemporaryDirectory(prefix="deepopt-bench-") as folder:
         job_file = Path(folder) / "job.yaml"
@@ -65,7 +65,12 @@ def main() -> None:
     say(ratio_line(rates[best] / rates[best_peer], aim=AIM))
 
 
-def _job(*, quick: bool) -> JobConfig:
+def make_job(*, quick: bool) -> JobConfig:
+    """The job of all contenders.
+
+    Args:
+        quick: small and short.
+    """
     size = ", d_model: 64, expert_hidden: 32" if quick else ""
     settings = [
         f"model.kwargs={{num_blocks: {2 * WORKERS}, tie_embeddings: false{size}}}",
