@@ -10,6 +10,7 @@ import pytest
 from deepopt.cluster.group import SpareGone
 from deepopt.cluster.process_look import ProcessLook
 from deepopt.config import JobConfig
+from deepopt.head.spares import SPARE_WAIT_S
 from deepopt.planner.plan import Plan
 from deepopt.schedule.ir import PlacementKind
 from deepopt.worker.messages import Standing, Transfer
@@ -183,17 +184,52 @@ def test_a_peer_inside_an_operation_is_not_waited_for_longer_than_a_step_could_t
 
 
 def test_a_spare_that_dies_is_replaced_while_the_job_runs(open_head: Open) -> None:
-    head = open_head(spares=2).start().ready()
+    head = open_head(spares=2).start().ready().steps(1, 1)
     head.group.spares = 0
     head.controller.handle(SpareGone())
     assert head.group.spares == 2
 
 
-def test_spares_are_kept_from_the_first_step_on(open_head: Open) -> None:
+def test_a_spare_that_dies_in_a_recovery_is_replaced_after_it(open_head: Open) -> None:
+    head = open_head(spares=2).start().ready()
+    head.controller.handle(SpareGone())
+    assert head.group.spares == 0
+
+
+def test_spares_are_started_after_a_step_so_that_they_take_no_cpu_from_it(
+    open_head: Open,
+) -> None:
     head = open_head(spares=2).start()
     assert head.group.spares == 0
-    head.ready()
+    head.ready().wait(0.5)
+    assert head.group.spares == 0
+    head.steps(1, 1).controller.tick()
     assert head.group.spares == 2
+
+
+def test_spares_do_not_wait_for_the_end_of_a_long_step(open_head: Open) -> None:
+    head = open_head(spares=2).start().ready()
+    head.wait(SPARE_WAIT_S, beating=(0, 1))
+    assert head.group.spares == 2
+
+
+def test_after_a_fault_spares_wait_for_a_step_that_was_not_done_before(
+    open_head: Open,
+) -> None:
+    head = open_head(spares=2).start().ready().steps(1, 3)
+    head.group.spares = 1
+    head.dies(1)
+    head.fails(0, "peer", standing=standing(2))
+    head.controller.tick()
+    assert head.group.assignments[0].start_step == 2
+    head.ready().steps(3, 3).controller.tick()
+    assert head.group.spares == 1
+    head.steps(4, 4).controller.tick()
+    assert head.group.spares == 2
+
+
+def test_the_status_tells_of_warm_spares(open_head: Open) -> None:
+    head = open_head(spares=2).start().ready()
     head.group.warm_spares = 1
     head.wait(0.5)
     assert head.status["warm_spares"] == 1

@@ -52,6 +52,7 @@ class Account:
         if fault is not None and fault.ready_s is not None and report.step > fault.step_done:
             fault.done_s = self._record.clock.monotonic_s()
             self._record.close_fault("recovered")
+        generation.gets_on = self._record.faults.open is None
         self._record.board.step(report.step, metrics_line(report, figures, time=utc_now()))
 
     def take_expert_loads(self, message: ExpertLoads) -> None:

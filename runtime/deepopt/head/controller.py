@@ -40,6 +40,7 @@ from deepopt.head.liveness import Cause, Finding
 from deepopt.head.losses import Losses
 from deepopt.head.record import JobRecord, Outcome
 from deepopt.head.shrinking import Shrinking
+from deepopt.head.spares import Spares
 from deepopt.head.state import ENDED, JobState
 from deepopt.head.status import Identity
 from deepopt.head.stopping import Stopping
@@ -116,6 +117,7 @@ class Controller:
             record, account=account, former=former, shrinking=shrinking, ending=ending
         )
         self._growth = Growth(record, former=former)
+        self._spares = Spares(record)
         self._stopping = stopping = Stopping(record, ending=ending)
         self._hearing = Hearing(
             record,
@@ -207,10 +209,7 @@ class Controller:
             self._losses.renew_agent(event.host, why="has ended")
             return
         if isinstance(event, SpareGone):
-            if (
-                self._record.state is JobState.RUNNING
-            ):  # else they are counted when it runs again
-                self._record.group.keep_spares(self._record.job.faults.spares)
+            self._spares.look(now_s=self._record.clock.monotonic_s())
             return
         if isinstance(event, PlaceFound):
             self._growth.take(event)
@@ -264,6 +263,7 @@ class Controller:
         else:
             self._losses.look(generation, now_s=now_s)
             self._growth.look(generation, now_s=now_s)
+            self._spares.look(now_s=now_s)
         if self._record.state not in ENDED:
             self._record.show()
 

@@ -65,6 +65,8 @@ class Generation:
         failures: in the order in which the head learnt of them.
         settle_by_s: when the verdict over the failures is due; None while there are none.
         not_before_s: when it is due at the earliest: a recovery that did not help waits.
+        ready_s: when the last worker was ready; None before.
+        gets_on: whether it has done a step that was not done before.
         ended_s: when the last worker's run ended.
         exporting: whether the final weights are being written.
         adopted: whether a head before this one has formed it.
@@ -85,6 +87,8 @@ class Generation:
     failures: list[Failure] = field(default_factory=list)
     settle_by_s: float | None = None
     not_before_s: float = 0.0
+    ready_s: float | None = None
+    gets_on: bool = False
     ended_s: float | None = None
     exporting: bool = False
     adopted: bool = False

@@ -149,7 +149,7 @@ class Hearing:
             return
         starting = self._record.state in (JobState.STARTING, JobState.RECOVERING)
         if generation.is_ready and starting and not generation.failures:
-            now_s = self._record.clock.monotonic_s()
+            now_s = generation.ready_s = self._record.clock.monotonic_s()
             generation.liveness.begin_steps(now_s=now_s)
             if (fault := self._record.faults.open) is not None:
                 fault.ready_s = now_s
@@ -157,7 +157,6 @@ class Hearing:
                     m.ready.setup_s.get("load", 0.0) for m in generation.members if m.ready
                 )
             self._record.move(JobState.RUNNING)
-            self._record.group.keep_spares(self._record.job.faults.spares)
 
     def _has_the_data(self, generation: Generation, message: WorkerReady) -> bool:
         """Whether a worker reads the data that the others and the checkpoint know; else fail."""

@@ -100,7 +100,7 @@ class Takeover:
             ],
             make_committer=self._former.make_committer,
         )
-        generation.adopted = True
+        generation.adopted, generation.ready_s = True, now_s
         for rank, worker in found.items():
             member, ready = generation.members[rank], worker.ready
             member.pid, member.host = worker.whereabouts.pid, worker.whereabouts.host
@@ -113,7 +113,6 @@ class Takeover:
         self._record.move(
             JobState.RUNNING, reason="a new head goes on with the workers of the last"
         )
-        self._record.group.keep_spares(self._record.job.faults.spares)
         for rank in set(range(self._record.plan.world_size)) - set(found):
             failure = lost_worker(
                 generation,
