@@ -18,16 +18,20 @@ from deepopt_kernels.elb_select_triton import elb_select_triton
 torch.manual_seed(0)
 cases = [(37, 12, 3, 64), (5, 8, 8, 64), (33, 64, 8, 64), (9, 3, 2, 0), (1, 1, 1, 64), (0, 4, 2, 64)]
 for T, E, K, B in cases:
-    u = (torch.randn(T, E) * 4).round() / 2  # with ties
-    bias, origin, width = torch.randn(E), torch.randn(E) * 0.2, torch.rand(E) * 0.1 + 0.01
-    counted = torch.rand(T) > 0.2
-    if T > 20:
-        u[3, 2], u[7, 1] = float("nan"), float("inf")
-    ids, stats = elb_select_reference(u, bias, origin, width, counted, K, B, 1, 1)
-    found_ids, found_stats = elb_select_triton(u, bias, origin, width, counted, top_k=K, num_bins=B)
-    fine = torch.isfinite(u).all(1)
-    assert torch.equal(ids[fine], found_ids[fine]), (T, E)
-    assert torch.equal(stats, found_stats), (T, E)
+    logits = torch.randn(T, E) * 4
+    ties = logits.round() / 2
+    saturated = (3 * logits).softmax(1) + 0.5 / E * logits  # as the router makes them
+    for u, unit in ((ties, 1.0), (saturated, 0.01)):
+        bias, origin = unit * torch.randn(E), unit * torch.randn(E) * 0.2
+        width = unit * (torch.rand(E) * 0.1 + 0.01)
+        counted = torch.rand(T) > 0.2
+        if T > 20:
+            u[3, 2], u[7, 1] = float("nan"), float("inf")
+        ids, stats = elb_select_reference(u, bias, origin, width, counted, K, B, 1, 1)
+        found_ids, found_stats = elb_select_triton(u, bias, origin, width, counted, top_k=K, num_bins=B)
+        fine = torch.isfinite(u).all(1)
+        assert torch.equal(ids[fine], found_ids[fine]), (T, E)
+        assert torch.equal(stats, found_stats), (T, E)
 """
 
 

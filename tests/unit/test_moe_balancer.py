@@ -76,6 +76,20 @@ def test_a_sudden_shift_is_followed() -> None:
     assert balancer.max_violation(counts.load) < 0.2
 
 
+def test_bins_are_fine_enough_for_a_cliff_on_one_side_of_the_quantile() -> None:
+    """As where scores saturate: few tokens want an expert, all others would need the same bias."""
+    rng = np.random.default_rng(0)
+    wanting, others = -10 * rng.exponential(size=1000), 0.05 * rng.random(3000)
+    needs = np.concatenate([wanting, others])  # a quarter, k/E, lies below 0
+    state, elb = first_state(4), ElbConfig()
+    for _ in range(10):
+        z = (needs[:, None] - state.origin) / state.width
+        bins = ((z / (balancer.NEAR + abs(z)) + 1) / 2 * NUM_BINS).astype(int)
+        histogram = np.stack([np.bincount(bins[:, e], minlength=NUM_BINS) for e in range(4)])
+        state = update(state, counts_of([1000] * 4, histogram), elb=elb, top_k=1)
+    assert (state.width < 0.05 / 16).all()
+
+
 def test_moving_bins_keeps_every_count() -> None:
     rng = np.random.default_rng(2)
     state, elb = first_state(8), ElbConfig()

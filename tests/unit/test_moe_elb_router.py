@@ -10,6 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from deepopt.errors import CheckpointError, InputError, TrainingError
 from deepopt.moe import ElbRouter, balancer
+from deepopt.moe.elb_router import LOGITS_SHARE
+from deepopt.moe.step_totals import gate_masses
 
 MODES = ["elb", "formula", "sign", "quantile", "aux", "none"]
 
@@ -119,6 +121,52 @@ def test_weights_are_the_unbiased_scores_of_the_chosen() -> None:
     assert (weights.dtype, ids.dtype) == (torch.float32, torch.int64)
 
 
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("mode", ["elb", "quantile", "sign", "formula"])
+def test_the_bias_is_added_to_what_the_mode_says(mode: str, score: str) -> None:
+    router = make(mode=mode, score=score, sign_rate=0.02, monitor_freq=1)
+    train(router, 5)
+    x = tokens(50)
+    logits = x @ router.weight.t()
+    scores = logits.softmax(-1) if score == "softmax" else logits.sigmoid()
+    if mode == "elb":
+        scores = scores + LOGITS_SHARE * (1 / 8 if score == "softmax" else 1 / 4) * logits
+    if mode == "formula":
+        scores = scores.log()
+    expected = (scores + router.expert_bias).topk(2).indices
+    assert torch.equal(router.eval()(x)[1], expected)
+    assert not torch.equal(logits.topk(2).indices, expected)
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_even_loads_give_up_less_gate_mass_than_with_a_bias_on_log_scores(score: str) -> None:
+    """Of all choices with given loads, those by score + bias have the highest sum of scores."""
+
+    def last(**kwargs: Any) -> tuple[float, float]:
+        router = make(num_experts=32, top_k=4, score=score, **kwargs)
+        train(router, 20)
+        lost, vio = [], []
+        for step in range(20, 30):
+            _, _, load = router(tokens(2000, seed=step))
+            best, chosen = gate_masses(router._own_counts().numpy())
+            lost.append(1 - chosen / best)
+            vio.append(balancer.max_violation(load.numpy()))
+            router.update()
+        return sum(lost) / 10, sum(vio) / 10
+
+    lost, vio = last()
+    lost_on_logs, vio_on_logs = last(mode="formula", monitor_freq=1, alpha=0.2)
+    assert vio < vio_on_logs + 0.02
+    assert lost < 0.95 * lost_on_logs
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_loads_are_even_where_scores_saturate(score: str) -> None:
+    """A few experts take all the score, what is left for others differs by less than fp32 can tell."""
+    router = make(num_experts=32, top_k=4, score=score, init_std=2.0)
+    assert sum(train(router, 30)[-10:]) / 10 < 0.25  # the noise of 250 tokens is 0.13
+
+
 def test_mode_none_is_plain_top_k() -> None:
     router = make(mode="none")
     train(router, 3)
@@ -221,6 +269,43 @@ def test_state_of_another_number_of_experts_is_one_error() -> None:
         router.load_state_dict(make(num_experts=4).state_dict())
 
 
+def test_a_bias_learned_for_log_scores_is_forgotten_with_a_word(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    older, router = make(mode="formula", monitor_freq=1), make()
+    train(older, 4)
+    router.load_state_dict(older.state_dict())
+    assert "learned for log scores, mode elb adds to scores" in caplog.text
+    assert router.elb_step == 0
+    assert not router.expert_bias.any()
+    assert max(train(router, 5)) < 0.25
+
+
+def test_a_bias_of_another_mode_on_the_same_scores_is_kept() -> None:
+    older, router = make(mode="sign"), make()
+    train(older, 4)
+    router.load_state_dict(older.state_dict())
+    assert torch.equal(router.expert_bias, older.expert_bias)
+
+
+def test_a_state_that_does_not_say_what_it_was_learned_for_is_one_error() -> None:
+    state = make().state_dict()
+    del state["elb_scale"]
+    with pytest.raises(CheckpointError, match="elb_scale is missing"):
+        make().load_state_dict(state)
+
+
+def test_a_job_that_goes_on_in_another_mode_forgets_the_bias_at_its_next_step() -> None:
+    """Resumed layers get their buffers one by one, without `load_state_dict`."""
+    older, router = make(), make(mode="none")
+    train(older, 4)
+    with torch.no_grad():
+        for name, buffer in router.named_buffers():
+            buffer.copy_(older.get_buffer(name))
+    router.begin_step()
+    assert not router.expert_bias.any()
+
+
 def test_scores_that_are_not_finite_are_an_error_and_change_nothing() -> None:
     router = make()
     train(router, 1)
@@ -305,12 +390,10 @@ def test_it_compiles_as_one_graph() -> None:
 def test_training_compiles_as_one_graph_with_equal_bits(
     kwargs: dict[str, Any], padded: bool
 ) -> None:
-    plain, other = make(**kwargs), make(**kwargs)
+    plain, other = (make(monitor_freq=4, **kwargs) for _ in range(2))
     mask = torch.arange(64) % 32 >= 24 if padded else None
-    for router in (plain, other):  # the first steps warm up
+    for router in (plain, other):  # the first window warms up
         train(router, 4, size=256)
-        while router._still_warms_up():
-            train(router, 1, size=256)
     compiled = torch.compile(other, backend="eager", fullgraph=True)
     for step in range(2):
         x = tokens(64, seed=step)

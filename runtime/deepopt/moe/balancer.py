@@ -92,7 +92,7 @@ def first_state(num_experts: int, *, unit: float = 1.0) -> BalancerState:
         histogram=np.zeros((num_experts, NUM_BINS)),
         origin=zeros,
         width=np.full(num_experts, FIRST_WIDTH * unit),
-        slope=np.ones(num_experts),
+        slope=np.full(num_experts, unit),
         window=zeros,
         load=zeros,
         natural=zeros,
@@ -300,8 +300,10 @@ def _track(
         # Cutoffs fall with the mean of the biases, and so does what tokens will need.
         mean = _sum(bias) / num_experts
         moved = replace(moved, bias=bias - mean, origin=state.origin - mean)
-    far = (np.abs(z) > WANDERING) | (spread > 2 * SPREAD_BINS) | (spread < SPREAD_BINS / 2)
-    return _move_bins(moved, cumulative, z=z, spread=spread, which=far & known)
+    # Bins must be fine on the denser side: where scores saturate, needs have a cliff there.
+    narrow = 2 * np.minimum(z_high - z, z - z_low)
+    far = (np.abs(z) > WANDERING) | (narrow > 2 * SPREAD_BINS) | (narrow < SPREAD_BINS / 2)
+    return _move_bins(moved, cumulative, z=z, spread=narrow, which=far & known)
 
 
 def _has_shifted(before: Array, load: Array, shares: Array) -> npt.NDArray[np.bool_]:

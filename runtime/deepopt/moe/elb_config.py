@@ -86,8 +86,8 @@ def elb_settings(options: Mapping[str, Any], *, what: str) -> ElbConfig:
 
 
 _MODES = {
-    "elb": "each expert's score distribution is tracked; the bias is for selection only",
-    "formula": "log(1 + alpha x deficit / mean load) is added to the bias, clamped",
+    "elb": "each expert's score distribution is tracked; its quantile is added for selection only",
+    "formula": "log(1 + alpha x deficit / mean load) is added to the bias of log scores, clamped",
     "sign": "the bias moves by elb.sign_rate towards under-loaded experts",
     "quantile": "the bias is the last step's quantile",
     "aux": "a loss on the global batch's shares; no bias",

@@ -23,6 +23,10 @@ from deepopt.moe.step_totals import add_sample, add_stats, loads_of, sample_rows
 from deepopt.moe.warmup import solve_bias
 from deepopt_kernels.elb_select import elb_select
 
+# Of a logit, in units of the score, that mode `elb` chooses by beside the score. With less, loads are less
+# even where scores saturate (3 times the usual spread); more gives up gate mass there (docs/elb.md).
+LOGITS_SHARE = 0.5
+
 
 class ElbRouter(LearnedBias):
     """The k experts with the highest biased scores.
@@ -177,16 +181,18 @@ class ElbRouter(LearnedBias):
         )
 
     def _choosing_scores(self, logits_TE: torch.Tensor) -> torch.Tensor:
-        """What biases are added to: log scores, up to a constant of each token; in the modes of others
-        the scores themselves, as they define it."""
-        if self.elb.mode in ("sign", "quantile"):
-            return self.gate.scores(logits_TE)
-        if self.elb.mode in ("elb", "formula"):
-            return self.gate.log_scores(logits_TE)
-        return logits_TE
+        """What biases are added to: the scores, for of all choices with the same loads that gives up the
+        least gate mass; log scores for the formula, which multiplies them."""
+        if self._scale() == "scores":
+            scores_TE = self.gate.scores(logits_TE)
+            if self.elb.mode != "elb":
+                return scores_TE
+            # Scores that all but vanish, or are all but 1, are as good as equal: the bias alone would choose.
+            return scores_TE.add_(logits_TE, alpha=LOGITS_SHARE * self._unit())
+        return self.gate.log_scores(logits_TE) if self._scale() == "log scores" else logits_TE
 
     def _unit(self) -> float:
-        if self.elb.mode not in ("sign", "quantile"):
+        if self._scale() != "scores":
             return 1.0
         return 1.0 / self.num_experts if self.gate.score == "softmax" else 0.25
 

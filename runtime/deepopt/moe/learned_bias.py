@@ -14,6 +14,7 @@ Shapes: E experts.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
@@ -25,11 +26,14 @@ from deepopt.moe.balancer import BalancerState, StepCounts
 from deepopt.moe.route_memory import RouteMemory
 from deepopt.moe.state_buffers import (
     read_state,
-    refuse_other_size,
+    refuse_unfit,
     register_state,
+    scale_of,
     store_state,
 )
 from deepopt.moe.step_totals import Totals, bad_scores, bad_tokens, num_totals, read_totals
+
+logger = logging.getLogger(__name__)
 
 
 class LearnedBias(torch.nn.Module):
@@ -52,6 +56,7 @@ class LearnedBias(torch.nn.Module):
     elb_load: torch.Tensor
     elb_drift: torch.Tensor
     elb_step: torch.Tensor
+    elb_scale: torch.Tensor
 
     def __init__(self, *, num_experts: int, top_k: int, elb: ElbConfig) -> None:
         super().__init__()
@@ -176,8 +181,14 @@ class LearnedBias(torch.nn.Module):
 
     # For forwards. -------------------------------------------------------------------------------
 
+    def _scale(self) -> str:
+        """What the bias is added to, one of `state_buffers.SCALES`."""
+        if self.elb.mode in ("aux", "none"):
+            return "no bias"
+        return "log scores" if self.elb.mode == "formula" else "scores"
+
     def _unit(self) -> float:
-        """Size of the scores that biases are added to; log scores have 1."""
+        """Size of what the bias is added to; log scores have 1."""
         return 1.0
 
     def _starts_cold(self) -> bool:
@@ -191,12 +202,22 @@ class LearnedBias(torch.nn.Module):
         return bool(self._is_unsettled)
 
     def _look(self) -> None:
-        """Read from the state what forwards depend on beside tensors: not inside a forward where that can
-        be helped, for it waits for a device and stops compilers."""
+        """Read from the state what forwards depend on beside tensors, and forget a bias that was learned for
+        something else: not inside a forward where that can be helped, for it waits for a device and stops
+        compilers."""
         if self.expert_bias.is_meta:
             self._is_cold = self._is_unsettled = None
             return
         step = int(self.elb_step)
+        if step and (found := scale_of(self)) != self._scale():
+            logger.warning(
+                "a router's bias was learned for %s, mode %s adds to %s: it is forgotten and learned anew",
+                found,
+                self.elb.mode,
+                self._scale(),
+            )
+            self.reset_state()
+            return
         drift = self.elb_drift.float().cpu().numpy()  # a bf16 model casts buffers, too
         self._is_cold = step == 0 and self.elb.warmup and self.elb.mode in ("elb", "quantile")
         self._is_unsettled = balancer.is_unsettled(drift, step=step, elb=self.elb)
@@ -214,12 +235,12 @@ class LearnedBias(torch.nn.Module):
 
     def _store(self, state: BalancerState) -> None:
         if not self.expert_bias.is_meta:
-            store_state(self, state)
+            store_state(self, state, scale=self._scale())
         self._look()
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        refuse_other_size(state_dict, prefix, num_experts=self.num_experts)
+        refuse_unfit(state_dict, prefix, num_experts=self.num_experts)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._look()

@@ -203,7 +203,11 @@ def _copy(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> N
 
 def _fetch(tensors: Mapping[str, torch.Tensor], key: str, like: torch.Tensor) -> torch.Tensor:
     if key not in tensors:
-        raise CheckpointError(f"{key} is missing from the layer's state")
+        raise CheckpointError(
+            f"{key} is missing from the layer's state",
+            remedy="it was written by another model or another version of deepopt: use those, or start a "
+            "new run",
+        )
     if tensors[key].shape != like.shape:
         raise CheckpointError(
             f"{key} has shape {list(tensors[key].shape)}, the model wants {list(like.shape)}"
