@@ -60,7 +60,8 @@ def resume(
     It may have been stopped, have failed or died, or be finished and train further. Any number
     of workers will do: the losses are those of an unbroken run. Stages and order come from --plan,
     else from the plan file that it was launched with unless workers or pipeline change, else they
-    are decided anew. A job that still runs is joined: its output is shown, nothing is started. When
+    are decided anew. What the job file itself says of stages and order still holds, and is named where
+    it does not fit any more. A job that still runs is joined: its output is shown, nothing is started. When
     only its head has died, its supervisor replaces that by itself, and the workers go on.
 
     \b
@@ -77,6 +78,7 @@ def resume(
         find_alive,
         refuse_incomplete,
         refuse_other_model,
+        say_what_to_free,
     )
     from deepopt.launch.run_files import launch_roots, write_plan
     from deepopt.launch.run_view import open_run, read_status
@@ -111,7 +113,14 @@ def resume(
         except PlanError as error:
             tell(f"note: planned anew: {error.message}")
     if prepared is None:
-        prepared = prepare(job, plan_id=plan_id, run=run, plan_file=plan)
+        try:
+            prepared = prepare(job, plan_id=plan_id, run=run, plan_file=plan)
+        except PlanError as error:
+            if plan is not None:  # the error is about that file
+                raise
+            raise say_what_to_free(
+                error, job, skeleton=saved_model, overrides=wanted, shown_as=run_dir
+            ) from error
     refuse_other_model(saved_model, prepared.skeleton, shown_as=run_dir)
     if not json:
         show_start(prepared, shown_as=run_dir)

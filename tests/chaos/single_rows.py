@@ -129,7 +129,11 @@ def _supervisor_told_to_go(play: Play) -> Seen:
     status = play.until("its stop", lambda s: s["state"] == "stopped")
     saved = status["checkpoint_step"] == status["step"]
     _all_gone(play)
-    play.resume("--workers", 3, "--set", "pipeline.placement=line")
+    line = (
+        "pipeline.placement=line",
+        "pipeline.schedule=auto",
+    )  # the job names an order for mirror
+    play.resume("--workers", 3, *(word for change in line for word in ("--set", change)))
     return Seen(
         note=f"saved at step {status['step']}, resumed on three workers in a line",
         wrong="" if saved else f"step {status['step']} is in no checkpoint",

@@ -403,6 +403,54 @@ def test_resume_may_change_how_but_not_what(supervision: Supervision, stopped: P
     assert load_job(stopped / "job.yaml").pipeline.placement == "line"
 
 
+def test_resume_chooses_stages_and_order_again_where_the_job_left_them_open(
+    supervision: Supervision, here: Path
+) -> None:
+    supervision.scenario = {"end": "stopped"}
+    free = ("pipeline.schedule=auto", "pipeline.placement=auto", "pipeline.calibrate=false")
+    assert launch(*(word for change in free for word in ("--set", change))).exit_code == 0
+    result = deepopt("resume", "run", "--workers", 3, "--set", "pipeline.placement=line")
+    assert result.exit_code == 0, result.stderr
+    plan = json.loads((here / "run/plan.json").read_text())
+    assert (plan["pipeline_size"], plan["placement"]) == (3, "line")
+    assert load_job(here / "run/job.yaml").pipeline.schedule == "auto"
+
+
+@pytest.mark.parametrize(
+    ("launched", "asked", "freed"),
+    [
+        (
+            ["pipeline.schedule=bi_stream"],
+            ["--workers", "3", "--set", "pipeline.placement=line"],
+            ["pipeline.schedule=auto"],
+        ),
+        (
+            ["pipeline.boundaries=[0, 3]", "parallel.pipeline=2"],
+            ["--workers", "3"],
+            ["pipeline.boundaries=null", "parallel.pipeline=null"],
+        ),
+    ],
+)
+def test_resume_says_what_of_the_launch_does_not_fit_and_how_to_free_it(
+    supervision: Supervision,
+    here: Path,
+    launched: list[str],
+    asked: list[str],
+    freed: list[str],
+) -> None:
+    supervision.scenario = {"end": "stopped"}
+    options = [word for change in launched for word in ("--set", change)]
+    assert launch(*options).exit_code == 0
+    refused = deepopt("resume", "run", *asked)
+    assert refused.exit_code == 1
+    assert "is what the job was launched with" in refused.stderr
+    command = refused.stderr.partition("deepopt resume ")[2].split()
+    assert all(change in command for change in freed), refused.stderr
+    result = deepopt("resume", *command)
+    assert result.exit_code == 0, result.stderr
+    assert json.loads((here / "run/plan.json").read_text())["pipeline_size"] == 3
+
+
 def test_resume_of_a_living_job_joins_it_and_starts_nothing(
     supervision: Supervision, here: Path
 ) -> None:

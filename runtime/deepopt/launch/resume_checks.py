@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from deepopt.errors import RunDirectoryError
+from deepopt.config import JobConfig
+from deepopt.errors import PlanError, RunDirectoryError
 from deepopt.launch.run_view import ENDED, Supervisor, read_status, read_supervisor
+from deepopt.planner.decide import make_plan
 from deepopt.planner.skeleton import ModelSkeleton
 from deepopt.run_directory import RunDirectory
+
+# What a job file may say of stages and order, and what leaves it to the planner.
+_FREE_CHOICES: Mapping[str, str] = {
+    "pipeline.schedule": "auto",
+    "pipeline.boundaries": "null",
+    "pipeline.placement": "auto",
+    "parallel.pipeline": "null",
+}
 
 
 def refuse_incomplete(run: RunDirectory, shown_as: Path) -> None:
@@ -103,3 +116,76 @@ def _first_difference(saved: ModelSkeleton, now: ModelSkeleton) -> str:
             if old[name].tied_to != new[name].tied_to:
                 return f"{name} was tied to {old[name].tied_to}, is tied to {new[name].tied_to}"
     return "parameters stand in another order"
+
+
+def say_what_to_free(
+    error: PlanError,
+    job: JobConfig,
+    *,
+    skeleton: ModelSkeleton,
+    overrides: Sequence[str],
+    shown_as: Path,
+) -> PlanError:
+    """The same error, whose next step frees what the job chose before and does not fit any more.
+
+    What was chosen at the launch may not fit what is asked for now: an order for other stages, cuts for
+    another number of workers. It is the user's choice, so it is not dropped in silence.
+
+    Args:
+        error: no plan fits.
+        job: with what is asked for now.
+        skeleton: its model.
+        overrides: `KEY=VALUE` asked for now, those of `--workers` and `--steps` included.
+        shown_as: the run directory as the user would type it.
+
+    Returns:
+        The error itself where nothing of the kind would help.
+    """
+    asked = {override.partition("=")[0].strip() for override in overrides}
+    old = {
+        key: chosen
+        for key, free in _FREE_CHOICES.items()
+        if (chosen := _value_of(job, key)) not in (free, None) and key not in asked
+    }
+    for count in range(1, len(old) + 1):
+        for keys in itertools.combinations(old, count):
+            if not _fits(_freed(job, keys), skeleton):
+                continue
+            named = " and ".join(f"{key} {_as_text(old[key])}" for key in keys)
+            changes = [*overrides, *(f"{key}={_FREE_CHOICES[key]}" for key in keys)]
+            options = " ".join(f"--set {shlex.quote(change)}" for change in changes)
+            return PlanError(
+                error.message,
+                remedy=f"{named} is what the job was launched with; to let it be chosen anew: "
+                f"deepopt resume {shlex.quote(str(shown_as))} {options}",
+            )
+    return error
+
+
+def _value_of(job: JobConfig, key: str) -> Any:
+    section, field = key.split(".")
+    return getattr(getattr(job, section), field)
+
+
+def _as_text(chosen: Any) -> str:
+    return str(list(chosen) if isinstance(chosen, tuple) else chosen)
+
+
+def _freed(job: JobConfig, keys: Sequence[str]) -> JobConfig:
+    for key in keys:
+        section, field = key.split(".")
+        free = None if _FREE_CHOICES[key] == "null" else _FREE_CHOICES[key]
+        changed = getattr(job, section).model_copy(update={field: free})
+        job = job.model_copy(update={section: changed})
+    return job
+
+
+def _fits(job: JobConfig, skeleton: ModelSkeleton) -> bool:
+    """Whether there is a plan at all: with estimated costs, and hardly any search."""
+    workers = job.worker.count
+    assert workers is not None, "a job that was launched knows its number of workers"
+    try:
+        make_plan(job, skeleton, num_workers=workers, plan_id=0, effort=1)
+    except PlanError:
+        return False
+    return True
