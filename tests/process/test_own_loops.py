@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from support.own_loops import (
     own_loop,
     plain,
     run_ranks,
+    tied_loop,
     two_seeds,
 )
 
@@ -73,11 +75,40 @@ def test_passes_and_steps_have_the_bits_of_the_model_by_itself(
     assert seen == set(passed)
 
 
+@pytest.mark.parametrize(
+    ("stages", "world_size"),
+    [((0, 1, 2), 3), ((0, 2), 4)],
+    ids=["three stages", "two replicas of two stages"],
+)
+def test_tied_weights_routers_and_replicas_have_the_bits_of_one_process(
+    stages: tuple[int, ...], world_size: int, tmp_path: Path
+) -> None:
+    whole = tied_loop(0, 1, stages=stages)
+    ranks = run_ranks(partial(tied_loop, stages=stages), world_size=world_size, folder=tmp_path)
+    seen: set[str] = set()
+    for rank in ranks:
+        assert rank["losses"] == whole["losses"]
+        assert rank["is_tied"]
+        for name, grad in rank["grads"].items():
+            assert torch.equal(grad, whole["grads"][name]), name
+        for name, value in rank["state"].items():
+            assert torch.equal(value, whole["state"][name]), name
+        seen |= rank["state"].keys()
+    assert seen == whole["state"].keys()
+    if (
+        len(stages) == 3
+    ):  # the one in the middle has the second use of a norm, under its first name
+        assert "1.norm.weight" in ranks[1]["grads"]
+
+
 def test_other_weights_and_too_few_processes_are_told_on_all_ranks(tmp_path: Path) -> None:
     for rank in run_ranks(two_seeds, world_size=2, folder=tmp_path):
         different, too_few = rank["said"]
         assert "stage 0 begins with different weights on ranks 0 and 1" in different
-        assert "3 stages need 3 processes, or 1 that holds them all; there are 2" in too_few
+        assert (
+            "3 stages need a multiple of 3 processes, or 1 that holds them all; there are 2"
+            in too_few
+        )
 
 
 def test_the_documented_script_runs_under_torchrun(tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -11,9 +12,25 @@ from torch import nn
 
 from deepopt import BiStreamPipeline, convert_to_deepopt
 from deepopt.errors import InputError, TrainingError
+from support.own_loops import (
+    TOKENS,
+    ExpertBlock,
+    make_tied_experts,
+    make_tokens,
+    plain_tied_loop,
+    tied_loop,
+    token_loss,
+)
 
-SHARED = nn.Linear(6, 6)
 X = torch.rand(8, 6, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def chain() -> nn.Sequential:
@@ -147,8 +164,8 @@ def test_calls_that_do_not_fit_are_refused(
         (lambda: BiStreamPipeline(chain(), (0, 3)), r"stage boundaries \[0, 3\] do not cut 3"),
         (lambda: BiStreamPipeline(chain(), 1, microbatches=1), "microbatches is 1"),
         (
-            lambda: BiStreamPipeline(nn.Sequential(SHARED, nn.Tanh(), SHARED), 1),
-            r"2\.weight is the same parameter as 0\.weight in another layer",
+            lambda: BiStreamPipeline(chain(), 1, microbatches=4, groups=3),
+            r"groups is 3: 1 replica\(s\) of two streams with 4 micro-batches in all take a multiple of 2",
         ),
     ],
 )
@@ -157,6 +174,62 @@ def test_models_and_stages_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(InputError, match=message):
         make()
+
+
+def test_tied_weights_and_routers_have_the_bits_of_plain_pytorch_in_the_same_order() -> None:
+    own, plain = tied_loop(0, 1, stages=(0, 1, 2)), plain_tied_loop()
+    assert own["losses"] == pytest.approx(plain["losses"], rel=1e-12)
+    assert own["grads"].keys() == plain["grads"].keys()
+    assert all(torch.equal(grad, plain["grads"][name]) for name, grad in own["grads"].items())
+    assert own["state"].keys() == plain["state"].keys()
+    assert all(torch.equal(value, plain["state"][name]) for name, value in own["state"].items())
+    biases = [own["state"][f"{n}.experts.router.expert_bias"] for n in (1, 2)]
+    assert all(bias.any() for bias in biases), "routers have learned"
+    assert own["is_tied"], "the model is as it was given"
+
+
+def test_tied_weights_that_get_other_memory_stay_tied() -> None:
+    model = make_tied_experts()
+    own = BiStreamPipeline(model, 1, microbatches=2)
+    inputs, targets = make_tokens(0)
+    first = own.step(inputs, targets, loss_fn=token_loss)
+    with torch.no_grad():
+        model[0].weight.data = torch.zeros_like(model[0].weight)
+    assert own.step(inputs, targets, loss_fn=token_loss) != first
+    assert own.step(inputs, targets, loss_fn=token_loss) == pytest.approx(math.log(TOKENS))
+
+
+def test_gradients_of_overloaded_experts_shrink_once_before_the_optimizer() -> None:
+    torch.manual_seed(0)
+    block = ExpertBlock(nn.LayerNorm(8), mode="none", compensate=True)
+    with torch.no_grad():
+        block.norm.bias.fill_(3.0)
+        rows = block.experts.router.weight
+        rows -= rows.mean(1, keepdim=True)  # the second choice does not see the norm's bias
+        rows[0] += 0.2  # every token's first choice
+    own = BiStreamPipeline(nn.Sequential(block), 1, microbatches=2)
+    x = torch.randn(4, 5, 8)
+    own.step(x, torch.zeros_like(x), loss_fn=nn.functional.mse_loss)
+    weight = block.experts.experts.down_weight
+    before = weight.grad.clone()
+    own.update_routers()
+    factors = (weight.grad / before).nanmean((1, 2))
+    assert factors[0] < 0.99
+    assert torch.allclose(factors[1:], torch.ones(3))
+    after = weight.grad.clone()
+    own.update_routers()
+    assert torch.equal(weight.grad, after), "nothing was counted since"
+
+
+def test_scores_that_are_not_finite_move_no_bias() -> None:
+    own = BiStreamPipeline(make_tied_experts(), 1, microbatches=2)
+    inputs, targets = make_tokens(0)
+    with torch.no_grad():
+        dict(own.named_parameters())["1.experts.router.weight"].fill_(math.nan)
+    own.step(inputs, targets, loss_fn=token_loss)
+    with pytest.raises(TrainingError, match=r"scores that are not finite for \d+ tokens"):
+        own.update_routers()
+    assert not own.state_dict()["2.experts.router.expert_bias"].any()
 
 
 def test_a_pass_that_failed_leaves_gradients_and_the_next_pass_alone() -> None:

@@ -149,8 +149,25 @@ def _freeze_unused(chain: Chain) -> None:
 def _layer_skeleton(
     chain: Chain, layer: ChainLayer, *, job: JobConfig, tokens: int
 ) -> LayerSkeleton:
-    # Duplicates inside a layer are kept: they are names of the model's state_dict, too.
-    parameters = tuple(
+    return LayerSkeleton(
+        name=layer.name,
+        kind=layer.kind,
+        parameters=parameter_skeletons(chain, layer),
+        buffers=tuple(layer.buffers()),
+        forward_flops_per_token=_flops(layer, job=job, tokens=tokens),
+    )
+
+
+def parameter_skeletons(chain: Chain, layer: ChainLayer) -> tuple[ParameterSkeleton, ...]:
+    """The parameters of a layer as plain data.
+
+    Duplicates inside a layer are kept: they are names of the model's state_dict, too.
+
+    Args:
+        chain: the model.
+        layer: of it.
+    """
+    return tuple(
         ParameterSkeleton(
             name=name,
             shape=tuple(p.shape),
@@ -160,13 +177,6 @@ def _layer_skeleton(
             in_state_dict=name not in layer.repeated,
         )
         for name, p in layer.parameters(remove_duplicate=False).items()
-    )
-    return LayerSkeleton(
-        name=layer.name,
-        kind=layer.kind,
-        parameters=parameters,
-        buffers=tuple(layer.buffers()),
-        forward_flops_per_token=_flops(layer, job=job, tokens=tokens),
     )
 
 

@@ -19,16 +19,24 @@ from deepopt.convert import DeepModel, convert_to_deepopt
 from deepopt.convert.loss import default_loss
 from deepopt.convert.structure import leaves
 from deepopt.errors import InputError
+from deepopt.moe.elb_router import ElbRouter
 from deepopt.own_loop.given_group import GivenGroupTransport
-from deepopt.own_loop.held_layers import check_copies, held_layers, make_plan
+from deepopt.own_loop.held_layers import (
+    check_copies,
+    held_layers,
+    held_parameters,
+    held_state,
+    make_plan,
+    trainable_parameters,
+)
 from deepopt.own_loop.open_stage import OpenStage
+from deepopt.own_loop.pass_sums import PassSums
 from deepopt.own_loop.splitting import GivenBatch, Tensors, cut, join
 from deepopt.pipeline.executor import Executor
-from deepopt.pipeline.gradients import StageGradients
 from deepopt.pipeline.lone_transport import LoneTransport
-from deepopt.pipeline.reduction import Bucket, Reducer, channels
 from deepopt.pipeline.spans import SpanRecorder
 from deepopt.pipeline.stage import Loss, Stage
+from deepopt.pipeline.stage_build import make_stage
 from deepopt.pipeline.transport import Transport
 from deepopt.planner.orders import built_order
 from deepopt.schedule.ir import Schedule
@@ -43,23 +51,27 @@ class BiStreamPipeline:
     """A model over the processes of the default process group, each with a stage and its mirror image.
 
     Stage s lies on rank s for the first half of the micro-batches, which enter at rank 0 and end at
-    the last rank, and on rank `stages - 1 - s` for the second half, which go the other way. All ranks
-    make it, and call its methods, in one order, as they would call collectives. Without a process group, or
-    with one process, all stages are here as one, with the same bits.
+    the last rank, and on rank `stages - 1 - s` for the second half, which go the other way. With n x
+    `stages` processes there are n replicas of that, each of consecutive ranks and with samples of its own;
+    "the first rank", "the batch" are a replica's then. All ranks make it, and call its methods, in one order,
+    as they would call collectives. Without a process group, or with one process, all stages are here as one,
+    with the same bits at the same `groups`.
 
     Args:
         model: any module, with the same weights on all ranks, or what `convert_to_deepopt` gave. Its
             modules are used as they are, so `model` trains; layers of other ranks do not change here.
         stages: how many, or the index of the first layer of each.
         microbatches: into how many parts a batch is cut; None: 2 x stages.
+        groups: runs of micro-batches of all replicas, one after the other, whose gradients add up apart and
+            are then added in order; None: one for each direction of each replica.
         example_inputs: of one micro-batch, for a module whose layers must be recorded.
         device: where the held layers are put; None: where they are.
         seed: of random numbers in the layers (dropout), which depend on it, the number of the pass, the
             micro-batch and the layer alone.
 
     Raises:
-        InputError: the processes do not fit the stages, weights differ between ranks or are tied
-            between layers, or the model cannot be cut.
+        InputError: the processes do not fit the stages, weights differ between ranks, or the model
+            cannot be cut.
     """
 
     def __init__(
@@ -68,6 +80,7 @@ class BiStreamPipeline:
         stages: int | Sequence[int],
         *,
         microbatches: int | None = None,
+        groups: int | None = None,
         example_inputs: Any = None,
         device: torch.device | str | None = None,
         seed: int = 0,
@@ -78,42 +91,74 @@ class BiStreamPipeline:
             microbatches = 2 * (stages if isinstance(stages, int) else len(stages))
         grouped = dist.is_available() and dist.is_initialized()
         world_size = dist.get_world_size() if grouped else 1
-        plan = make_plan(model, stages=stages, microbatches=microbatches, world_size=world_size)
-        self._plan = plan
-        self._rank = dist.get_rank() if world_size > 1 else 0
-        self._own_loss = getattr(model.model, "loss", None)
-        self._layers = held_layers(
+        plan = make_plan(
             model,
-            indices=[i for s in plan.held_stages(self._rank) for i in plan.stage_layers(s)],
+            stages=stages,
+            microbatches=microbatches,
+            world_size=world_size,
+            groups=groups,
         )
+        self._plan, self._chain = plan, model.chain
+        self._rank = dist.get_rank() if world_size > 1 else 0
+        self._replica = self._rank // plan.pipeline_size
+        self._own_loss = getattr(model.model, "loss", None)
+        self._has_routers = any(isinstance(m, ElbRouter) for m in model.model.modules())
         first = next((p for p in model.model.parameters()), torch.empty(0))
         self._device = torch.device(first.device if device is None else device)
-        for layer in self._layers.values():
-            layer.module.to(self._device)
+        held = plan.held_stages(self._rank)
+        self._indices = [i for stage in held for i in plan.stage_layers(stage)]
+        for index in self._indices:
+            model.chain.layers[index].module.to(self._device)
+        layers = held_layers(model.chain, indices=self._indices)
+        self._held = held_parameters(model.chain, indices=self._indices)
+        trainable = trainable_parameters(model.chain, plan)
         self._transport: Transport = (
             GivenGroupTransport(device=self._device) if world_size > 1 else LoneTransport()
         )
-        check_copies(plan, rank=self._rank, layers=self._layers, wire=self._transport)
+        check_copies(
+            plan, rank=self._rank, layers=layers, trainable=trainable, wire=self._transport
+        )
 
-        self._given = GivenBatch()
+        self._given = GivenBatch(first=plan.replica_groups(self._replica)[0][0])
         self._stages = {
-            index: self._make_stage(index, seed=seed, unused=model.chain.unused)
-            for index in plan.held_stages(self._rank)
+            index: make_stage(
+                index,
+                plan=plan,
+                rank=self._rank,
+                layers=layers,
+                trainable=trainable,
+                seed=seed,
+                device=self._device,
+                kind=OpenStage if index == plan.num_stages - 1 else Stage,
+            )
+            for index in held
         }
         last = self._stages.get(plan.num_stages - 1)
         self._last = last if isinstance(last, OpenStage) else None
-        self._reducer = Reducer(self._transport)
-        self._spans = SpanRecorder(self._device)
-        self._buckets = {index: self._make_bucket(index) for index in self._stages}
-        placement = plan.make_placement()
-        self._two_passes = self._make_executor(
-            two_passes(placement, directions=plan.directions(0)), shapes="two-passes"
+        self._sums = PassSums(
+            self._stages,
+            plan=plan,
+            rank=self._rank,
+            trainable=trainable,
+            transport=self._transport,
         )
-        self._whole_step = self._make_executor(built_order(plan, data_index=0), shapes="step")
-        roads = dict.fromkeys((*self._two_passes.channels(), *self._whole_step.channels()))
-        for bucket in self._buckets.values():
-            roads |= dict.fromkeys(channels(bucket.holders, self._rank))
-        self._transport.open(roads)
+        self._spans = SpanRecorder(self._device)
+        placement, directions = plan.make_placement(), plan.directions(self._replica)
+        self._two_passes = self._make_executor(
+            two_passes(placement, directions=directions), shapes="two-passes"
+        )
+        self._whole_step = self._make_executor(
+            built_order(plan, data_index=self._replica), shapes="step"
+        )
+        self._transport.open(
+            dict.fromkeys(
+                (
+                    *self._two_passes.channels(),
+                    *self._whole_step.channels(),
+                    *self._sums.channels(),
+                )
+            )
+        )
         self._pass = 0
         self._outputs: Tensors | None = None  # of the forward pass that waits for its backward
 
@@ -155,12 +200,13 @@ class BiStreamPipeline:
     def backward_pass(self, grad_outputs: Any = None) -> None:
         """Run the last `forward_pass` backward and add the gradients to `.grad` of the held parameters.
 
-        Those of both copies of a stage are summed: they are the gradients of the whole batch.
+        Those of all copies of a stage, and of all uses of a tied weight, are summed: they are the gradients
+        of the batches of all replicas.
 
         Args:
             grad_outputs: for each tensor that `forward_pass` returned here, in its order or structure, the
-                gradient of the loss of the whole batch; None for a tensor without one. Nothing on ranks where
-                it returned None.
+                gradient of the loss of the batches of all replicas; None for a tensor without one.
+                Nothing on ranks where it returned None.
 
         Raises:
             InputError: there was no `forward_pass`, or the gradients do not fit its outputs.
@@ -193,7 +239,7 @@ class BiStreamPipeline:
                 what it returned as `loss`, or cross-entropy.
 
         Returns:
-            The mean of the losses of all micro-batches, on every rank.
+            The mean of the losses of all micro-batches of all replicas, on every rank.
 
         Raises:
             InputError: the batch is missing, or does not divide into micro-batches.
@@ -212,6 +258,26 @@ class BiStreamPipeline:
             self._whole_step.run_step(self._pass)
         return self._mean_loss()
 
+    def update_routers(self) -> None:
+        """Move the biases of all `ElbRouter`s, alike on all ranks, by what passes with a backward have
+        counted since the last call: once before each step of the optimizer. With `elb.compensate` the
+        gradients of overloaded experts shrink here. A model without routers has nothing to move.
+
+        Raises:
+            TrainingError: scores were not finite; no bias was moved.
+            TransportError: a peer is gone.
+        """
+        if not self._has_routers:
+            return
+        self._sums.update_routers(
+            {
+                held.use: torch.zeros_like(held.value)
+                if held.value.grad is None
+                else held.value.grad
+                for held in self._held.values()
+            }
+        )
+
     def output_slice(self, num_samples: int) -> slice | None:
         """Which samples of a batch `forward_pass` returns the outputs of on this rank; None for none.
 
@@ -221,13 +287,13 @@ class BiStreamPipeline:
         here = self._output_microbatches()
         if not here:
             return None
-        size = num_samples // self._plan.num_microbatches
+        size = num_samples // self._num_microbatches
         return slice(here[0] * size, (here[-1] + 1) * size)
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """Parameters of the layers on this rank, by their names in the model, each once."""
-        for layer in self._layers.values():
-            yield from layer.parameters.items()
+        for name, held in self._held.items():
+            yield name, held.value
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
         """Parameters of the layers on this rank: for an optimizer on each rank."""
@@ -236,11 +302,7 @@ class BiStreamPipeline:
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Parameters and buffers of the layers on this rank, under their names in the model. Those of ranks
         0 to `(stages - 1) // 2` together are the model's."""
-        held: dict[str, torch.Tensor] = {}
-        for layer in self._layers.values():
-            held |= {name: p.detach() for name, p in layer.parameters.items()}
-            held |= {name: b.detach() for name, b in layer.buffers.items()}
-        return held
+        return held_state(self._chain, indices=self._indices)
 
     # What a pass needs, and leaves.
     # -------------------------------------------------------------------------------------
@@ -249,7 +311,7 @@ class BiStreamPipeline:
         """Cut the batch, where it is needed."""
         if self._last is None:  # neither end: the first stage lies where the last one does
             return
-        count = self._plan.num_microbatches
+        count = self._num_microbatches
         if inputs is None or (with_targets and targets is None):
             missing = "inputs" if inputs is None else "targets"
             raise InputError(
@@ -288,14 +350,21 @@ class BiStreamPipeline:
         here = self._output_microbatches()
         chunks = [grad.chunk(len(here)) for grad in grads]
         for place, microbatch in enumerate(here):
-            self._last.output_grads[microbatch] = tuple(chunk[place] for chunk in chunks)
+            number = self._given.first + microbatch
+            self._last.output_grads[number] = tuple(chunk[place] for chunk in chunks)
+
+    @property
+    def _num_microbatches(self) -> int:
+        """Of this replica."""
+        return self._plan.num_microbatches // self._plan.data_size
 
     def _output_microbatches(self) -> list[int]:
+        """Micro-batches of this replica that end here."""
         placement, last = self._plan.make_placement(), self._plan.num_stages - 1
         return [
             microbatch
-            for microbatch, direction in enumerate(self._plan.directions(0))
-            if placement.rank_of(last, direction) == self._rank
+            for microbatch, direction in enumerate(self._plan.directions(self._replica))
+            if placement.rank_of(last, direction) == self._rank % self._plan.pipeline_size
         ]
 
     @contextmanager
@@ -308,7 +377,7 @@ class BiStreamPipeline:
         except BaseException:
             self._two_passes.reset()
             self._whole_step.reset()
-            self._reducer.forget()
+            self._sums.forget()
             self._spans.take()
             self._outputs = None
             raise
@@ -316,28 +385,27 @@ class BiStreamPipeline:
     @contextmanager
     def _adding_gradients(self) -> Iterator[None]:
         """Gradients of the pass inside are summed over copies and added to what was in `.grad`."""
-        before = {parameter: parameter.grad for parameter in self.parameters()}
+        before = {name: held.value.grad for name, held in self._held.items()}
         found: dict[str, torch.Tensor] = {}
         try:
             yield
-            self._reducer.finish()
+            found = self._sums.finish()
             self._transport.finish_sends()
             self._spans.take()
-            for stage in self._stages.values():
-                found |= stage.gradients.totals()
         finally:
             for stage in self._stages.values():
                 stage.gradients.zero()
-            for parameter, grad in before.items():
-                parameter.grad = grad
+            for name, held in self._held.items():
+                held.value.grad = before[name]
         with torch.no_grad():
-            for name, parameter in self.named_parameters():
-                if name not in found:
+            for held in self._held.values():
+                total, parameter = found.get(held.use), held.value
+                if total is None:
                     continue
                 if parameter.grad is None:  # the rows of an exchange are used again
-                    parameter.grad = found[name].to(parameter.dtype, copy=True)
+                    parameter.grad = total.to(parameter.dtype, copy=True)
                 else:
-                    parameter.grad.add_(found[name])
+                    parameter.grad.add_(total)
 
     def _mean_loss(self) -> float:
         losses = [0.0] * self._plan.num_microbatches
@@ -350,52 +418,21 @@ class BiStreamPipeline:
     # Building.
     # ------------------------------------------------------------------------------------------
 
-    def _make_stage(self, index: int, *, seed: int, unused: Sequence[str]) -> Stage:
-        plan = self._plan
-        held = [self._layers[i] for i in plan.stage_layers(index)]
-        owners = plan.group_owners(index)
-        groups = [group for group, rank in enumerate(owners) if rank == self._rank]
-        bounds = plan.replica_groups(0)
-        settings: dict[str, Any] = {
-            "gradients": StageGradients(
-                {n: p for layer in held for n, p in layer.trainable.items() if n not in unused},
-                apart=(),
-                groups=groups,
-                device=self._device,
-                exchanged=len(set(owners)) > 1,
-            ),
-            "group_of": {m: group for group in groups for m in range(*bounds[group])},
-            "seed": seed,
-            "device": self._device,
-            "num_microbatches": plan.num_microbatches,
-        }
-        return (OpenStage if index == plan.num_stages - 1 else Stage)(index, held, **settings)
-
-    def _make_bucket(self, index: int) -> Bucket:
-        gradients = self._stages[index].gradients
-        rows = [row[gradients.own] for row in gradients.rows]
-        return Bucket(
-            index=index,
-            owners=(self._plan.group_owners(index),),
-            numel=rows[0].numel(),
-            terms={(0, g): row for g, row in zip(gradients.groups, rows, strict=True)},
-            results=(rows[0],),
-        )
-
     def _make_executor(self, schedule: Schedule, *, shapes: str) -> Executor:
         rows = lower(schedule, reduce=True)
+        pipeline_rank = self._rank % self._plan.pipeline_size
         return Executor(
-            rows[self._rank],
-            ahead=run_ahead(schedule, rows)[self._rank],
+            rows[pipeline_rank],
+            ahead=run_ahead(schedule, rows)[pipeline_rank],
             placement=schedule.placement,
             directions=schedule.directions,
             stages=self._stages,
-            buckets=self._buckets,
+            buckets=self._sums.buckets,
             transport=self._transport,
-            reducer=self._reducer,
+            reducer=self._sums.reducer,
             batches=self._given if self._last is not None else None,
-            first_rank=0,
-            first_microbatch=0,
+            first_rank=self._rank - pipeline_rank,
+            first_microbatch=self._given.first,
             lookahead=_LOOKAHEAD,
             spans=self._spans,
             on_whole=lambda stage: None,

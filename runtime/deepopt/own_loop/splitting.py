@@ -72,14 +72,20 @@ def join(parts: Sequence[Tensors], *, samples: int) -> Tensors:
 
 
 class GivenBatch:
-    """The micro-batches of the pass in work, as an executor asks for them."""
+    """The micro-batches of the pass in work, as an executor asks for them.
 
-    def __init__(self) -> None:
+    Args:
+        first: number of the first one among those of all replicas.
+    """
+
+    def __init__(self, *, first: int) -> None:
+        self.first = first
         self.inputs: Sequence[Tensors] = ()
         self.targets: Sequence[Tensors] = ()
 
     def batch(self, step: int, microbatch: int) -> Batch:
         """Inputs in their order, under names that sort as they stand, and targets."""
-        inputs = {f"{i:04}": t for i, t in enumerate(self.inputs[microbatch])}
-        targets = self.targets[microbatch][0] if self.targets else torch.empty(0)
+        place = microbatch - self.first
+        inputs = {f"{i:04}": t for i, t in enumerate(self.inputs[place])}
+        targets = self.targets[place][0] if self.targets else torch.empty(0)
         return inputs, targets

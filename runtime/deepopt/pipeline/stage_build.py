@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 
-from deepopt.config import JobConfig
 from deepopt.pipeline.gradients import StageGradients
 from deepopt.pipeline.reduction import Bucket
 from deepopt.pipeline.reporters import TrainableParameters
@@ -17,34 +16,38 @@ from deepopt.planner.plan import Plan
 def make_stage(
     index: int,
     *,
-    job: JobConfig,
     plan: Plan,
     rank: int,
     layers: Mapping[int, Layer],
-    loss: Loss,
     trainable: TrainableParameters,
+    seed: int,
     device: torch.device,
-    defer_weights: bool,
+    loss: Loss | None = None,
+    recompute: Collection[int] = (),
+    defer_weights: bool = False,
+    kind: type[Stage] = Stage,
 ) -> Stage:
     """A stage of a worker.
 
     Args:
         index: global stage index.
-        job: the resolved job.
         plan: who holds what.
         rank: of the worker in the world.
         layers: of the stages that it holds, by index in the chain.
-        loss: of the model; the last stage takes it.
         trainable: tells which weights are tied.
+        seed: of random numbers in the layers.
         device: where the layers are.
+        loss: of the model; the last stage takes it.
+        recompute: layers that are run again for their backward.
         defer_weights: whether its weight gradients may wait for W.
+        kind: class of the stage.
     """
     held = [layers[i] for i in plan.stage_layers(index)]
     bounds = [b for d in range(plan.data_size) for b in plan.replica_groups(d)]
     owners = plan.group_owners(index)
     groups = [g for g, r in enumerate(owners) if r == rank]
     parameters = {name: p for layer in held for name, p in layer.trainable.items()}
-    return Stage(
+    return kind(
         index,
         held,
         gradients=StageGradients(
@@ -55,13 +58,11 @@ def make_stage(
             exchanged=len(set(owners)) > 1,
         ),
         group_of={m: g for g in groups for m in range(*bounds[g])},
-        seed=job.training.seed,
+        seed=seed,
         device=device,
         num_microbatches=plan.num_microbatches,
         loss=loss if index == plan.num_stages - 1 else None,
-        recompute=plan.recomputed(
-            plan.stage_layers(index), all_of_them=job.pipeline.recompute == "full"
-        ),
+        recompute=recompute,
         defer_weights=defer_weights,
     )
 

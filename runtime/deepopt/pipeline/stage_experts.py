@@ -140,9 +140,18 @@ class StageExperts:
             results=(self._counts,),
         )
 
-    def latch(self) -> None:
-        """Take the sums of the step; forwards of the next may count from now on."""
-        self._totals = self._counts.cpu().numpy().copy()
+    def latch(self, *, more: bool = False) -> None:
+        """Take the sums of the step; forwards of the next may count from now on.
+
+        Args:
+            more: add them to those taken before: an update follows several passes.
+        """
+        counts = self._counts.cpu().numpy().copy()
+        self._totals = self._totals + counts if more else counts
+
+    def num_bad_tokens(self) -> int:
+        """Of the step, those whose scores are not finite, over all routers."""
+        return sum(bad_tokens(self._totals[place.part]) for place in self._places)
 
     def waits_for_norms(self, layer: str) -> bool:
         """Whether a layer's gradients are still to be shrunk after they were summed."""

@@ -118,13 +118,16 @@ class PipelineStep:
         self._stages = {
             index: make_stage(
                 index,
-                job=job,
                 plan=plan,
                 rank=rank,
                 layers=layers,
-                loss=loss,
                 trainable=trainable,
+                seed=job.training.seed,
                 device=device,
+                loss=loss,
+                recompute=plan.recomputed(
+                    plan.stage_layers(index), all_of_them=job.pipeline.recompute == "full"
+                ),
                 defer_weights=defer,
             )
             for index in plan.held_stages(rank)
