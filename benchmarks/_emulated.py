@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from deepopt.config import JobConfig
@@ -22,6 +22,9 @@ from deepopt.worker.rehearsal import RehearsalGroup, Rehearsed, stand_in
 
 _SHORTEST_WAIT_NS = 1_000_000  # a receive that waited so long was there before its tensor
 _SEED = 0
+_NEVER_CLIPS = (
+    1e3  # far above any norm of the stand-in; norms are exchanged and looked at all the same
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,12 +96,14 @@ class Rehearsal:
         plan: who holds what.
         schedule: the order.
         costs: of its stages, without the real latency of messages.
+        overlaps: whether its steps overlap.
     """
 
     job: JobConfig
     plan: Plan
     schedule: Schedule
     costs: CostTable
+    overlaps: bool = False
 
     @property
     def copies(self) -> int:
@@ -112,12 +117,13 @@ class Rehearsal:
         return max(peak_activations(self.schedule)) / per_rank
 
     def simulated_s(self, hop_s: float) -> float:
-        """The step as simulated.
+        """The step as simulated; where steps overlap, one among others.
 
         Args:
             hop_s: measured latency of a message.
         """
-        return simulate(self.schedule, with_hop(self.costs, hop_s)).makespan_s
+        timeline = simulate(self.schedule, with_hop(self.costs, hop_s))
+        return timeline.steady_s if self.overlaps else timeline.makespan_s
 
 
 def with_hop(costs: CostTable, hop_s: float) -> CostTable:
@@ -145,6 +151,7 @@ def plan_rehearsal(
     emulation: Mapping[str, object] | None = None,
     recompute: bool = False,
     prepare_apart: bool = True,
+    overlap: bool = False,
 ) -> Rehearsal:
     """A stand-in job, its plan and its order: a builder's, or the best that a search finds.
 
@@ -162,6 +169,7 @@ def plan_rehearsal(
         emulation: further keys of the job's `emulation` section.
         recompute: whether activations are recomputed.
         prepare_apart: whether the search may place R by itself; else each I begins with it.
+        overlap: `pipeline.overlap_steps`; no norm reaches its bound then.
     """
     layers = len(costs.forward_ms)
     placement = place(kind, num_ranks=ranks, stages_per_rank=stages_per_rank)
@@ -170,8 +178,14 @@ def plan_rehearsal(
     job = stand_in(
         JobConfig.model_validate(
             {
-                "training": {"microbatches": microbatches},
-                "pipeline": {"recompute": "full" if recompute else "none"},
+                "training": {
+                    "microbatches": microbatches,
+                    **({"grad_clip": _NEVER_CLIPS} if overlap else {}),
+                },
+                "pipeline": {
+                    "recompute": "full" if recompute else "none",
+                    "overlap_steps": overlap,
+                },
                 "emulation": {**dataclasses.asdict(costs), **(emulation or {})},
             }
         ),
@@ -204,9 +218,10 @@ def plan_rehearsal(
             costs=with_hop(table, hop_s),
             memory_cap=cap,
             memory=memory,
+            overlap=overlap,
             seed=_SEED,
         ).schedule
-    return Rehearsal(job=job, plan=plan, schedule=order, costs=table)
+    return Rehearsal(job=job, plan=plan, schedule=order, costs=table, overlaps=overlap)
 
 
 def load(group: RehearsalGroup, name: str, rehearsal: Rehearsal) -> None:
@@ -246,20 +261,28 @@ def hop_of(rehearsed: Rehearsed, rehearsal: Rehearsal) -> float:
 
 
 def run_in_turns(
-    groups: Mapping[str, RehearsalGroup], *, rounds: int, steps: int
+    groups: Mapping[str, RehearsalGroup],
+    *,
+    rounds: int,
+    steps: int,
+    overlapping: Collection[str] = (),
 ) -> dict[str, list[float]]:
     """Step times of all contenders, each of which runs a few steps in every round.
 
-    The first step of a turn does not count: caches are cold. A round goes back where the one before
-    went forth, so that a steady drift of the machine hits all alike.
+    The first step of a turn does not count: caches are cold. Of contenders whose steps overlap the last
+    does not either: no step follows it. A round goes back where the one before went forth, so that a
+    steady drift of the machine hits all alike.
 
     Args:
         groups: the group that holds each contender, by the contender's name.
         rounds: turns of each.
         steps: of a turn that count.
+        overlapping: contenders whose steps overlap.
     """
     measured: dict[str, list[float]] = {name: [] for name in groups}
     for number in range(rounds):
         for name in list(groups) if number % 2 == 0 else reversed(list(groups)):
-            measured[name] += groups[name].run(name, num_steps=1 + steps).step_s[1:]
+            more = 1 + (name in overlapping)
+            taken_s = groups[name].run(name, num_steps=more + steps).step_s
+            measured[name] += taken_s[1 : 1 + steps]
     return measured

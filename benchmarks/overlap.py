@@ -83,7 +83,7 @@ def _efficiency(*, turns: int, steps: int) -> float:
                 name,
                 job=_emulated_job(overlap=overlap),
                 plan=plan,
-                schedule=found.schedule,
+                schedules=(found.schedule,),
             )
             sides[name] = found
         taken: dict[str, list[float]] = {name: [] for name in sides}

@@ -16,7 +16,7 @@ from deepopt.schedule.ir import (
     directions_of,
     place,
 )
-from deepopt.schedule.lowering import channel_of, lower
+from deepopt.schedule.lowering import Routes, lower
 from deepopt.schedule.run_ahead import run_ahead
 
 
@@ -52,13 +52,14 @@ def test_ranks_of_1f1b_run_ahead_by_their_warm_up() -> None:
 def test_what_runs_ahead_can_be_forgotten(schedule: Schedule) -> None:
     rows = lower(schedule, reduce=True)
     plans = run_ahead(schedule, rows)
+    message = Routes(schedule).message
     sent, received, arriving = set(), set(), set()
     for row, plan in zip(rows, plans, strict=True):
         ahead = row[: plan.num_actions]
         assert all(action.op in (Op.F, Op.R, Op.SEND_F, Op.RECV_F) for action in ahead)
-        sent |= {channel_of(schedule, a)[1] for a in ahead if a.op in SEND_OPS}
-        received |= {channel_of(schedule, a)[1] for a in ahead if a.op in RECEIVE_OPS}
-        arriving |= {channel_of(schedule, a)[1] for a in plan.arriving}
+        sent |= {message(a) for a in ahead if a.op in SEND_OPS}
+        received |= {message(a) for a in ahead if a.op in RECEIVE_OPS}
+        arriving |= {message(a) for a in plan.arriving}
     assert received <= sent  # nobody waits for what is sent later
     assert arriving == sent  # everything sent is taken in, nothing else is waited for
 
@@ -66,11 +67,13 @@ def test_what_runs_ahead_can_be_forgotten(schedule: Schedule) -> None:
 @given(schedules())
 def test_a_channel_delivers_what_runs_ahead_before_all_else(schedule: Schedule) -> None:
     rows = lower(schedule, reduce=True)
+    routes = Routes(schedule)
     for row, plan in zip(rows, run_ahead(schedule, rows), strict=True):
         by_channel: dict[object, list[bool]] = {}
         for action in row:
             if action.op in RECEIVE_OPS:
-                channel = channel_of(schedule, action)[0]
-                by_channel.setdefault(channel, []).append(action in plan.arriving)
+                by_channel.setdefault(routes.channel(action), []).append(
+                    action in plan.arriving
+                )
         for flags in by_channel.values():
             assert flags == sorted(flags, reverse=True)

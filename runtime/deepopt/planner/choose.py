@@ -27,7 +27,7 @@ LAUNCH_EFFORT = 200_000
 
 _FINALISTS = 2  # placements that are searched a second time, longer
 _TRIAL_SHARE = 20  # of the effort goes into the trial of each cut, where there are several
-_SEARCH_VERSION = 5  # +1 when the same inputs may give another order
+_SEARCH_VERSION = 6  # +1 when the same inputs may give another order
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -250,7 +250,7 @@ def _searched(
     assert cut is not None, "a search is for a cut"
     orders = dict(zip(keys, found, strict=True))
     in_places = [_in_places(orders[directions].schedule, cut) for directions in ways]
-    outcome = _judged(pipeline, cut, in_places)
+    outcome = _judged(pipeline, cut, in_places, are_verified=True)
     assert outcome is not None, "searches keep to the memory"
     return replace(
         outcome,
@@ -355,7 +355,9 @@ def _key(
     return input_key(inputs)
 
 
-def _judged(pipeline: Pipeline, cut: Cut, schedules: Sequence[Schedule]) -> Outcome | None:
+def _judged(
+    pipeline: Pipeline, cut: Cut, schedules: Sequence[Schedule], *, are_verified: bool = False
+) -> Outcome | None:
     """What the orders of all replicas, by position, take; the slowest one sets the figures.
 
     None where one of them does not fit the memory.
@@ -383,6 +385,7 @@ def _judged(pipeline: Pipeline, cut: Cut, schedules: Sequence[Schedule]) -> Outc
             memory=memory,
             cores=pipeline.cores_of_a_replica,
             overlap=pipeline.overlap,
+            is_verified=are_verified,
         )
         for order in distinct
     ]

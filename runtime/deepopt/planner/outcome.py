@@ -8,10 +8,11 @@ from deepopt.planner.cut import Cut
 from deepopt.planner.shapes import Shape
 from deepopt.schedule.bound import lower_bound_s
 from deepopt.schedule.ir import Schedule
+from deepopt.schedule.lowering import count_transfers
 from deepopt.schedule.memory import Memory
 from deepopt.schedule.search import NAME
 from deepopt.schedule.simulate import CostTable, Timeline, simulate
-from deepopt.schedule.verify import verify
+from deepopt.schedule.verify import peak_activations, verify
 
 SEARCHED = NAME
 """Stands for a search where a candidate names no builder."""
@@ -112,6 +113,7 @@ def judge(
     memory: Memory | None = None,
     cores: int | None = None,
     overlap: bool = False,
+    is_verified: bool = False,
 ) -> Outcome:
     """What an order takes, whoever made it.
 
@@ -121,12 +123,15 @@ def judge(
         memory: that it has to fit; None for any.
         cores: host cores that the ranks share; None for a device each.
         overlap: whether steps overlap.
+        is_verified: a search or a file gave it, which verify what they give: at 64 ranks that is most of
+            the time that a search takes.
 
     Raises:
         ScheduleError: the order is wrong, or the costs are made for other sizes.
     """
     placement = schedule.placement
-    report = verify(schedule)
+    if not is_verified:
+        verify(schedule)
     timeline = simulate(schedule, costs, cores=cores)
     bound_s = None
     if cores is None:
@@ -144,6 +149,6 @@ def judge(
         timeline=timeline,
         step_s=timeline.steady_s if overlap else timeline.makespan_s,
         lower_bound_s=bound_s,
-        peak_activations=tuple(peak * share for peak in report.peak_activations),
-        num_transfers=report.num_transfers,
+        peak_activations=tuple(peak * share for peak in peak_activations(schedule)),
+        num_transfers=count_transfers(schedule),
     )

@@ -6,7 +6,7 @@ updates at the end of a step are the simulator's affair, which has the last word
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from deepopt.schedule.compact import CODE_OF_OP, OP_BITS, OP_MASK, OPS
 from deepopt.schedule.ir import Action, Direction, Op, Placement, Schedule
@@ -18,6 +18,7 @@ Rows = list[list[int]]
 """Per rank, actions by their code."""
 
 _F, _I, _W, _R = (CODE_OF_OP[op] for op in (Op.F, Op.I, Op.W, Op.R))
+_NEVER = float("-inf")
 _PER_UNIT = 1 << OP_BITS  # codes of one micro-batch on one stage; B and the rest are not used
 
 
@@ -62,10 +63,10 @@ class CodedProblem:
 
         self.users: list[list[int]] = [[] for _ in self.rank]  # who needs what this code makes
         for code, maker in enumerate(self.needs):
-            if maker >= 0 and self._is_used(code):
+            if maker >= 0 and self.is_used(code):
                 self.users[maker].append(code)
 
-    def _is_used(self, code: int) -> bool:
+    def is_used(self, code: int) -> bool:
         """Whether there is such an action: stages without R have none."""
         stage = (code >> OP_BITS) // self.count
         return code & OP_MASK != _R or self.has_prepare[stage]
@@ -139,6 +140,10 @@ class CodedProblem:
 
         return tuple(tuple(map(action, row)) for row in rows)
 
+    def weight_code(self, stage: int, microbatch: int) -> int:
+        """The code of a W."""
+        return ((stage * self.count + microbatch) << OP_BITS) + _W
+
     def ends(self, rows: Sequence[Sequence[int]]) -> list[float] | None:
         """When each action ends, by its code; None when the rows deadlock.
 
@@ -177,12 +182,21 @@ class CodedProblem:
             at[rank], free[rank] = index, now
         return None if left else end
 
-    def tails(self, rows: Sequence[Sequence[int]], ends: Sequence[float]) -> list[float]:
+    def tails(
+        self,
+        rows: Sequence[Sequence[int]],
+        ends: Sequence[float],
+        *,
+        after: Sequence[float],
+        after_code: Mapping[int, float],
+    ) -> list[float]:
         """How long the step lasts after each action ends, by its code: its longest chain of followers.
 
         Args:
             rows: codes per rank, that run.
             ends: of these rows, as `ends` gives them.
+            after: what follows the last action of each rank.
+            after_code: what follows an action apart from other actions, by its code.
         """
         needs, hop, duration = self.needs, self.hop, self.duration
         before = [-1] * len(duration)
@@ -192,7 +206,12 @@ class CodedProblem:
             for index, code in enumerate(row):
                 before[code], place[code] = last, index
                 last = code
-        tail = [0.0] * len(duration)
+        tail = [_NEVER] * len(duration)
+        for row, rest in zip(rows, after, strict=True):
+            if row:
+                tail[row[-1]] = rest
+        for code, rest in after_code.items():
+            tail[code] = max(tail[code], rest)
         codes = [code for row in rows for code in row]
         # Followers end later, or at the same time where they take none: then they start no earlier.
         codes.sort(key=lambda code: (ends[code], ends[code] - duration[code], place[code]))
@@ -206,8 +225,9 @@ class CodedProblem:
         return tail
 
     def data_tail(self, code: int, tails: Sequence[float]) -> float:
-        """The longest chain that follows an action through what it makes, not through its rank."""
-        tail = 0.0
+        """The longest chain that follows an action through what it makes, not through its rank; minus
+        infinity where nothing does."""
+        tail = _NEVER
         for user in self.users[code]:
             tail = max(tail, self.hop[user] + self.duration[user] + tails[user])
         return tail

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from deepopt.schedule.coding import CodedProblem, Rows
+from deepopt.schedule.step_end import EndTails, StepEnd
 
 _SHORTEST_TABU = 8
 _LONGEST_TABU = 16
@@ -29,7 +30,7 @@ _MOST_KICKS = 6  # drawn swaps, so that it does not go the same way again
 class _Move(NamedTuple):
     """A changed row and what it makes of the order."""
 
-    makespan: float
+    seconds: float
     chance: float  # decides between equal ones
     rank: int
     row: list[int]
@@ -38,7 +39,13 @@ class _Move(NamedTuple):
 
 
 def improve(
-    problem: CodedProblem, rows: Rows, *, effort: int, seed: int, target_s: float = 0.0
+    problem: CodedProblem,
+    rows: Rows,
+    *,
+    effort: int,
+    seed: int,
+    target_s: float = 0.0,
+    step_end: StepEnd | None = None,
 ) -> Rows:
     """A better order, or the same.
 
@@ -47,13 +54,15 @@ def improve(
         rows: a right order within the memory.
         effort: actions to evaluate, over all tries.
         seed: of the random choices.
-        target_s: an order that ends by then is good enough: stop.
+        target_s: an order that takes no longer is good enough: stop.
+        step_end: says how long a step takes; None: until the end of its last action.
     """
     chance = random.Random(seed)
+    step_end = step_end or StepEnd(problem)
     current = [list(row) for row in rows]
     ends = problem.ends(current)
     assert ends is not None, "local search starts from an order that runs"
-    best, best_rows = max(ends), [list(row) for row in current]
+    best, best_rows = step_end.seconds(current, ends), [list(row) for row in current]
     enough = target_s * (1 + _SLACK)
     tabu: dict[tuple[int, int], int] = {}
     tries = effort // max(1, problem.num_actions)
@@ -71,11 +80,15 @@ def improve(
             ends = problem.ends(current)
             assert ends is not None, "kicks leave an order that runs"
         tries -= 2  # one for the tails, which cost as much as two evaluations with their sort
-        neighbours = _critical_neighbours(problem, current, ends)
+        neighbours = _critical_neighbours(problem, step_end, current, ends)
         forbidden = {pair for pair, until in tabu.items() if until > step}
         moves = [
-            *_swap(problem, current, ends, neighbours, chance, forbidden=forbidden, best=best),
-            *_long_moves(problem, current, neighbours, chance),
+            *_swap(
+                *(problem, step_end, current, ends, neighbours, chance),
+                forbidden=forbidden,
+                best=best,
+            ),
+            *_long_moves(problem, step_end, current, neighbours, chance),
         ]
         tries -= len(moves)
         if not moves:
@@ -88,13 +101,14 @@ def improve(
         current[taken.rank] = taken.row
         if taken.tabu is not None:
             tabu[taken.tabu] = step + chance.randint(_SHORTEST_TABU, _LONGEST_TABU)
-        if taken.makespan < best:
-            best, best_rows, better_at = taken.makespan, [list(row) for row in current], step
+        if taken.seconds < best:
+            best, best_rows, better_at = taken.seconds, [list(row) for row in current], step
     return best_rows
 
 
 def _swap(
     problem: CodedProblem,
+    step_end: StepEnd,
     rows: Rows,
     ends: Sequence[float],
     neighbours: Sequence[tuple[int, int]],
@@ -104,11 +118,12 @@ def _swap(
     best: float,
 ) -> Iterator[_Move]:
     """The swap of critical neighbours that looks best, if one fits."""
-    tails = problem.tails(rows, ends)
+    last = step_end.tails(rows, ends)
+    tails = problem.tails(rows, ends, after=last.of_rank, after_code=last.of_code)
     ranked = []
     for rank, index in neighbours:
         row = rows[rank]
-        estimate = _estimate(problem, row, index, ends=ends, tails=tails)
+        estimate = _estimate(problem, row, index, ends=ends, tails=tails, last=last, rank=rank)
         if (row[index], row[index + 1]) not in forbidden or estimate < best:
             ranked.append((estimate, chance.random(), rank, index))
     ranked.sort()
@@ -116,7 +131,7 @@ def _swap(
         row = rows[rank]
         first, second = row[index], row[index + 1]
         swapped = [*row[:index], second, first, *row[index + 2 :]]
-        move = _evaluated(problem, rows, rank, swapped, chance, tabu=(second, first))
+        move = _evaluated(problem, step_end, rows, rank, swapped, chance, tabu=(second, first))
         if move is not None:
             yield move
             return
@@ -129,19 +144,24 @@ def _estimate(
     *,
     ends: Sequence[float],
     tails: Sequence[float],
+    last: EndTails,
+    rank: int,
 ) -> float:
-    """The longest path through two neighbours that change places: nearly the new makespan."""
+    """The longest path through two neighbours that change places: nearly the new step time."""
     first, second = row[index], row[index + 1]
     duration = problem.duration
     free = ends[row[index - 1]] if index else 0.0
     second_end = max(free, _arrival(problem, second, ends)) + duration[second]
     first_end = max(second_end, _arrival(problem, first, ends)) + duration[first]
-    rest = 0.0
+    rest = last.of_rank[rank]
     if index + 2 < len(row):
         follower = row[index + 2]
         rest = duration[follower] + tails[follower]
-    first_tail = max(rest, problem.data_tail(first, tails))
-    second_tail = max(duration[first] + first_tail, problem.data_tail(second, tails))
+    own_first, own_second = (last.of_code.get(code, rest) for code in (first, second))
+    first_tail = max(rest, own_first, problem.data_tail(first, tails))
+    second_tail = max(
+        duration[first] + first_tail, own_second, problem.data_tail(second, tails)
+    )
     return max(first_end + first_tail, second_end + second_tail)
 
 
@@ -152,6 +172,7 @@ def _arrival(problem: CodedProblem, code: int, ends: Sequence[float]) -> float:
 
 def _long_moves(
     problem: CodedProblem,
+    step_end: StepEnd,
     rows: Rows,
     neighbours: Sequence[tuple[int, int]],
     chance: random.Random,
@@ -166,7 +187,7 @@ def _long_moves(
         else:
             moved = _shifted(problem, row, index, min(len(row) - 1, index + reach))
         if moved is not None:
-            move = _evaluated(problem, rows, rank, moved, chance, tabu=None)
+            move = _evaluated(problem, step_end, rows, rank, moved, chance, tabu=None)
             if move is not None:
                 yield move
 
@@ -188,6 +209,7 @@ def _shifted(
 
 def _evaluated(
     problem: CodedProblem,
+    step_end: StepEnd,
     rows: Rows,
     rank: int,
     row: list[int],
@@ -200,18 +222,19 @@ def _evaluated(
         return None
     before, rows[rank] = rows[rank], row
     ends = problem.ends(rows)
+    seconds = None if ends is None else step_end.seconds(rows, ends)
     rows[rank] = before
-    if ends is None:
+    if ends is None or seconds is None:
         return None
-    return _Move(max(ends), chance.random(), rank, row, ends, tabu)
+    return _Move(seconds, chance.random(), rank, row, ends, tabu)
 
 
 def _critical_neighbours(
-    problem: CodedProblem, rows: Rows, ends: Sequence[float]
+    problem: CodedProblem, step_end: StepEnd, rows: Rows, ends: Sequence[float]
 ) -> list[tuple[int, int]]:
     """(rank, index) of neighbours on one longest path that may change places."""
     position = {code: index for row in rows for index, code in enumerate(row)}
-    code = max((row[-1] for row in rows if row), key=lambda last: ends[last])
+    code = step_end.critical(rows, ends)
     moves = []
     while True:
         rank, index = problem.rank[code], position[code]

@@ -6,10 +6,16 @@ posts receives ahead of their turn by its own lookahead.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from deepopt.schedule.ir import RECEIVE_OPS, SEND_OPS, Action, Direction, Op, Schedule
+from deepopt.schedule.ir import RECEIVE_OPS, SEND_OPS, Action, Op, Schedule
+
+_MAKER = {Op.SEND_F: 0, Op.SEND_B: 0, Op.RECV_F: -1, Op.RECV_B: 1}
+"""From the stage of an action to the one that made its tensor."""
+_SENT_BY = {Op.RECV_F: Op.SEND_F, Op.RECV_B: Op.SEND_B}
+_RECEIVES = {Op.F: Op.RECV_F, Op.I: Op.RECV_B, Op.B: Op.RECV_B}
+_SENDS = {Op.F: Op.SEND_F, Op.I: Op.SEND_B, Op.B: Op.SEND_B}
 
 Lowered = tuple[tuple[Action, ...], ...]
 """Compute, send, receive and reduce actions per rank."""
@@ -60,12 +66,13 @@ def lower(schedule: Schedule, *, reduce: bool) -> Lowered:
             same stages start to exchange them in one order, which channels that ignore tags
             need. They reach it at different times: it has to start an exchange, not to wait.
     """
-    sent = _sent_order(schedule)
+    routes = Routes(schedule)
+    sent = _sent_order(schedule, routes)
     rows = [
-        _lower_rank(schedule, rank=rank, sent=sent, reduce=reduce)
+        _lower_rank(schedule, routes, rank=rank, sent=sent, reduce=reduce)
         for rank in range(schedule.placement.num_ranks)
     ]
-    _receive_early_where_senders_wait(schedule, rows)
+    _receive_early_where_senders_wait(routes, rows)
     return tuple(map(tuple, rows))
 
 
@@ -75,87 +82,101 @@ def count_transfers(schedule: Schedule) -> int:
     Args:
         schedule: compute actions.
     """
-    return sum(_output_of(schedule, a) is not None for row in schedule.actions for a in row)
+    output_of = Routes(schedule).output_of
+    return sum(output_of(action) is not None for row in schedule.actions for action in row)
 
 
-def channel_of(schedule: Schedule, action: Action) -> tuple[Channel, Message]:
-    """The channel and the message of a send or receive action.
+class Routes:
+    """The channels and messages of a schedule's sends and receives.
+
+    Made once for many questions: a schedule of 64 ranks has hundreds of thousands of transfers.
 
     Args:
         schedule: gives placement and directions.
-        action: a SEND_ or RECV_ action.
     """
-    assert action.microbatch is not None, f"{action} has no micro-batch"
-    direction = schedule.directions[action.microbatch]
-    if action.op in SEND_OPS:
-        maker, kind = action.stage, action.op
-    else:
-        assert action.op in RECEIVE_OPS, f"{action} is neither a send nor a receive"
-        forward = action.op is Op.RECV_F
-        maker = action.stage - 1 if forward else action.stage + 1
-        kind = Op.SEND_F if forward else Op.SEND_B
-    user = maker + 1 if kind is Op.SEND_F else maker - 1
-    channel = Channel(
-        schedule.placement.rank_of(maker, direction),
-        schedule.placement.rank_of(user, direction),
-        kind,
-    )
-    return channel, Message(maker, kind, action.microbatch)
+
+    def __init__(self, schedule: Schedule) -> None:
+        placement = schedule.placement
+        by_direction = {
+            direction: _channels(
+                [placement.rank_of(stage, direction) for stage in range(placement.num_stages)]
+            )
+            for direction in dict.fromkeys(schedule.directions)
+        }
+        # By op, micro-batch and the action's stage; micro-batches of one direction share a list.
+        self._channels = {
+            op: [by_direction[direction][op] for direction in schedule.directions]
+            for op in _MAKER
+        }
+
+    def channel(self, action: Action) -> Channel:
+        """The channel of a send or receive action."""
+        assert action.microbatch is not None, f"{action} has no micro-batch"
+        channel = self._channels[action.op][action.microbatch][action.stage]
+        assert channel is not None, f"{action} has no stage at its other end"
+        return channel
+
+    def message(self, action: Action) -> Message:
+        """What a send or receive action carries."""
+        assert action.microbatch is not None, f"{action} has no micro-batch"
+        kind = action.op if action.op in SEND_OPS else _SENT_BY[action.op]
+        return Message(action.stage + _MAKER[action.op], kind, action.microbatch)
+
+    def input_of(self, action: Action) -> Action | None:
+        """The receive that an action needs; None when its input is on its own rank."""
+        return self._transfer(action, _RECEIVES.get(action.op))
+
+    def output_of(self, action: Action) -> Action | None:
+        """The send that follows an action; None when its user is on its own rank."""
+        return self._transfer(action, _SENDS.get(action.op))
+
+    def _transfer(self, action: Action, op: Op | None) -> Action | None:
+        if op is None:
+            return None
+        assert action.microbatch is not None, f"{action} has no micro-batch"
+        channel = self._channels[op][action.microbatch][action.stage]
+        if channel is None or channel.source == channel.target:
+            return None
+        return Action(action.stage, op, action.microbatch)
 
 
-def _input_of(schedule: Schedule, action: Action) -> Action | None:
-    """The receive that an action needs; None when its input is on its own rank."""
-    assert action.microbatch is not None, f"{action} has no micro-batch"
-    direction = schedule.directions[action.microbatch]
-    if action.op is Op.F and action.stage > 0:
-        other, op = action.stage - 1, Op.RECV_F
-    elif action.op in (Op.I, Op.B) and action.stage < schedule.placement.num_stages - 1:
-        other, op = action.stage + 1, Op.RECV_B
-    else:
-        return None
-    rank_of = schedule.placement.rank_of
-    if rank_of(other, direction) == rank_of(action.stage, direction):
-        return None
-    return Action(action.stage, op, action.microbatch)
+def _channels(rank_of: Sequence[int]) -> dict[Op, list[Channel | None]]:
+    """The channel of each send and receive by its stage; None where the chain of stages ends."""
+    last = len(rank_of) - 1
+    found: dict[Op, list[Channel | None]] = {}
+    for op, to_maker in _MAKER.items():
+        kind = _SENT_BY.get(op, op)
+        to_user = to_maker + (1 if kind is Op.SEND_F else -1)
+        found[op] = [
+            Channel(rank_of[stage + to_maker], rank_of[stage + to_user], kind)
+            if 0 <= stage + to_maker <= last and 0 <= stage + to_user <= last
+            else None
+            for stage in range(last + 1)
+        ]
+    return found
 
 
-def _output_of(schedule: Schedule, action: Action) -> Action | None:
-    """The send that follows an action; None when its user is on its own rank."""
-    assert action.microbatch is not None, f"{action} has no micro-batch"
-    direction: Direction = schedule.directions[action.microbatch]
-    if action.op is Op.F and action.stage < schedule.placement.num_stages - 1:
-        other, op = action.stage + 1, Op.SEND_F
-    elif action.op in (Op.I, Op.B) and action.stage > 0:
-        other, op = action.stage - 1, Op.SEND_B
-    else:
-        return None
-    rank_of = schedule.placement.rank_of
-    if rank_of(other, direction) == rank_of(action.stage, direction):
-        return None
-    return Action(action.stage, op, action.microbatch)
-
-
-def _sent_order(schedule: Schedule) -> dict[Channel, dict[Message, int]]:
+def _sent_order(schedule: Schedule, routes: Routes) -> dict[Channel, dict[Message, int]]:
     """Position of each message in its channel."""
     sent: dict[Channel, dict[Message, int]] = {}
     for row in schedule.actions:
         for action in row:
-            if (send := _output_of(schedule, action)) is not None:
-                channel, message = channel_of(schedule, send)
-                order = sent.setdefault(channel, {})
-                order[message] = len(order)
+            if (send := routes.output_of(action)) is not None:
+                order = sent.setdefault(routes.channel(send), {})
+                order[routes.message(send)] = len(order)
     return sent
 
 
 def _lower_rank(
     schedule: Schedule,
+    routes: Routes,
     *,
     rank: int,
     sent: Mapping[Channel, Mapping[Message, int]],
     reduce: bool,
 ) -> list[Action]:
     row = schedule.actions[rank]
-    receives = _receives_before(schedule, row, sent)
+    receives = _receives_before(routes, row, sent)
     # A copy that saw no micro-batch still takes part in its stage's sum.
     last_gradient = dict.fromkeys(schedule.placement.stages_of(rank), -1)
     for index, action in enumerate(row):
@@ -171,7 +192,7 @@ def _lower_rank(
         for index, action in enumerate(row):
             yield from receives.get(index, ())
             yield action
-            if (send := _output_of(schedule, action)) is not None:
+            if (send := routes.output_of(action)) is not None:
                 yield send
             if reduce:
                 yield from reductions.get(index, ())
@@ -181,16 +202,16 @@ def _lower_rank(
 
 
 def _receives_before(
-    schedule: Schedule,
+    routes: Routes,
     row: tuple[Action, ...],
     sent: Mapping[Channel, Mapping[Message, int]],
 ) -> dict[int, list[Action]]:
     """Receives by the index of the action that they stand before, in channel order."""
     by_channel: dict[Channel, list[tuple[int, int, Action]]] = {}
     for index, action in enumerate(row):
-        if (receive := _input_of(schedule, action)) is not None:
-            channel, message = channel_of(schedule, receive)
-            place_in_channel = sent.get(channel, {}).get(message, len(row))
+        if (receive := routes.input_of(action)) is not None:
+            channel = routes.channel(receive)
+            place_in_channel = sent.get(channel, {}).get(routes.message(receive), len(row))
             by_channel.setdefault(channel, []).append((place_in_channel, index, receive))
     before: dict[int, list[Action]] = {}
     for entries in by_channel.values():
@@ -204,7 +225,7 @@ def _receives_before(
     return before
 
 
-def _receive_early_where_senders_wait(schedule: Schedule, rows: list[list[Action]]) -> None:
+def _receive_early_where_senders_wait(routes: Routes, rows: list[list[Action]]) -> None:
     """Move receives forward, in place, until one send under way per channel is enough.
 
     The lists are run against each other; where all stand still and a rank waits to send, the
@@ -221,20 +242,20 @@ def _receive_early_where_senders_wait(schedule: Schedule, rows: list[list[Action
             while at[rank] < len(row):
                 action = row[at[rank]]
                 if action.op in SEND_OPS:
-                    channel, _ = channel_of(schedule, action)
+                    channel = routes.channel(action)
                     if channel in under_way:
                         break
                     under_way[channel] = action
                     runnable.append(channel.target)
                 elif action.op in RECEIVE_OPS:
-                    channel, _ = channel_of(schedule, action)
+                    channel = routes.channel(action)
                     if under_way.pop(channel, None) is None:
                         break
                     runnable.append(channel.source)
                 at[rank] += 1
         blocked = next(
             (
-                channel_of(schedule, row[at[rank]])[0]
+                routes.channel(row[at[rank]])
                 for rank, row in enumerate(rows)
                 if at[rank] < len(row) and row[at[rank]].op in SEND_OPS
             ),
@@ -247,7 +268,7 @@ def _receive_early_where_senders_wait(schedule: Schedule, rows: list[list[Action
             (
                 i
                 for i in range(start, len(row))
-                if row[i].op in RECEIVE_OPS and channel_of(schedule, row[i])[0] == blocked
+                if row[i].op in RECEIVE_OPS and routes.channel(row[i]) == blocked
             ),
             None,
         )

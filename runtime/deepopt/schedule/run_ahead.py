@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from deepopt.schedule.ir import RECEIVE_OPS, SEND_OPS, Action, Op, Schedule
-from deepopt.schedule.lowering import Lowered, Message, channel_of
+from deepopt.schedule.lowering import Lowered, Routes
 
 _FORWARD_OPS = frozenset({Op.F, Op.R, Op.SEND_F, Op.RECV_F})
 
@@ -40,10 +40,11 @@ def run_ahead(schedule: Schedule, rows: Lowered) -> tuple[RunAhead, ...]:
     Returns:
         By rank.
     """
+    message = Routes(schedule).message
     ends = [_forwards(row) for row in rows]
     while True:
         sent = {
-            channel_of(schedule, action)[1]
+            message(action)
             for row, end in zip(rows, ends, strict=True)
             for action in row[:end]
             if action.op in SEND_OPS
@@ -53,7 +54,7 @@ def run_ahead(schedule: Schedule, rows: Lowered) -> tuple[RunAhead, ...]:
                 (
                     index
                     for index, action in enumerate(row[:end])
-                    if action.op in RECEIVE_OPS and _message(schedule, action) not in sent
+                    if action.op in RECEIVE_OPS and message(action) not in sent
                 ),
                 end,
             )
@@ -66,9 +67,7 @@ def run_ahead(schedule: Schedule, rows: Lowered) -> tuple[RunAhead, ...]:
         RunAhead(
             num_actions=end,
             arriving=tuple(
-                action
-                for action in row
-                if action.op in RECEIVE_OPS and _message(schedule, action) in sent
+                action for action in row if action.op in RECEIVE_OPS and message(action) in sent
             ),
         )
         for row, end in zip(rows, ends, strict=True)
@@ -78,7 +77,3 @@ def run_ahead(schedule: Schedule, rows: Lowered) -> tuple[RunAhead, ...]:
 def _forwards(row: tuple[Action, ...]) -> int:
     """How many actions stand before the first that is not part of a forward."""
     return next((i for i, action in enumerate(row) if action.op not in _FORWARD_OPS), len(row))
-
-
-def _message(schedule: Schedule, action: Action) -> Message:
-    return channel_of(schedule, action)[1]

@@ -22,6 +22,7 @@ from deepopt.schedule.local_search import improve
 from deepopt.schedule.memory import Memory, peaks
 from deepopt.schedule.rule_search import search_rules
 from deepopt.schedule.simulate import CostTable, simulate
+from deepopt.schedule.step_end import StepEnd
 from deepopt.schedule.verify import peak_activations, verify
 
 DEFAULT_EFFORT = 1_000_000  # actions to schedule or evaluate: seconds on one core
@@ -93,7 +94,8 @@ def search(
     memory = memory or Memory.counted(placement, cap=memory_cap)
     problem = CodedProblem(placement, directions=directions, costs=costs, memory=memory)
     bound_s = lower_bound_s(placement, directions=directions, costs=costs, memory=memory)
-    order_bound_s = (  # of what the searches see: no updates
+    step_end = StepEnd(problem, overlap=overlap)
+    order_bound_s = (  # of what the list scheduler sees: no updates
         bound_s
         if not costs.update_s
         else lower_bound_s(
@@ -103,6 +105,8 @@ def search(
             memory=memory,
         )
     )
+    if overlap:
+        bound_s = step_end.least_s
 
     def seconds(schedule: Schedule) -> float:
         timeline = simulate(schedule, costs, cores=cores)
@@ -113,7 +117,15 @@ def search(
     best_s, best = builder_s, builder = min(
         timed, key=lambda entry: entry[0], default=(float("inf"), None)
     )
-    for rows in _found(problem, classical, bound_s=order_bound_s, effort=effort, seed=seed):
+    for rows in _found(
+        problem,
+        step_end,
+        classical,
+        bound_s=bound_s,
+        order_bound_s=order_bound_s,
+        effort=effort,
+        seed=seed,
+    ):
         schedule = _named(placement, directions, fuse_first_stage(problem.decode(rows)))
         makespan_s = seconds(schedule)
         if makespan_s < best_s:
@@ -139,9 +151,11 @@ def search(
 
 def _found(
     problem: CodedProblem,
+    step_end: StepEnd,
     classical: Sequence[Schedule],
     *,
     bound_s: float,
+    order_bound_s: float,
     effort: int,
     seed: int,
 ) -> list[Rows]:
@@ -151,17 +165,20 @@ def _found(
         rows = problem.encode(schedule)
         ends = problem.ends(rows)
         assert ends is not None, "builders make orders that run"
-        coded.append((max(ends), rows))
+        coded.append((step_end.seconds(rows, ends), rows))
     coded.sort(key=lambda entry: entry[0])
     if coded and coded[0][0] <= bound_s * (1 + 1e-9):
         return [coded[0][1]]  # with R ahead of its gradient, a builder's order is the best
     try:
         listed = search_rules(
-            problem, effort=effort // 2, seed=seed, bound_s=bound_s, keep=_NUM_STARTS
+            problem, effort=effort // 2, seed=seed, bound_s=order_bound_s, keep=_NUM_STARTS
         )
     except ScheduleError:
         listed = []  # the memory does not hold one micro-batch of each stream; no rule helps
-    coded += [(entry.makespan_s, entry.rows) for entry in listed]
+    for entry in listed:
+        ends = problem.ends(entry.rows)
+        assert ends is not None, "the list scheduler makes orders that run"
+        coded.append((step_end.seconds(entry.rows, ends), entry.rows))
     coded.sort(key=lambda entry: entry[0])
     starts = [rows for _, rows in coded[:_NUM_STARTS]]
     share = effort // 2 // max(1, len(starts))
@@ -169,10 +186,17 @@ def _found(
         return starts
     improved = []
     for index, rows in enumerate(starts):
-        better = improve(problem, rows, effort=share, seed=seed + index, target_s=bound_s)
+        better = improve(
+            problem,
+            rows,
+            effort=share,
+            seed=seed + index,
+            target_s=bound_s,
+            step_end=step_end,
+        )
         improved.append(better)
         ends = problem.ends(better)
-        if ends is not None and max(ends) <= bound_s * (1 + 1e-9):
+        if ends is not None and step_end.seconds(better, ends) <= bound_s * (1 + 1e-9):
             break
     return [*starts, *improved]
 

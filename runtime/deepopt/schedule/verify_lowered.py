@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from deepopt.errors import ScheduleError
 from deepopt.schedule.ir import RECEIVE_OPS, SEND_OPS, Action, Op, Schedule
-from deepopt.schedule.lowering import Channel, channel_of
+from deepopt.schedule.lowering import Channel, Routes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,16 +58,17 @@ def find_transfer_fault(
         buffers: as for `verify_lowered`.
     """
     assert buffers >= 1, f"a channel holds at least one send, got {buffers}"
+    routes = Routes(schedule)
     return (
-        _beside_compute(schedule, rows)
-        or _fifo(schedule, rows)
+        _beside_compute(schedule, routes, rows)
+        or _fifo(routes, rows)
         or _reductions(schedule, rows)
-        or _progress(schedule, rows, buffers)
+        or _progress(routes, rows, buffers)
     )
 
 
 def _beside_compute(
-    schedule: Schedule, rows: Sequence[Sequence[Action]]
+    schedule: Schedule, routes: Routes, rows: Sequence[Sequence[Action]]
 ) -> TransferFault | None:
     """A tensor is received before it is used, and made before it is sent."""
     for rank, row in enumerate(rows):
@@ -80,41 +81,26 @@ def _beside_compute(
                 makers = (Op.F,) if action.op is Op.SEND_F else (Op.I, Op.B)
                 if not any(Action(stage, op, microbatch) in seen for op in makers):
                     return _fault(rank, action, "is sent before it is made")
-            elif (receive := _receive_of(schedule, action)) is not None and receive not in seen:
+            elif (receive := routes.input_of(action)) is not None and receive not in seen:
                 return _fault(rank, action, f"runs before {receive}")
             seen.add(action)
     return None
 
 
-def _receive_of(schedule: Schedule, action: Action) -> Action | None:
-    """The receive that a compute action needs; None when its input is on its own rank."""
-    if action.op not in (Op.F, Op.I, Op.B) or action.microbatch is None:
-        return None
-    forward = action.op is Op.F
-    other = action.stage - 1 if forward else action.stage + 1
-    if not 0 <= other < schedule.placement.num_stages:
-        return None
-    direction = schedule.directions[action.microbatch]
-    rank_of = schedule.placement.rank_of
-    if rank_of(other, direction) == rank_of(action.stage, direction):
-        return None
-    return Action(action.stage, Op.RECV_F if forward else Op.RECV_B, action.microbatch)
-
-
-def _fifo(schedule: Schedule, rows: Sequence[Sequence[Action]]) -> TransferFault | None:
+def _fifo(routes: Routes, rows: Sequence[Sequence[Action]]) -> TransferFault | None:
     """What a channel carries is received in the order in which it was sent."""
     sends: dict[Channel, list[Action]] = {}
     receives: dict[Channel, list[Action]] = {}
     for row in rows:
         for action in row:
             if action.op in SEND_OPS or action.op in RECEIVE_OPS:
-                channel, _ = channel_of(schedule, action)
+                channel = routes.channel(action)
                 side = sends if action.op in SEND_OPS else receives
                 side.setdefault(channel, []).append(action)
     for channel in sends.keys() | receives.keys():
         sent, received = sends.get(channel, []), receives.get(channel, [])
         for send, receive in zip(sent, received, strict=False):
-            if channel_of(schedule, send)[1] != channel_of(schedule, receive)[1]:
+            if routes.message(send) != routes.message(receive):
                 return _fault(
                     channel.target,
                     receive,
@@ -150,7 +136,7 @@ def _reductions(schedule: Schedule, rows: Sequence[Sequence[Action]]) -> Transfe
 
 
 def _progress(
-    schedule: Schedule, rows: Sequence[Sequence[Action]], buffers: int
+    routes: Routes, rows: Sequence[Sequence[Action]], buffers: int
 ) -> TransferFault | None:
     """Run the lists with a bounded number of sends per channel and receives posted in turn."""
     at = [0] * len(rows)
@@ -163,13 +149,13 @@ def _progress(
         while at[rank] < len(row):
             action = row[at[rank]]
             if action.op in SEND_OPS:
-                channel, _ = channel_of(schedule, action)
+                channel = routes.channel(action)
                 if sent.get(channel, 0) - received.get(channel, 0) >= buffers:
                     break
                 sent[channel] = sent.get(channel, 0) + 1
                 runnable.add(channel.target)
             elif action.op in RECEIVE_OPS:
-                channel, _ = channel_of(schedule, action)
+                channel = routes.channel(action)
                 if sent.get(channel, 0) <= received.get(channel, 0):
                     break
                 received[channel] = received.get(channel, 0) + 1
