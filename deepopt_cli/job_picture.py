@@ -110,7 +110,9 @@ class JobPicture:
         loss = record.get("loss", status.get("loss"))
         if isinstance(loss, int | float):
             words.append(f"loss {loss:.4f}")
-        if self._validated:
+        if evaluation := status.get("evaluation"):
+            words.append(f"evaluating {evaluation['begun']}/{evaluation['total']}")
+        elif self._validated:
             words.append(self._validated)
         for key, name in (
             ("tokens_per_s", "tokens/s"),

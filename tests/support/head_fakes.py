@@ -245,9 +245,23 @@ class HeadUnderTest:
             )
         return self
 
-    def beat(self, rank: int, *, step: int, progress: int = 0, action: str = "") -> None:
+    def beat(
+        self,
+        rank: int,
+        *,
+        step: int,
+        progress: int = 0,
+        action: str = "",
+        evaluation: tuple[int, int] | None = None,
+    ) -> None:
         self.controller.handle(
-            Heartbeat(sender=self.sender(rank), step=step, progress=progress, action=action)
+            Heartbeat(
+                sender=self.sender(rank),
+                step=step,
+                progress=progress,
+                action=action,
+                evaluation=evaluation,
+            )
         )
 
     def step(self, step: int, *, loss: float = 2.5) -> None:

@@ -115,6 +115,18 @@ def test_workers_are_shown_with_pid_host_stages_and_the_age_of_their_sign(
     assert worker["heartbeat_age_s"] == pytest.approx(1.0, abs=0.5)
 
 
+def test_an_evaluation_is_as_far_as_its_last_forwards_on_all_workers(open_head: Open) -> None:
+    head = open_head().start().ready()
+    head.beat(0, step=3, action="1F7", evaluation=(4, 12))
+    head.beat(1, step=3, action="1F2", evaluation=(3, 12))
+    head.wait(0.5)
+    assert head.status["evaluation"] == {"begun": 7, "total": 12}
+    for rank in (0, 1):
+        head.beat(rank, step=3)
+    head.wait(0.5)
+    assert head.status["evaluation"] is None
+
+
 def test_the_status_is_written_at_most_twice_a_second(open_head: Open) -> None:
     head = open_head().start().ready()
     before = head.run.status.stat().st_mtime_ns

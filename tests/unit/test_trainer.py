@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,11 +33,17 @@ from deepopt.launch.follow import Outcome
 from deepopt.launch.run_view import Supervisor
 from deepopt.moe.configure import configure_routers
 from deepopt.run_directory import RunDirectory
-from deepopt.trainer import Callback, DeepTrainer
+from deepopt.trainer import Callback, DeepTrainer, progress
 from deepopt.trainer import run as runs
 from deepopt.trainer.device_map import parse_device
 from deepopt.trainer.job import gpu_names, order_hosts
-from deepopt.trainer.progress import LinesView, NotebookView, figures, forwards_done
+from deepopt.trainer.progress import (
+    ForwardLinesView,
+    LinesView,
+    NotebookView,
+    figures,
+    make_forward_view,
+)
 from deepopt.worker.device import pin_gpu
 
 
@@ -383,10 +391,46 @@ def test_a_notebook_gets_a_bar_without_widgets() -> None:
     assert handle.shown[-1].endswith("&lt;b&gt;")
 
 
-def test_forwards_alone_are_counted_by_what_the_workers_do() -> None:
-    workers = [{"action": "0F12"}, {"action": "3F9"}, {"action": "RECV_F"}, {"action": ""}]
-    assert forwards_done({"workers": workers}) == 13
-    assert forwards_done({"state": "starting"}) == 0
+EVALUATING = {"state": "running", "evaluation": {"begun": 3, "total": 40}}
+
+
+def test_an_evaluation_has_a_bar_of_its_micro_batches_in_a_notebook() -> None:
+    handle = Handle()
+    view = NotebookView(last_step=4, display=lambda text, display_id: handle, html_class=str)
+    view.status(EVALUATING)
+    assert "evaluating <progress value='3' max='40'></progress> 3/40" in handle.shown[-1]
+    view.status({"state": "running", "evaluation": None})
+    assert "running <progress value='0' max='4'></progress> 0/4" in handle.shown[-1]
+
+
+def test_a_long_evaluation_has_lines_and_a_short_one_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stream = io.StringIO()
+    clock = iter((0.0, 4.0, 6.0, 20.0, 21.0))
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    view = ForwardLinesView(last_step=1, stream=stream)
+    view.status(EVALUATING)
+    view.status(EVALUATING)
+    view.status({"evaluation": {"begun": 9, "total": 40}})
+    view.status({"evaluation": None})
+    view.status(EVALUATING)
+    view.step({"step": 1, "loss": 0.5})
+    assert stream.getvalue() == "evaluating: micro-batch 9 of 40\n"
+
+
+def test_forwards_alone_have_a_bar_in_a_terminal_with_a_total_once_it_is_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stream = io.StringIO()
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("sys.stderr", stream)
+    monkeypatch.setattr(stream, "isatty", lambda: True)
+    view = make_forward_view()
+    view.status({"state": "starting"})
+    view.status(EVALUATING)
+    view.close()
+    assert "3/40" in stream.getvalue()
 
 
 def test_elsewhere_there_are_lines_for_the_first_and_the_last_step(

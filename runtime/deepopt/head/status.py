@@ -101,6 +101,7 @@ def status_of(
         "exit_code": exit_code,
         "error": error,
         "workers": [] if generation is None else _workers(generation, now_s=now_s),
+        "evaluation": None if generation is None else _evaluation(generation),
         "loss": None if report is None else report.loss,
         "tokens_per_s": None if figures is None else figures.tokens_per_s,
         "tokens_per_s_per_worker": None if figures is None else figures.tokens_per_s_per_worker,
@@ -121,6 +122,15 @@ def status_of(
         "updated_at": utc_now(),
         "supervisor_pid": identity.supervisor_pid,
     }
+
+
+def _evaluation(generation: Generation) -> dict[str, int] | None:
+    """How far the evaluation in work is, in micro-batches; each ends on one worker."""
+    beats = [generation.liveness.last(m.sender.rank) for m in generation.members]
+    found = [beat.evaluation for beat in beats if beat is not None and beat.evaluation]
+    if not found:
+        return None
+    return {"begun": sum(begun for begun, _ in found), "total": found[0][1]}
 
 
 def _workers(generation: Generation, *, now_s: float) -> list[dict[str, Any]]:

@@ -25,6 +25,7 @@ from deepopt.pipeline.transport import (
 )
 from deepopt.planner.plan import Plan
 from deepopt.schedule.forward_only import forward_only
+from deepopt.schedule.ir import Action, Op
 from deepopt.schedule.lowering import lower
 from deepopt.schedule.run_ahead import RunAhead
 
@@ -76,6 +77,7 @@ class Evaluator:
         self._transport = transport
         self._spans = SpanRecorder(device)
         self._last_stage = plan.num_stages - 1
+        self._begun: int | None = None  # last forwards here; read by the heartbeat thread
         placement = plan.make_placement()
         data_index, pipeline_rank = divmod(rank, plan.pipeline_size)
         # Each replica has a contiguous share.
@@ -107,7 +109,14 @@ class Evaluator:
             spans=self._spans,
             on_whole=lambda stage: None,
             shapes="evaluation",  # eval mode may carry other tensors over the cuts
+            before_action=self._count,
         )
+
+    def progress(self) -> tuple[int, int] | None:
+        """(Micro-batches whose last forward has begun on this worker, micro-batches on all workers) of the
+        evaluation in work; None where there is none. From any thread."""
+        begun = self._begun
+        return None if begun is None else (begun, len(self._owners))
 
     def run(
         self,
@@ -129,6 +138,8 @@ class Evaluator:
         """
         began = time.perf_counter()
         with ExitStack() as stack:
+            stack.callback(self._end)
+            self._begun = 0
             for stage in self._stages.values():
                 stack.enter_context(stage.evaluating(take_output=take_output, cut=cut))
             self.executor.run_step(1)
@@ -146,6 +157,13 @@ class Evaluator:
             own = [rows[owner][index] for index, owner in enumerate(self._owners)]
             loss = weighted_mean(own, samples or [1] * len(own))
         return Evaluation(loss=loss, time_s=time.perf_counter() - began)
+
+    def _count(self, step: int, action: Action) -> None:
+        if action.op is Op.F and action.stage == self._last_stage:
+            self._begun = (self._begun or 0) + 1
+
+    def _end(self) -> None:
+        self._begun = None
 
 
 def weighted_mean(values: Sequence[float], weights: Sequence[int]) -> float:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import html
-import re
 import sys
 import time
 from collections.abc import Mapping
 from typing import Any, TextIO
 
-_FORWARD = re.compile(r"\d+F(\d+)")  # stage, operation, micro-batch
 LINE_EVERY_S = 5.0  # where no bar can be drawn
 
 
@@ -44,6 +42,18 @@ class LinesView(NoView):
         self._last_step = last_step
         self._stream = stream
         self._shown_s: float | None = None
+        self._waited_since_s: float | None = None  # for an evaluation
+
+    def status(self, status: Mapping[str, Any]) -> None:
+        """The present content of `status.json`; long evaluations have lines."""
+        words, now_s = evaluation_words(status), time.monotonic()
+        if not words:
+            self._waited_since_s = None
+        elif self._waited_since_s is None:
+            self._waited_since_s = now_s
+        elif now_s - self._waited_since_s >= LINE_EVERY_S:
+            self._waited_since_s = now_s
+            self.note(words)
 
     def step(self, record: Mapping[str, Any]) -> None:
         """A line of `metrics.jsonl`."""
@@ -57,6 +67,13 @@ class LinesView(NoView):
         """A remark of the trainer itself."""
         self._stream.write(text + "\n")
         self._stream.flush()
+
+
+class ForwardLinesView(LinesView):
+    """Lines of forwards alone, where they take long."""
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        """A line of `metrics.jsonl`: who asked for the loss gets it."""
 
 
 class BarView(NoView):
@@ -89,7 +106,9 @@ class BarView(NoView):
 
     def status(self, status: Mapping[str, Any]) -> None:
         """The present content of `status.json`."""
-        self._bar.update(self._task, description=str(status.get("state", "")))
+        self._bar.update(
+            self._task, description=evaluation_words(status) or str(status.get("state", ""))
+        )
 
     def step(self, record: Mapping[str, Any]) -> None:
         """A line of `metrics.jsonl`."""
@@ -105,30 +124,40 @@ class BarView(NoView):
 
 
 class ForwardView(NoView):
-    """How far forwards alone are, in a terminal; how many there will be is known to the workers alone."""
+    """How far forwards alone are, in a terminal: a bar of micro-batches, as soon as the workers know how many
+    there are."""
 
     def __init__(self) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
 
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
+            MofNCompleteColumn(),
             TimeElapsedColumn(),
+            TimeRemainingColumn(),
             console=Console(stderr=True),
             transient=True,
         )
         self._task = self._bar.add_task("starting", total=None)
-        self._done = 0
         self._bar.start()
 
     def status(self, status: Mapping[str, Any]) -> None:
         """The present content of `status.json`."""
-        self._done = max(self._done, forwards_done(status))
-        words = str(status.get("state", ""))
-        if self._done:
-            words += f"  micro-batch {self._done}"
-        self._bar.update(self._task, description=words)
+        self._bar.update(self._task, description=str(status.get("state", "")))
+        evaluation = status.get("evaluation")
+        if evaluation:
+            self._bar.update(
+                self._task, completed=evaluation["begun"], total=evaluation["total"]
+            )
 
     def note(self, text: str) -> None:
         """A remark of the trainer itself."""
@@ -152,15 +181,16 @@ class NotebookView(NoView):
         self._last_step = last_step
         self._html = html_class
         self._state = "starting"
+        self._evaluation: Mapping[str, int] | None = None
         self._record: Mapping[str, Any] = {"step": 0}
         self._notes: list[str] = []
         self._handle = display(html_class(self.text()), display_id=True)
 
     def status(self, status: Mapping[str, Any]) -> None:
         """The present content of `status.json`."""
-        state = str(status.get("state", ""))
-        if state != self._state:
-            self._state = state
+        state, evaluation = str(status.get("state", "")), status.get("evaluation")
+        if (state, evaluation) != (self._state, self._evaluation):
+            self._state, self._evaluation = state, evaluation
             self._show()
 
     def step(self, record: Mapping[str, Any]) -> None:
@@ -175,10 +205,13 @@ class NotebookView(NoView):
 
     def text(self) -> str:
         """What is shown, as HTML."""
-        step = self._record["step"]
+        word, done, total = self._state, self._record["step"], self._last_step
+        if self._evaluation:
+            word, done = "evaluating", self._evaluation["begun"]
+            total = self._evaluation["total"]
         lines = [
-            f"{self._state} <progress value='{step}' max='{self._last_step}'></progress> "
-            f"{step}/{self._last_step} {html.escape(figures(self._record))}",
+            f"{word} <progress value='{done}' max='{total}'></progress> "
+            f"{done}/{total} {html.escape(figures(self._record))}",
             *map(html.escape, self._notes),
         ]
         return "<br>".join(lines)
@@ -203,18 +236,24 @@ def make_view(*, last_step: int) -> NoView:
 
 
 def make_forward_view() -> NoView:
-    """The view of a job of forwards alone: a bar in a terminal, nothing elsewhere."""
-    return ForwardView() if sys.stderr.isatty() else NoView()
+    """The view of a job of forwards alone: a bar in a terminal or a notebook, else lines where it is long."""
+    if "ipykernel" in sys.modules and "IPython" in sys.modules:
+        return make_view(last_step=1)
+    if sys.stderr.isatty():
+        return ForwardView()
+    return ForwardLinesView(last_step=1, stream=sys.stderr)
 
 
-def forwards_done(status: Mapping[str, Any]) -> int:
-    """The last micro-batch whose forward a worker is in, from 1; 0 where none is.
+def evaluation_words(status: Mapping[str, Any]) -> str:
+    """How far the evaluation in work is; empty where there is none.
 
     Args:
         status: content of `status.json`.
     """
-    found = [_FORWARD.fullmatch(str(w.get("action", ""))) for w in status.get("workers", ())]
-    return max((int(match[1]) + 1 for match in found if match), default=0)
+    evaluation = status.get("evaluation")
+    if not evaluation:
+        return ""
+    return f"evaluating: micro-batch {evaluation['begun']} of {evaluation['total']}"
 
 
 def step_words(record: Mapping[str, Any], *, last_step: int) -> str:

@@ -278,12 +278,15 @@ class Heartbeat:
         step: step in work.
         progress: counter that grows with every action; stands still in a hang.
         action: action in work, for example `2F5`; empty between steps.
+        evaluation: of the evaluation in work, micro-batches whose last forward has begun on this
+            worker, and how many there are on all workers; None between evaluations.
     """
 
     sender: Sender
     step: int
     progress: int
     action: str
+    evaluation: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

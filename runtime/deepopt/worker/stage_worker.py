@@ -638,14 +638,17 @@ class StageWorker:
     def heartbeat(self) -> Heartbeat:
         """Where this worker is. From any thread."""
         executors = [] if self._pipeline is None else [self._pipeline.executor]
+        evaluation = None
         if self._validation is not None:
             executors.append(self._validation.evaluator.executor)
+            evaluation = self._validation.evaluator.progress()
         action = next((e.action for e in executors if e.action is not None), None)
         return Heartbeat(
             sender=self._sender,
             step=self._step,
             progress=sum(executor.progress for executor in executors),
             action="" if action is None else str(action),
+            evaluation=evaluation,
         )
 
     def describe_failure(self, error: BaseException) -> Failure:
