@@ -11,7 +11,7 @@ import torch
 from deepopt.config import JobConfig
 from deepopt.convert import describe
 from deepopt.datasets.batch_source import build_batch_source
-from deepopt.pipeline.stage_experts import StageExperts, count_routers
+from deepopt.pipeline.stage_experts import StageExperts, count_routers, layers_with_routers
 from deepopt.planner.alpha_beta import AlphaBeta
 from deepopt.planner.layer_costs import LayerCosts
 from deepopt.planner.skeleton import ModelSkeleton
@@ -66,6 +66,7 @@ def test_the_update_of_a_layer_includes_that_of_its_routers(
     assert found is not None
     routers = [count_routers(layer.buffers) for layer in describe(job).layers]
     assert sorted(routers) == [0, 0, 0, 1]
+    assert layers_with_routers(describe(job)) == (routers.index(1),)
     assert [s >= update_s for s in found.update_s] == list(map(bool, routers))
 
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from deepopt.errors import ClusterError
+from deepopt.pipeline import emulated_device
 from deepopt.pipeline.emulated_device import EmulatedDevice, action_times_s
 from deepopt.pipeline.emulated_transport import EmulatedTransport
+from deepopt.pipeline.layer_updates import LayerUpdates
 from deepopt.pipeline.lone_transport import LoneTransport
 from deepopt.pipeline.transport import Channel, Kind, PendingGather, PendingReceive, TensorSpec
 from deepopt.schedule.ir import Action, Op, parse_action
@@ -63,6 +68,77 @@ def test_work_that_takes_longer_than_the_table_is_counted() -> None:
     device.end(Action(0, Op.F, 0))
     assert device.overruns.num_overran == 1
     assert device.overruns.late_s > 0
+
+
+class FakeClock:
+    """Time that passes only when somebody waits or works."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now_ns = 1_000
+        monkeypatch.setattr(time, "monotonic_ns", lambda: self.now_ns)
+        monkeypatch.setattr(emulated_device, "wait_until", self.work_until)
+
+    def work_until(self, moment_ns: int) -> None:
+        self.now_ns = max(self.now_ns, moment_ns)
+
+
+@pytest.mark.parametrize(("real_ns", "lasts_ns"), [(2, 5), (5, 5), (7, 7)])
+def test_updates_last_as_stated_whatever_work_stands_among_them(
+    monkeypatch: pytest.MonkeyPatch, real_ns: int, lasts_ns: int
+) -> None:
+    clock, device = FakeClock(monkeypatch), EmulatedDevice({})
+    began_ns = clock.now_ns
+    with device.updates():
+        clock.work_until(began_ns + real_ns)  # routers' biases, and two layers
+        device.take_update(3)
+        device.take_update(2)
+    assert clock.now_ns - began_ns == lasts_ns
+    assert device.overruns.num_operations == 1
+    assert device.overruns.num_overran == (real_ns > 5)
+    assert device.overruns.late_s == pytest.approx(max(0, real_ns - 5) * 1e-9)
+
+
+def test_norms_and_counts_taken_before_the_updates_are_part_of_their_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock, device = FakeClock(monkeypatch), EmulatedDevice({})
+    for _ in range(2):  # what one step has done is no part of the next one's
+        with device.before_updates():
+            clock.work_until(clock.now_ns + 2)
+        clock.work_until(clock.now_ns + 10)  # the exchange
+        began_ns = clock.now_ns
+        with device.updates():
+            device.take_update(5)
+        assert clock.now_ns - began_ns == 3
+
+
+def test_updates_without_a_stated_time_last_as_long_as_they_take(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock, device = FakeClock(monkeypatch), EmulatedDevice({})
+    with device.updates():
+        clock.work_until(clock.now_ns + 7)
+    assert clock.now_ns == 1_007
+    assert device.overruns.num_operations == 0
+
+
+def test_the_routers_biases_are_updated_inside_the_updates_of_their_device() -> None:
+    noted: list[str] = []
+
+    @contextmanager
+    def on_device() -> Iterator[None]:
+        noted.append("begin")
+        yield
+        noted.append("end")
+
+    experts = SimpleNamespace(update=lambda: noted.append("biases"))
+    stage: Any = SimpleNamespace(
+        experts=experts, layers=(), gradients=SimpleNamespace(totals=dict)
+    )
+    updates = LayerUpdates({0: stage}, optimizers={}, tied_names=(), on_device=on_device)
+    updates.begin_step()
+    updates.update(0.1)
+    assert noted == ["begin", "biases", "end"]
 
 
 def test_waiting_for_a_message_is_no_operation_of_the_device() -> None:

@@ -150,6 +150,27 @@ def test_tied_weights_on_two_ranks_pay_the_exchange_of_their_gradients() -> None
         costs(ties=((0, 4, 1.0),))
 
 
+def test_copies_sum_what_their_routers_counted_when_gradients_are_summed() -> None:
+    counting = costs(counted=(1,), gradient_bytes=(), latency_s=2.0, message_s=0.25)
+    mirror = counting.table((0, 2), placement=place(MIRROR, num_ranks=2))
+    assert mirror.late_s == 2.0 + 2 * 0.25  # a latency, and both ends of a message
+    alone = counting.table((0, 2), placement=place(LINE, num_ranks=2))
+    assert alone.late_s == 0.0
+    replicas = counting.table((0, 2), placement=place(LINE, num_ranks=2), num_replicas=2)
+    assert replicas.late_s == mirror.late_s
+    three = counting.table((0, 1, 2), placement=place(MIRROR, num_ranks=3))
+    assert three.late_s == 0.0  # the middle rank holds the only copy of its stage
+    assert LayerCosts.from_json(json.loads(json.dumps(counting.to_json()))) == counting
+
+
+def test_gradients_of_copies_pass_through_both_ends_of_their_messages() -> None:
+    priced = costs(
+        gradient_bytes=(8.0,) * 4, bytes_per_s=16.0, message_s=0.25, message_bytes_per_s=32.0
+    )
+    mirror = priced.table((0, 2), placement=place(MIRROR, num_ranks=2))
+    assert mirror.reduce_s == (16 / 16 + 2 * (0.25 + 16 / 32),) * 2
+
+
 def test_only_the_chosen_layers_run_again_and_keep_their_inputs() -> None:
     whole = costs(
         prepare_s=(1.0,) * 4, input_bytes=(1.0,) * 4, activation_bytes=(5.0,) * 4, action_s=0.5

@@ -259,3 +259,12 @@ def test_differences_of_two_plans_are_listed() -> None:
     assert found["stage 0"] == ("embed .. blocks.0", "embed .. blocks.1")
     assert "predicted step" in found
     assert "hardware" not in found
+
+
+def test_layers_with_routers_are_written_and_their_counts_priced() -> None:
+    plain = plan_file()
+    model = plain.model.model_copy(update={"routers": (LAYERS[1],)})
+    routed = plain.model_copy(update={"model": model})
+    again = read_plan_file(write_plan_file(routed), source="plan.yaml")
+    assert again.costs().counted == (1,)
+    assert plain.costs().counted == ()

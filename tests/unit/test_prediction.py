@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from deepopt.head.prediction_report import prediction_error, with_others
 from deepopt.planner.layer_costs import LayerCosts
 from deepopt.planner.plan import Plan
-from deepopt.planner.prediction import REST, MeasuredRun, Prediction, causes, predict
+from deepopt.planner.prediction import (
+    REST,
+    SUMS,
+    TURN,
+    MeasuredRun,
+    Prediction,
+    causes,
+    predict,
+)
 from deepopt.schedule.builders import build
 from deepopt.schedule.ir import Direction, PlacementKind, place
 from deepopt.schedule.period import num_messages, period
@@ -51,6 +59,14 @@ def test_a_step_is_predicted_with_updates_in_the_next_warm_up() -> None:
     shared = predicted(cores=1)
     assert shared.step_s == pytest.approx(2 * (0.5 + 4 * 6.0))
     assert shared.bubble == pytest.approx(0.5)
+
+
+def test_a_step_ends_with_late_sums_and_the_turn_to_the_next() -> None:
+    table = PLAN.stage_costs(COSTS)
+    before = period(SCHEDULE, table)
+    after = period(SCHEDULE, replace(table, late_s=0.3, turn_s=0.2))
+    assert after.step_s == pytest.approx(before.step_s + 0.5)
+    assert sum(after.busy_s) == pytest.approx(sum(before.busy_s) + 2 * 0.2)
 
 
 def test_costs_that_are_no_seconds_predict_nothing() -> None:
@@ -132,9 +148,25 @@ def test_real_work_that_overran_its_emulated_time_is_named() -> None:
 
 def test_an_emulated_optimizer_is_not_taken_for_faster_than_stated() -> None:
     prediction = predicted(replace(COSTS, source="emulated"))
-    run = measured(prediction, reduce_cpu_s=0.0, agree_cpu_s=0.0, update_cpu_s=1e-3)
+    run = measured(prediction, agree_cpu_s=0.0, update_cpu_s=1e-3)
+    found = causes(prediction, run, plan=PLAN, schedule=SCHEDULE)
+    assert all(abs(cause.share) < 1e-9 for cause in found)
+
+
+def test_what_stands_at_the_end_of_a_step_is_told_by_part() -> None:
+    prediction = predicted()
+    run = measured(prediction, reduce_wall_s=0.3, agree_wall_s=0.1, turn_wall_s=0.2)
+    waited = {
+        **run.parts_s[0],
+        "reduce_wall_s": 5.0,
+        "agree_wall_s": 5.0,
+    }  # for the last to come
+    run = replace(run, step_s=run.step_s + 0.6, parts_s=[run.parts_s[0], waited])
     found = {c.what: c.share for c in causes(prediction, run, plan=PLAN, schedule=SCHEDULE)}
-    assert found["norms, optimizer and sums of gradients"] == pytest.approx(0.0)
+    assert found[SUMS] == pytest.approx(0.3 / prediction.step_s)
+    assert found["the exchange at the end of a step"] == pytest.approx(0.1 / prediction.step_s)
+    assert found[TURN] == pytest.approx(0.2 / prediction.step_s)
+    assert found[REST] == pytest.approx(0.0)
 
 
 def test_the_error_is_that_of_the_median_step_without_the_first() -> None:

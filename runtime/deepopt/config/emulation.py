@@ -26,8 +26,8 @@ class EmulationConfig(Section):
     )
     update_ms: PerLayer = Field(
         default=0.0,
-        description="Optimizer update of a layer, once a step by each of its holders, in "
-        "milliseconds; 0: as long as it really takes.",
+        description="What each holder of a layer does once a step: norms, optimizer, its routers' counts "
+        "and biases, in milliseconds; 0 for all layers: as long as it really takes.",
     )
     rank_factor: tuple[Positive, ...] = Field(
         default=(),

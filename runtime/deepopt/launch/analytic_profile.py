@@ -12,6 +12,7 @@ from deepopt.convert import describe
 from deepopt.errors import InputError
 from deepopt.launch.preparation import resolved
 from deepopt.launch.profiling import Profiled
+from deepopt.pipeline.stage_experts import layers_with_routers
 from deepopt.planner.hardware import Cluster
 from deepopt.planner.plan_make import Measured
 from deepopt.planner.profile_result import hardware_section, layer_sections, model_section
@@ -78,7 +79,7 @@ def analytic_profile(job: JobConfig, *, cluster: Cluster, efficiency: float) -> 
         source="analytic",
         basis=f"operations and bytes counted on the meta device{values}, at {efficiency:g} of the "
         f"rates in the {gpu.source}",
-        model=model_section(job, skeleton),
+        model=model_section(job, skeleton, routers=layers_with_routers(skeleton)),
         hardware=hardware_section(results, shared_cores=None),
         layers=layer_sections(results, job=job, skeleton=skeleton),
     )

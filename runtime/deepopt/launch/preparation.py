@@ -10,7 +10,7 @@ import glob
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -185,6 +185,7 @@ def prepare(
     from deepopt.convert import describe
     from deepopt.convert.vocabulary import check_vocabulary
     from deepopt.launch.batch_choice import with_microbatches
+    from deepopt.pipeline.stage_experts import layers_with_routers
     from deepopt.pipeline.update_rule import make_rule
     from deepopt.planner.decide import make_plan
     from deepopt.planner.orders import known_orders
@@ -232,7 +233,10 @@ def prepare(
         planned=planned,
         timeline=simulate(planned.schedules[0], table, cores=per_replica),
         prediction=predict(
-            _with_messages(planned.costs, job=job, num_workers=num_workers),
+            replace(
+                _with_messages(planned.costs, job=job, num_workers=num_workers),
+                counted=layers_with_routers(skeleton),
+            ),
             plan=plan,
             schedules=planned.schedules,
             cores=cores,

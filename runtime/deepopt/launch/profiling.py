@@ -28,6 +28,7 @@ from deepopt.launch.follow import Follower, Interrupts
 from deepopt.launch.preparation import count_workers, resolved, shared_cores
 from deepopt.launch.run_files import new_run_path, write_launch
 from deepopt.launch.start import start
+from deepopt.pipeline.stage_experts import layers_with_routers
 from deepopt.planner.plan import Plan
 from deepopt.planner.plan_make import Measured
 from deepopt.planner.profile_result import (
@@ -112,7 +113,7 @@ def profile(job: JobConfig, *, import_roots: list[Path], tell: Tell) -> Profiled
     cores = shared_cores(job, num_workers)
     measured = Measured(
         source="emulated" if job.worker.device == "emulated" else "measured",
-        model=model_section(job, skeleton),
+        model=model_section(job, skeleton, routers=layers_with_routers(skeleton)),
         hardware=hardware_section(results, shared_cores=cores),
         layers=layer_sections(results, job=job, skeleton=skeleton),
     )

@@ -1,15 +1,16 @@
 """A device that is not there: every operation is computed for real, and ends when the table says.
 
 `EmulatedDevice` takes the place of the recorder of spans, because it stands at the start and the
-end of every action already: an action that is done early waits for its end. `EmulatedOptimizer`
-does the same for the update. What takes longer than the table says is counted, never hidden.
+end of every action already: an action that is done early waits for its end. So do the updates of layers;
+`EmulatedOptimizer` says which were made. What takes longer than the table says is counted, never hidden.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -60,6 +61,8 @@ class EmulatedDevice(SpanRecorder):
         self.overruns = Overruns()
         self._times_ns = {action: round(time_s * 1e9) for action, time_s in times_s.items()}
         self._began_ns = 0
+        self._update_ns = 0  # of the layers that were updated in the updates in work
+        self._done_ns = 0  # of the next updates, before they begin
         self._thread: int | None = None  # whose timer is sharp: training may change threads
 
     def begin(self) -> None:
@@ -73,10 +76,39 @@ class EmulatedDevice(SpanRecorder):
         """The work of the action that began last is done: wait for its end on the device."""
         busy_ns = self._times_ns.get(action, 0)
         if action.op in COMPUTE_OPS:
-            self.finish(self._began_ns, busy_ns)
+            self._finish(self._began_ns, busy_ns)
         self._raw.append((action, self._began_ns, time.monotonic_ns(), busy_ns))
 
-    def finish(self, began_ns: int, busy_ns: int) -> None:
+    @contextmanager
+    def updates(self) -> Iterator[None]:
+        """What is done inside lasts as long as the layers updated in it take together.
+
+        The routers' biases are part of it, and so is what was done inside `before_updates`: the stated time
+        stands for all that a device does once a step, as a profile counts it. Where no layer's
+        update has a stated time it lasts as long as it takes.
+        """
+        began_ns = time.monotonic_ns() - self._done_ns
+        self._update_ns = self._done_ns = 0
+        yield
+        if self._update_ns:
+            self._finish(began_ns, self._update_ns)
+
+    @contextmanager
+    def before_updates(self) -> Iterator[None]:
+        """What is done inside is part of the next updates: norms, and what routers counted."""
+        began_ns = time.monotonic_ns()
+        yield
+        self._done_ns += time.monotonic_ns() - began_ns
+
+    def take_update(self, busy_ns: int) -> None:
+        """A layer was updated, inside `updates`.
+
+        Args:
+            busy_ns: how long the device takes for it.
+        """
+        self._update_ns += busy_ns
+
+    def _finish(self, began_ns: int, busy_ns: int) -> None:
         """Wait until an operation has lasted long enough, and count it.
 
         Args:
@@ -92,7 +124,7 @@ class EmulatedDevice(SpanRecorder):
 
 
 class EmulatedOptimizer(AdamWOptimizer):
-    """The update of a layer, which takes as long as the table says.
+    """The optimizer of a layer whose update takes as long as the table says.
 
     Args:
         layer: as for `AdamWOptimizer`.
@@ -110,6 +142,5 @@ class EmulatedOptimizer(AdamWOptimizer):
 
     def step(self, grads: Mapping[str, torch.Tensor], learning_rate: float) -> None:
         """Update the layer."""
-        began_ns = time.monotonic_ns()
         super().step(grads, learning_rate)
-        self._emulated.finish(began_ns, self._update_ns)
+        self._emulated.take_update(self._update_ns)

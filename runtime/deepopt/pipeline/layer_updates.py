@@ -6,6 +6,7 @@ When to update, and by which gradients, is decided elsewhere.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 from deepopt.pipeline.optimizer import LayerOptimizer
 from deepopt.pipeline.stage import Layer, Stage
@@ -18,6 +19,7 @@ class LayerUpdates:
         stages: that it holds, by index.
         optimizers: by layer.
         tied_names: parameters whose gradients are whole only when all their uses are summed.
+        on_device: stands around all that is done of updates; an emulated device makes it last.
 
     Attributes:
         before_update: called before weights and moments change.
@@ -29,10 +31,12 @@ class LayerUpdates:
         *,
         optimizers: Mapping[str, LayerOptimizer],
         tied_names: Collection[str],
+        on_device: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._stages = stages
         self._optimizers = optimizers
         self._tied_names = frozenset(tied_names)
+        self._on_device = on_device
         self._updated: set[str] = set()  # layers, in the step in work
         self._is_balanced = False  # the routers' biases were updated in the step in work
         self.before_update: Callable[[], None] = lambda: None
@@ -67,7 +71,8 @@ class LayerUpdates:
             if self._tied_names.isdisjoint(layer.trainable)
             and not self._stages[stage].experts.waits_for_norms(layer.name)
         ]
-        self._update_layers(stage, layers, rate)
+        with self._on_device():
+            self._update_layers(stage, layers, rate)
 
     def update(self, rate: float) -> None:
         """Update all that is not updated yet in this step, routers' biases included.
@@ -75,13 +80,14 @@ class LayerUpdates:
         Args:
             rate: the learning rate.
         """
-        if not self._is_balanced:
-            self._is_balanced = True
-            for stage in self._stages.values():
-                stage.experts.update()
-        for index, stage in self._stages.items():
-            layers = [layer for layer in stage.layers if layer.name not in self._updated]
-            self._update_layers(index, layers, rate)
+        with self._on_device():
+            if not self._is_balanced:
+                self._is_balanced = True
+                for stage in self._stages.values():
+                    stage.experts.update()
+            for index, stage in self._stages.items():
+                layers = [layer for layer in stage.layers if layer.name not in self._updated]
+                self._update_layers(index, layers, rate)
 
     def scale(self, coefficient: float) -> None:
         """Multiply the summed gradients by the coefficient of clipping; of 1 they stay.

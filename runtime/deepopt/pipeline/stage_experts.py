@@ -22,6 +22,7 @@ from deepopt.moe.elb_router import ElbRouter
 from deepopt.moe.state_buffers import STEP_BUFFER
 from deepopt.moe.step_totals import bad_tokens, gate_masses
 from deepopt.pipeline.reduction import Bucket
+from deepopt.planner.skeleton import ModelSkeleton
 
 logger = logging.getLogger(__name__)
 
@@ -204,6 +205,15 @@ class StageExperts:
 def count_routers(buffers: Sequence[str]) -> int:
     """How many routers a layer has, by the names of its persistent buffers."""
     return sum(name.split("#")[0].rpartition(".")[2] == STEP_BUFFER for name in buffers)
+
+
+def layers_with_routers(skeleton: ModelSkeleton) -> tuple[int, ...]:
+    """Indices of the layers whose routers count tokens.
+
+    Args:
+        skeleton: the model.
+    """
+    return tuple(i for i, layer in enumerate(skeleton.layers) if count_routers(layer.buffers))
 
 
 def summarise(rows: Sequence[Sequence[float]]) -> dict[str, float]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -91,6 +92,7 @@ class PipelineStep:
         self._rank = rank
         self._device = device
         self._update_s = 0.0
+        self._ended: float | None = None  # the step before, on the clock of `perf_counter`
         self.parts_s: dict[str, float] = {}  # of the last step's end, by name
         self._forecast = ClipForecast()
         self._may_run_ahead = False  # nobody asked to wait in the last exchange
@@ -140,6 +142,9 @@ class PipelineStep:
         )
         if emulation is not None:
             transport = emulation.transport(transport, buckets=buckets)
+        self._before_updates: Callable[[], AbstractContextManager[None]] = (
+            nullcontext if emulation is None else emulation.device.before_updates
+        )
         self._transport = transport
         self._reducer = Reducer(transport)
         self._rule = make_rule(job.optimizer)
@@ -151,7 +156,10 @@ class PipelineStep:
             for layer in stage.layers
         }
         self.updates = LayerUpdates(
-            self._stages, optimizers=self.optimizers, tied_names=trainable.tied_names
+            self._stages,
+            optimizers=self.optimizers,
+            tied_names=trainable.tied_names,
+            on_device=nullcontext if emulation is None else emulation.device.updates,
         )
         self._exchange = Exchange(
             job=job,
@@ -318,6 +326,8 @@ class PipelineStep:
         if ahead:
             self.updates.save()
             self._eager_rate = self._rule.rate(step)
+        if self._ended is not None:
+            self.parts_s["turn_wall_s"] = time.perf_counter() - self._ended
         self.executor.run_step(step)
         self._eager_rate = None
         reducing, cpu = time.perf_counter(), time.thread_time()
@@ -325,17 +335,19 @@ class PipelineStep:
         for bucket in self._late_buckets:
             self._reducer.start(bucket)
         self._reducer.finish()
-        self._take_counts()
+        with self._before_updates():
+            self._take_counts()
         spans = self._spans.take()
         own_clock = self._device.type == "cuda" or self.overruns is not None
         totals = total(spans, device_time=own_clock)
-        totals.reduce_s += time.perf_counter() - reducing
-
         exchanging = time.perf_counter()
+        totals.reduce_s += exchanging - reducing
+        self.parts_s["reduce_wall_s"] = exchanging - reducing
         cpu = self._part("reduce_cpu_s", cpu)
-        own = self._exchange.row(
-            take_wishes(), totals, step_s=exchanging - began, update_s=self._update_s
-        )
+        with self._before_updates():
+            own = self._exchange.row(
+                take_wishes(), totals, step_s=exchanging - began, update_s=self._update_s
+            )
         gather = self._transport.start_all_gather(own)
         self._transport.finish_sends()  # receivers take them before they join the exchange
         if ahead:
@@ -346,6 +358,7 @@ class PipelineStep:
             self._buffers.keep(step)
             self.executor.run_ahead(step + 1)
         posted = time.perf_counter()
+        self.parts_s["row_wall_s"] = posted - exchanging
         agreement = Agreement(step=step, rows=tuple(map(tuple, gather.wait())))
         self.parts_s["agree_wall_s"] = time.perf_counter() - posted
         cpu = self._part("agree_cpu_s", cpu)
@@ -361,6 +374,8 @@ class PipelineStep:
             self.updates.update(result.learning_rate)
             self._update_s = time.perf_counter() - exchanging
         self._part("update_cpu_s", cpu)
+        self._ended = time.perf_counter()
+        self.parts_s["update_wall_s"] = self._ended - posted - self.parts_s["agree_wall_s"]
         self.version, self.agreement = step, agreement
         self._is_eager = self.ready = False
         self._forecast = self._forecast.after(clipped=result.clipped)

@@ -57,10 +57,12 @@ class LayerCosts:
         inter_host_latency_s: latency_s between ranks of different hosts.
         inter_host_bytes_per_s: bytes_per_s between ranks of different hosts.
         ties: weights with two uses: the layers of both, and bytes of the gradient of one.
+        counted: layers with routers, whose tokens all holders of a layer sum once a step.
         action_s: what each action takes on top, whatever its stage: the price of small pieces.
         message_s: CPU time of a message at each of its ends, apart from its bytes.
         message_bytes_per_s: bytes that an end moves in a second of CPU time; None for no limit.
         agree_s: the exchange of all ranks at the end of a step.
+        turn_s: what a worker does between the update and the next step's first action.
         source: where the figures are from, in a word: measured, estimated, emulated, ...
     """
 
@@ -82,10 +84,12 @@ class LayerCosts:
     inter_host_latency_s: float = 0.0
     inter_host_bytes_per_s: float | None = None
     ties: tuple[tuple[int, int, float], ...] = ()
+    counted: tuple[int, ...] = ()
     action_s: float = 0.0
     message_s: float = 0.0
     message_bytes_per_s: float | None = None
     agree_s: float = 0.0
+    turn_s: float = 0.0
     source: str
 
     def __post_init__(self) -> None:
@@ -104,7 +108,14 @@ class LayerCosts:
                         f"the costs hold {name}[{index}] = {figure}",
                         remedy="costs are finite and not negative",
                     )
-        for name in ("latency_s", "inter_host_latency_s", "action_s", "message_s", "agree_s"):
+        for name in (
+            "latency_s",
+            "inter_host_latency_s",
+            "action_s",
+            "message_s",
+            "agree_s",
+            "turn_s",
+        ):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise PlanError(f"{name} {getattr(self, name)} must be finite and not negative")
         for first, second, size in self.ties:
@@ -189,7 +200,8 @@ class LayerCosts:
         All tensors take the time of the largest one that crosses a cut. Where a stage has several
         copies (mirror placement, replicas), its gradients cross a route once for each other
         copy, between hosts where the copies lie on several (replicas do, where hosts are named);
-        the second update follows from the placement.
+        the second update follows from the placement. Tokens that routers counted are summed when all
+        gradients are.
 
         Args:
             boundaries: index of the first layer of each stage.
@@ -236,7 +248,9 @@ class LayerCosts:
             reduce_s=tuple(reduce_s) if any(reduce_s) else (),
             update_s=stages(self.update_s) if self.update_s else (),
             message_s=self.message_s + _route_s(largest, self.message_bytes_per_s),
+            late_s=self._late_s(boundaries, held_by=held_by, num_replicas=num_replicas),
             agree_s=self.agree_s if placement.num_ranks * num_replicas > 1 else 0.0,
+            turn_s=self.turn_s,
         )
 
     def per_stage(
@@ -296,7 +310,8 @@ class LayerCosts:
     def _exchange_s(
         self, num_bytes: float, *, ranks: Sequence[int], num_replicas: int
     ) -> float:
-        """Time for each copy of a stage to hear from every other one."""
+        """Time for each copy of a stage to hear from every other one: what both ends of the messages do for
+        it included."""
         others = len(ranks) * num_replicas - 1
         if not others:
             return 0.0
@@ -305,7 +320,24 @@ class LayerCosts:
             rate, latency_s = self.inter_host_bytes_per_s, self.inter_host_latency_s
         else:
             rate, latency_s = self.bytes_per_s, self.latency_s
-        return others * _route_s(num_bytes, rate) + latency_s
+        end_s = self.message_s + _route_s(num_bytes, self.message_bytes_per_s)
+        return others * (_route_s(num_bytes, rate) + 2 * end_s) + latency_s
+
+    def _late_s(
+        self,
+        boundaries: Sequence[int],
+        *,
+        held_by: Sequence[Sequence[int]],
+        num_replicas: int,
+    ) -> float:
+        """What routers counted is summed when all gradients are, all stages side by side: a few integers for
+        each expert, no bytes to speak of."""
+        counted = {bisect.bisect_right(boundaries, layer) - 1 for layer in self.counted}
+        sums_s = (
+            self._exchange_s(0.0, ranks=held_by[stage], num_replicas=num_replicas)
+            for stage in counted
+        )
+        return max(sums_s, default=0.0)
 
     def _check_cut(self, boundaries: Sequence[int], placement: Placement) -> None:
         edges = (*boundaries, self.num_layers)

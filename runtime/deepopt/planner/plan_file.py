@@ -124,6 +124,9 @@ class PlanFile(Section):
             state_bytes=num_bytes("parameters", "gradients", "optimizer"),
             rank_factor=rank_factors(self.hardware, ranks=self.pipeline.ranks),
             memory_bytes=_memory_bytes(self.hardware, self.pipeline.ranks),
+            counted=tuple(
+                i for i, one in enumerate(self.layers) if one.name in self.model.routers
+            ),
             source=self.source,
             **links,
         )

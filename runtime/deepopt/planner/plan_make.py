@@ -65,6 +65,7 @@ def make_plan_file(measured: Measured, *, job: JobConfig, skeleton: ModelSkeleto
     # Not decided yet: the costs need a pipeline to stand in.
     draft = PlanFile.model_construct(
         source=measured.source,
+        model=measured.model,
         hardware=hardware,
         layers=measured.layers,
         pipeline=PipelineSection.model_construct(ranks=max(1, ranks)),

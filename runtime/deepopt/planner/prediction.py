@@ -24,6 +24,8 @@ _SECONDS = frozenset(
     {"measured", "emulated", "analytic"}
 )  # sources of costs whose times are seconds
 OTHERS = "other processes on the cores that the workers share"
+SUMS = "gradients, tied weights and routers' counts between copies, after the last action"
+TURN = "from the update to the next step: reports, copies of buffers"
 OVERRAN = "operations whose real work overran their emulated time"
 REST = "waiting for links and cores, and what no part measures"
 
@@ -201,25 +203,33 @@ def _exchanged(
         prepare_s=_measured(table.prepare_s, times, Op.R) if table.prepare_s else (),
     )
     yield "stage times differ from the profile", table
+    shared = prediction.cores is not None
     ends = [count for count in num_messages(schedule) if count]
     if ends:
-        shared = prediction.cores is not None
         spent = [_message_cpu_s(parts, shared=shared) for parts in run.parts_s]
         table = replace(table, message_s=max(0.0, fmean(spent) / fmean(ends)))
         yield "CPU time of sends and receives", table
-    held = fmean(len(plan.held_stages(rank)) for rank in range(plan.pipeline_size))
-    # An emulated optimizer lasts as stated, whatever CPU time it takes.
-    stated = prediction.costs.source == "emulated" and any(table.update_s)
-    measured = ("reduce_cpu_s", "agree_cpu_s") + (() if stated else ("update_cpu_s",))
-    once_s = fmean(sum(parts.get(name, 0.0) for name in measured) for parts in run.parts_s)
-    table = replace(
-        table,
-        update_s=tuple(once_s / held + (own if stated else 0.0) for own in table.update_s)
-        or (once_s / held,) * plan.num_stages,
-    )
-    yield "norms, optimizer and sums of gradients", table
-    agree_s = min(parts.get("agree_wall_s", 0.0) for parts in run.parts_s)
-    yield "the exchange at the end of a step", replace(table, agree_s=agree_s)
+    # An emulated update lasts as stated, whatever CPU time it takes; where it does not, it overran.
+    if not (prediction.costs.source == "emulated" and any(table.update_s)):
+        held = fmean(len(plan.held_stages(rank)) for rank in range(plan.pipeline_size))
+        # Where cores are shared, sums between copies cost what they compute, not what they wait.
+        names = ("agree_cpu_s", "update_cpu_s", *(("reduce_cpu_s",) if shared else ()))
+        once_s = fmean(sum(parts.get(name, 0.0) for name in names) for parts in run.parts_s)
+        table = replace(table, update_s=(once_s / held,) * plan.num_stages)
+        yield "norms and optimizer" + (", sums of gradients" if shared else ""), table
+    if not shared:
+        # The last to come waits least for the others: what is left is the exchange itself.
+        table = replace(table, reduce_s=(), late_s=_least(run.parts_s, "reduce_wall_s"))
+        yield SUMS, table
+    table = replace(table, agree_s=_least(run.parts_s, "agree_wall_s"))
+    yield "the exchange at the end of a step", table
+    if not shared:
+        turn_s = fmean(parts.get("turn_wall_s", 0.0) for parts in run.parts_s)
+        yield TURN, replace(table, turn_s=turn_s)
+
+
+def _least(parts_s: Sequence[Mapping[str, float]], name: str) -> float:
+    return min(parts.get(name, 0.0) for parts in parts_s)
 
 
 def _message_cpu_s(parts: Mapping[str, float], *, shared: bool) -> float:

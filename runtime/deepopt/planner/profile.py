@@ -30,6 +30,9 @@ class ModelSection(Section):
     microbatch_size: Count = Field(description="Sequences of a micro-batch.")
     sequence_length: Count = Field(description="Tokens of a sequence.")
     threads: Count = Field(description="CPU threads of a worker.")
+    routers: tuple[Text, ...] = Field(
+        default=(), description="Layers with routers, whose counts copies sum once a step."
+    )
 
 
 class DeviceSection(Section):

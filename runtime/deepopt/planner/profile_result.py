@@ -36,12 +36,15 @@ _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _MS, _US = 1e3, 1e6
 
 
-def model_section(job: JobConfig, skeleton: ModelSkeleton) -> ModelSection:
+def model_section(
+    job: JobConfig, skeleton: ModelSkeleton, *, routers: Sequence[int] = ()
+) -> ModelSection:
     """What the figures of a plan file are of.
 
     Args:
         job: the resolved job.
         skeleton: its model.
+        routers: indices of the layers that have some.
     """
     return ModelSection(
         factory=skeleton.factory,
@@ -52,6 +55,7 @@ def model_section(job: JobConfig, skeleton: ModelSkeleton) -> ModelSection:
         microbatch_size=job.training.microbatch_size,
         sequence_length=job.data.sequence_length,
         threads=job.worker.threads,
+        routers=tuple(skeleton.layers[index].name for index in routers),
     )
 
 

@@ -23,7 +23,7 @@ class Period:
         step_s: from the end of one exchange to the end of the next.
         exchange_s: of that, from the last rank's arrival at the exchange on.
         busy_s: per rank, compute, messages and updates.
-        update_s: per rank, of that, the updates.
+        update_s: per rank, of that, the updates and what follows until the first action.
     """
 
     step_s: float
@@ -56,6 +56,7 @@ def period(schedule: Schedule, costs: CostTable, *, cores: int | None = None) ->
     update_s = tuple(
         sum((costs.update_s or zeros)[stage] for stage in placement.stages_of(rank))
         * factors[rank]
+        + costs.turn_s
         for rank in ranks
     )
     order = compact(schedule)
@@ -84,7 +85,7 @@ def period(schedule: Schedule, costs: CostTable, *, cores: int | None = None) ->
         for rank in ranks
     ]
     return Period(
-        step_s=last + costs.agree_s,
+        step_s=last + costs.late_s + costs.agree_s,
         exchange_s=costs.agree_s,
         busy_s=tuple(own + done for own, done in zip(computed, update_s, strict=True)),
         update_s=update_s,

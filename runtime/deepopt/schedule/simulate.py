@@ -41,7 +41,9 @@ class CostTable:
             last action and the stage's exchange. Empty for zero.
         message_s: what each end of a message between ranks takes of its rank, and of a core: its
             sender after the action, its receiver with the next one.
-        agree_s: the exchange of all ranks at the end of a step, before any update (`period_s`).
+        late_s: sums that begin when those of all stages are over: routers' counts (`period`).
+        agree_s: the exchange of all ranks at the end of a step, before any update (`period`).
+        turn_s: what each rank does between the update and its next first action.
     """
 
     forward_s: tuple[float, ...]
@@ -57,7 +59,9 @@ class CostTable:
     reduce_s: tuple[float, ...] = ()
     update_s: tuple[float, ...] = ()
     message_s: float = 0.0
+    late_s: float = 0.0
     agree_s: float = 0.0
+    turn_s: float = 0.0
 
     def __post_init__(self) -> None:
         num_stages = len(self.forward_s)
@@ -82,7 +86,9 @@ class CostTable:
             *self.reduce_s,
             *self.update_s,
             self.message_s,
+            self.late_s,
             self.agree_s,
+            self.turn_s,
         )
         if any(not 0 <= time < float("inf") for time in everything):
             raise ScheduleError("the cost table holds a time that is negative or not finite")
