@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Sequence
 
 from deepopt.config import JobConfig
+from deepopt.launch.fp8_words import fp8_words
 from deepopt.launch.preparation import Prepared
 from deepopt.planner.microbatch_count import words
 from deepopt.planner.plan import Plan
@@ -23,9 +24,11 @@ def plan_lines(prepared: Prepared) -> list[str]:
     training = job.training
     kwargs = ", ".join(f"{key}={value}" for key, value in job.model.kwargs.items())
     replicas = f" x {plan.data_size} replicas" if plan.data_size > 1 else ""
+    fp8 = fp8_words(job, skeleton)
     return [
         f"model       {job.model.factory}({kwargs}), {len(skeleton.layers)} layers, "
         f"{human_count(skeleton.num_parameters)} parameters, {job.precision.dtype}",
+        *([f"fp8         {fp8}"] if fp8 else []),
         f"data        {prepared.source}",
         f"training    {training.steps} steps of {training.microbatches} micro-batches x "
         f"{training.microbatch_size} x {job.data.sequence_length} tokens, "

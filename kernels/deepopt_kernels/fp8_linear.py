@@ -95,6 +95,17 @@ def to_fp8(linear: torch.nn.Linear) -> Fp8Linear:
     return linear
 
 
+def from_fp8(linear: Fp8Linear) -> torch.nn.Linear:
+    """Undo `to_fp8`: the same object computes as an `nn.Linear` again.
+
+    Args:
+        linear: of any type of weight.
+    """
+    plain: torch.nn.Linear = linear
+    plain.__class__ = torch.nn.Linear
+    return plain
+
+
 def _forward(
     row_tiles: Quantised,
     weight: torch.Tensor,

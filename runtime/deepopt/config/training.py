@@ -13,6 +13,7 @@ from deepopt.config_fields import (
     MomentDecay,
     Positive,
     Section,
+    Text,
     refuse,
 )
 
@@ -153,3 +154,27 @@ class PrecisionConfig(Section):
         default="float32",
         description="Format of compute; weights and moments stay in float32 in either case.",
     )
+    fp8: Literal["none", "blockwise"] = Field(
+        default="none",
+        description="`blockwise`: linear maps compute their three products in FP8 (E4M3), with a scale each "
+        "1 x 128 values of activations and gradients and each 128 x 128 of weights (docs/fp8.md); the rest "
+        "in `dtype`.",
+    )
+    fp8_include: tuple[Text, ...] | None = Field(
+        default=None,
+        description="Patterns (`*`, `?`) of the linear maps that do, or of modules that hold them; null: "
+        "those in repeated blocks, without routers and sides shorter than 128.",
+    )
+    fp8_exclude: tuple[Text, ...] = Field(
+        default=(), description="Patterns of the linear maps that stay in `dtype`."
+    )
+
+    @model_validator(mode="after")
+    def _patterns_for_fp8(self) -> Self:
+        if self.fp8 == "none" and (self.fp8_include is not None or self.fp8_exclude):
+            refuse(
+                "patterns for FP8, and precision.fp8 is none",
+                remedy="set precision.fp8 to blockwise, or leave the patterns out",
+                fields=("fp8_include", "fp8_exclude"),
+            )
+        return self

@@ -17,7 +17,8 @@ from deepopt.convert.chain import (
     named_layers,
 )
 from deepopt.convert.example import example_of
-from deepopt.convert.factory import build_model
+from deepopt.convert.factory import build_model, set_precision
+from deepopt.convert.fp8_linears import check_device, fp8_weights
 from deepopt.convert.loss import find_loss
 from deepopt.convert.programs import record_as_trained
 from deepopt.convert.split import LayerProgram, split
@@ -42,12 +43,14 @@ def describe(job: JobConfig) -> ModelSkeleton:
             remedy="let some of them require gradients, for example an adapter or the head",
         )
     tokens = 1 if chain.programs is None else example_of(job).tokens
+    fp8 = set_precision(chain.model, job.precision)
     return ModelSkeleton(
         factory=job.model.factory,
         kwargs=dict(job.model.kwargs),
         layers=tuple(
             _layer_skeleton(chain, layer, job=job, tokens=tokens) for layer in chain.layers
         ),
+        not_fp8={} if fp8 is None else fp8.left,
     )
 
 
@@ -86,8 +89,13 @@ def build_layers(
     Returns:
         The layers in the order asked for, and the loss. Tied weights are parameters of their
         own here, with equal values; `Layer.tied` tells.
+
+    Raises:
+        ClusterError: the device is a GPU that has not the products of `precision.fp8`.
     """
     meta = build_chain(job, device="meta")
+    if fp8_weights(meta.model):
+        check_device(device)
     if getattr(meta.model, "deepopt_layerwise_init", False):
         chain = meta
         modules = {i: _initialise(meta, i, job.training.seed, device) for i in indices}
@@ -167,6 +175,7 @@ def parameter_skeletons(chain: Chain, layer: ChainLayer) -> tuple[ParameterSkele
         chain: the model.
         layer: of it.
     """
+    fp8 = fp8_weights(layer.module)
     return tuple(
         ParameterSkeleton(
             name=name,
@@ -175,6 +184,7 @@ def parameter_skeletons(chain: Chain, layer: ChainLayer) -> tuple[ParameterSkele
             tied_to=chain.ties.get(name),
             requires_grad=p.requires_grad,
             in_state_dict=name not in layer.repeated,
+            fp8=id(p) in fp8,
         )
         for name, p in layer.parameters(remove_duplicate=False).items()
     )

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from deepopt.convert.chain import Chain, chain_of_named, chain_of_recorded, named_layers
+from deepopt.convert.fp8_linears import NONE, Fp8Choice, grouped, set_fp8_linears
 from deepopt.convert.programs import record_as_trained
 from deepopt.convert.split import split
 from deepopt.convert.structure import leaves
@@ -22,6 +23,7 @@ from deepopt.pipeline.transport import TensorSpec
 logger = logging.getLogger(__name__)
 
 ParallelMode = Literal["bi_stream", "mirror", "v", "line", "auto"]
+Fp8 = Literal["none", "blockwise"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,10 +62,19 @@ class DeepModel:
         chain: the model and its layers; shared with the model, not copied.
         layers: what there is to know of each.
         placement: of the stages, as `pipeline.placement` of a job names it.
+        fp8: which of its linear maps compute in FP8; None where it was not asked for.
     """
 
-    def __init__(self, *, chain: Chain, layers: tuple[DeepLayer, ...], placement: str) -> None:
+    def __init__(
+        self,
+        *,
+        chain: Chain,
+        layers: tuple[DeepLayer, ...],
+        placement: str,
+        fp8: Fp8Choice | None = None,
+    ) -> None:
         self.chain = chain
+        self.fp8 = fp8
         self.layers = layers
         self.placement = placement
 
@@ -100,8 +111,11 @@ def convert_to_deepopt(
     example_inputs: Any = None,
     *,
     elb_config: Mapping[str, Any] | None = None,
+    fp8: Fp8 = "none",
+    fp8_include: Sequence[str] | None = None,
+    fp8_exclude: Sequence[str] = (),
 ) -> DeepModel:
-    """Turn a model into a chain of layers, without changing it; only `elb_config` does.
+    """Turn a model into a chain of layers, without changing it; only `elb_config` and `fp8` do.
 
     Args:
         model: any module. An `nn.Sequential` and a model with `deepopt_layers()` name their layers;
@@ -113,6 +127,10 @@ def convert_to_deepopt(
         elb_config: `{"alpha": 0.3, "monitor_freq": 100}`: put an `ElbRouter` in the place of each router of
             a mixture of experts, in the model itself, under the same names (docs/elb.md). In a loop of
             your own, call `update()` of each before the optimizer's step.
+        fp8: `blockwise`: let `nn.Linear`s of the model itself compute in FP8, under the same names
+            (docs/fp8.md); `DeepTrainer` trains it so. `none`: leave them as they are.
+        fp8_include: patterns of those that do; None: those in repeated blocks.
+        fp8_exclude: patterns of those that do not.
 
     Raises:
         InputError: an argument is wrong, or the forward cannot be cut: says where and why.
@@ -127,10 +145,13 @@ def convert_to_deepopt(
     placement = "mirror" if parallel_mode == "bi_stream" else parallel_mode
     if elb_config is not None:
         _balance_experts(model, elb_config)
+    choice = _set_fp8(model, fp8, include=fp8_include, exclude=fp8_exclude)
     named = named_layers(model)
     if named is not None:
         chain = chain_of_named(model, named)
-        return DeepModel(chain=chain, layers=_layers(chain, None), placement=placement)
+        return DeepModel(
+            chain=chain, layers=_layers(chain, None), placement=placement, fp8=choice
+        )
     args, kwargs = _example(model, example_inputs)
     recording = record_as_trained(model, args=args, kwargs=kwargs)
     chain = chain_of_recorded(model, split(recording))
@@ -138,7 +159,7 @@ def convert_to_deepopt(
         if isinstance(module, ElbRouter):  # the recorded forward was no training
             module.discard_counts()
     specs = [TensorSpec(v.shape, v.dtype, v.requires_grad) for v in recording.values]
-    return DeepModel(chain=chain, layers=_layers(chain, specs), placement=placement)
+    return DeepModel(chain=chain, layers=_layers(chain, specs), placement=placement, fp8=choice)
 
 
 def _balance_experts(model: torch.nn.Module, elb_config: Mapping[str, Any]) -> None:
@@ -152,6 +173,31 @@ def _balance_experts(model: torch.nn.Module, elb_config: Mapping[str, Any]) -> N
             "is known",
             remedy="leave elb_config out, or use deepopt.moe.ElbRouter in the model",
         )
+
+
+def _set_fp8(
+    model: torch.nn.Module,
+    fp8: str,
+    *,
+    include: Sequence[str] | None,
+    exclude: Sequence[str],
+) -> Fp8Choice | None:
+    if fp8 not in get_args(Fp8):
+        raise InputError(f"fp8 {fp8!r} is unknown", remedy=f"one of {', '.join(get_args(Fp8))}")
+    for key, patterns in (("fp8_include", include), ("fp8_exclude", exclude)):
+        if isinstance(patterns, str):
+            raise InputError(f"{key} is a string", remedy=f"give a list: [{patterns!r}]")
+        if patterns and fp8 == NONE:
+            raise InputError(
+                f"{key} names linear maps for FP8, and fp8 is {NONE}",
+                remedy="give fp8='blockwise', or leave the patterns out",
+            )
+    if fp8 == NONE:
+        return None
+    choice = set_fp8_linears(model, include=include, exclude=exclude)
+    left = f"; not: {', '.join(grouped(choice.left))}" if choice.left else ""
+    logger.info("%d linear maps compute in FP8%s", len(choice.taken), left)
+    return choice
 
 
 def _layers(chain: Chain, specs: Sequence[TensorSpec] | None) -> tuple[DeepLayer, ...]:

@@ -1,4 +1,5 @@
-"""Calls a job's model factory, with memory or without, and gives its routers the job's settings."""
+"""Calls a job's model factory, with memory or without, and gives its routers and
+linear maps the job's settings."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from deepopt.config import JobConfig
+from deepopt.config import JobConfig, PrecisionConfig
+from deepopt.convert.fp8_linears import NONE, Fp8Choice, set_fp8_linears
 from deepopt.errors import DeepoptError, InputError
 from deepopt.import_path import import_object
 from deepopt.moe.configure import configure_routers
@@ -46,7 +48,31 @@ def build_model(job: JobConfig, *, device: str) -> torch.nn.Module:
             "not a torch.nn.Module"
         )
     configure_routers(model, job.elb, devices=job.parallel.expert)
+    set_precision(model, job.precision)
     return model
+
+
+def set_precision(model: torch.nn.Module, precision: PrecisionConfig) -> Fp8Choice | None:
+    """Let linear maps compute in the format that a job says; again with the same result.
+
+    Args:
+        model: changed in place.
+        precision: of the job.
+
+    Returns:
+        What computes in FP8; None where the job leaves that to the model.
+
+    Raises:
+        InputError: a pattern names no linear map, or none would be left.
+    """
+    if precision.fp8 == NONE:
+        return None
+    return set_fp8_linears(
+        model,
+        include=precision.fp8_include,
+        exclude=precision.fp8_exclude,
+        section="precision.",
+    )
 
 
 class _NoRandomFill(TorchFunctionMode):

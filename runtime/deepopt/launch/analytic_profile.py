@@ -49,6 +49,12 @@ def analytic_profile(job: JobConfig, *, cluster: Cluster, efficiency: float) -> 
     worker = job.worker.model_copy(update={"count": count})
     job = resolved(job.model_copy(update={"worker": worker}))
     skeleton = describe(job)
+    if skeleton.num_fp8:
+        raise InputError(
+            f"{skeleton.num_fp8} linear maps compute in FP8, and --devices counts at the rate of "
+            f"{job.precision.dtype}",
+            remedy="set precision.fp8 to none, or measure: leave --devices out",
+        )
     gpu = cluster.accelerator
     counted = count_layers(job, skeleton, accelerator=gpu, efficiency=efficiency)
     results: list[dict[str, Any]] = [

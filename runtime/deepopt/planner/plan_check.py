@@ -83,7 +83,14 @@ def model_differences(
             if before.parameters != now.parameters
             else "parameters have other names, shapes or ties"
         )
-    for name in ("dtype", "recompute", "microbatch_size", "sequence_length", "threads"):
+    for name in (
+        "dtype",
+        "fp8_linears",
+        "recompute",
+        "microbatch_size",
+        "sequence_length",
+        "threads",
+    ):
         if getattr(before, name) != getattr(now, name):
             yield f"{name} was {getattr(before, name)} and is {getattr(now, name)}"
     pipeline = plan_file.pipeline

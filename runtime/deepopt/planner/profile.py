@@ -26,6 +26,9 @@ class ModelSection(Section):
     fingerprint: Text = Field(description="Hash of the layers' names, shapes and ties.")
     parameters: Index = Field(description="Elements of all parameters, tied ones once.")
     dtype: Text = Field(description="Format of compute.")
+    fp8_linears: Index = Field(
+        default=0, description="Linear maps that compute in FP8 (`precision.fp8`)."
+    )
     recompute: Text = Field(description="`pipeline.recompute` of the job.")
     microbatch_size: Count = Field(description="Sequences of a micro-batch.")
     sequence_length: Count = Field(description="Tokens of a sequence.")

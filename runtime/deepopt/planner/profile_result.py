@@ -51,6 +51,7 @@ def model_section(
         fingerprint=skeleton.fingerprint(),
         parameters=skeleton.num_parameters,
         dtype=job.precision.dtype,
+        fp8_linears=skeleton.num_fp8,
         recompute=job.pipeline.recompute,
         microbatch_size=job.training.microbatch_size,
         sequence_length=job.data.sequence_length,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from math import prod
 from typing import Any
 
@@ -26,6 +26,7 @@ class ParameterSkeleton:
         requires_grad: False for a frozen parameter.
         in_state_dict: False for a further use of a parameter that the model's `state_dict` holds
             under another name only.
+        fp8: whether products with it are computed in FP8.
     """
 
     name: str
@@ -34,6 +35,7 @@ class ParameterSkeleton:
     tied_to: str | None = None
     requires_grad: bool = True
     in_state_dict: bool = True
+    fp8: bool = False
 
     @property
     def numel(self) -> int:
@@ -73,11 +75,13 @@ class ModelSkeleton:
         factory: import path `package.module:callable`.
         kwargs: arguments of the factory.
         layers: in chain order.
+        not_fp8: where linear maps compute in FP8: path of each other one -> why it does not.
     """
 
     factory: str
     kwargs: Mapping[str, Any]
     layers: tuple[LayerSkeleton, ...]
+    not_fp8: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def num_parameters(self) -> int:
@@ -88,6 +92,11 @@ class ModelSkeleton:
     def forward_flops_per_token(self) -> float:
         """Floating-point operations of one forward of the whole chain, per token."""
         return sum(layer.forward_flops_per_token for layer in self.layers)
+
+    @property
+    def num_fp8(self) -> int:
+        """Weights of linear maps that compute in FP8."""
+        return sum(p.fp8 for layer in self.layers for p in layer.parameters)
 
     def layer(self, name: str) -> LayerSkeleton:
         """The layer of that name; KeyError when there is none."""
@@ -124,4 +133,9 @@ class ModelSkeleton:
             )
             for layer in fields["layers"]
         )
-        return cls(factory=fields["factory"], kwargs=fields["kwargs"], layers=layers)
+        return cls(
+            factory=fields["factory"],
+            kwargs=fields["kwargs"],
+            layers=layers,
+            not_fp8=fields.get("not_fp8", {}),
+        )

@@ -16,10 +16,12 @@ from deepopt.convert import DeepModel
 from deepopt.datasets.epochs import EpochSource
 from deepopt.errors import InputError
 from deepopt.job_file import load_job
+from deepopt.launch.fp8_words import fp8_words
 from deepopt.launch.run_files import new_run_path
 from deepopt.launch.run_view import request
 from deepopt.launch.script import launched, merged, next_run_dir, note_run
 from deepopt.moe.configure import configure_routers
+from deepopt.planner.skeleton import ModelSkeleton
 from deepopt.run_directory import RunDirectory
 from deepopt.telemetry.files import read_json
 from deepopt.trainer import run as runs
@@ -163,7 +165,7 @@ class DeepTrainer:
             name=name,
             hostfile=hostfile,
             address=address,
-            overrides=settings or {},
+            overrides=_with_precision(settings or {}, model),
         )
         self._reading = Reading(
             batch_size=batch_size,
@@ -242,6 +244,9 @@ class DeepTrainer:
         view = make_view(last_step=steps) if self._shows else NoView()
         for line in self._elb_lines:
             view.note(line)
+        skeleton = ModelSkeleton.from_json(read_json(run.model))
+        if fp8 := fp8_words(load_job(run.job), skeleton):
+            view.note(f"fp8: {fp8}")
         if unused := idle_readers(dataset):
             view.note(unused)
         if not data.can_resume:
@@ -438,6 +443,17 @@ class DeepTrainer:
             job = load_job(run.job)
             configure_routers(self.model, job.elb, devices=job.parallel.expert)
         load_weights(self.model, find_checkpoint(run.root))
+
+
+def _with_precision(
+    settings: Mapping[str, Mapping[str, Any]], model: torch.nn.Module | DeepModel
+) -> Mapping[str, Mapping[str, Any]]:
+    """The settings with what a model was converted to compute in, so that the job says it."""
+    given = settings.get("precision", {})
+    if not isinstance(model, DeepModel) or model.fp8 is None or "fp8" in given:
+        return settings
+    fp8 = {"fp8": "blockwise", "fp8_include": list(model.fp8.taken)}
+    return {**settings, "precision": {**given, **fp8}}
 
 
 def _num_steps(data: Data, *, epochs: int, max_steps: int | None) -> int:

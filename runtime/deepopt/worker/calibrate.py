@@ -159,7 +159,7 @@ def layer_kinds(layers: Sequence[LayerSkeleton]) -> list[tuple[object, ...]]:
     return [
         (
             layer.kind,
-            tuple((p.shape, p.dtype, p.requires_grad) for p in layer.parameters),
+            tuple((p.shape, p.dtype, p.requires_grad, p.fp8) for p in layer.parameters),
             layer.forward_flops_per_token,
             index == len(layers) - 1,
         )
