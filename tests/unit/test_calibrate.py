@@ -13,10 +13,11 @@ from deepopt.convert import describe
 from deepopt.datasets.batch_source import build_batch_source
 from deepopt.pipeline.stage_experts import StageExperts, count_routers, layers_with_routers
 from deepopt.planner.alpha_beta import AlphaBeta
+from deepopt.planner.emulated_costs import emulated_costs
 from deepopt.planner.layer_costs import LayerCosts
 from deepopt.planner.skeleton import ModelSkeleton
 from deepopt.worker import calibrate as calibration
-from deepopt.worker.calibrate import calibrate, with_messages
+from deepopt.worker.calibrate import calibrate, with_host_work, with_messages
 from deepopt.worker.message_trial import MessageTrial
 from support.worker_processes import TINY_MODEL, tiny_job
 
@@ -32,7 +33,9 @@ def test_a_message_costs_its_thread_where_cores_are_not_shared(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fits = [AlphaBeta(alpha_s=a, beta_s=1e-9, error=0.0) for a in (9e-5, 4e-5, 1e-5)]
-    trial = MessageTrial(wall=fits[0], process=fits[1], thread=fits[2], woken_s=5e-4)
+    trial = MessageTrial(
+        wall=fits[0], process=fits[1], thread=fits[2], woken_s=5e-4, woken_thread_s=3e-5
+    )
     monkeypatch.setattr(calibration, "try_messages", lambda: trial)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     costs = LayerCosts(forward_s=(1.0,), input_s=(1.0,), weight_s=(1.0,), source="measured")
@@ -44,9 +47,31 @@ def test_a_message_costs_its_thread_where_cores_are_not_shared(
 
     assert found("cpu", 1) == pytest.approx((4e-5, 1e9, 1e-5))
     # Ends with cores of their own sleep until a message wakes them.
-    assert found("cpu", None) == pytest.approx((1e-5, 1e9, 4.8e-4))
+    assert found("cpu", None) == pytest.approx((3e-5, 1e9, 4.4e-4))
     # What an emulated layer hands on has a stated size, and passes through no CPU.
     assert found("emulated", None)[1] is None
+
+
+def test_emulated_layers_keep_cores_busy_where_workers_share_them() -> None:
+    job = tiny_job(worker={"device": "emulated"})
+    skeleton, batches = describe(job), build_batch_source(job, run_dir=None)
+    stated = emulated_costs(job, num_layers=len(skeleton.layers))
+
+    def found(num_workers: int) -> LayerCosts:
+        return with_host_work(
+            stated,
+            job=job,
+            skeleton=skeleton,
+            batches=batches,
+            num_workers=num_workers,
+            cores=2,
+        )
+
+    assert found(2) == stated
+    shared = found(3)
+    assert shared.host_cores == 2
+    assert shared.forward_s == stated.forward_s
+    assert all(s > 0 for s in (*shared.host_forward_s, *shared.host_input_s))
 
 
 def test_the_update_of_a_layer_includes_that_of_its_routers(

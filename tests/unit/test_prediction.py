@@ -69,6 +69,19 @@ def test_a_step_ends_with_late_sums_and_the_turn_to_the_next() -> None:
     assert sum(after.busy_s) == pytest.approx(sum(before.busy_s) + 2 * 0.2)
 
 
+@pytest.mark.parametrize(("cores", "later_s"), [(1, 9.0), (2, 0.0)])
+def test_emulated_devices_wait_for_a_core_and_keep_it_for_their_real_work(
+    cores: int, later_s: float
+) -> None:
+    placement = place(PlacementKind.MIRROR, num_ranks=2)
+    order = build("bi_stream", placement=placement, directions=(Direction.DOWN, Direction.UP))
+    plain = CostTable.uniform(2, forward_s=10.0, input_s=10.0, weight_s=10.0)
+    # Mirrored ranks begin their first F, their second F and their last B at once: on one core one of them
+    # waits each time for what the other's takes really.
+    real = replace(plain, host_s=((3.0,) * 2, (2.0,) * 2, (1.0,) * 2), host_cores=cores)
+    assert period(order, real).step_s == pytest.approx(period(order, plain).step_s + later_s)
+
+
 def test_costs_that_are_no_seconds_predict_nothing() -> None:
     estimated = replace(COSTS, source="estimated")
     found = predict(estimated, plan=PLAN, schedules=(SCHEDULE,), cores=None, overlap=False)

@@ -234,7 +234,9 @@ def prepare(
         timeline=simulate(planned.schedules[0], table, cores=per_replica),
         prediction=predict(
             replace(
-                _with_messages(planned.costs, job=job, num_workers=num_workers),
+                _on_this_host(
+                    planned.costs, job=job, skeleton=skeleton, num_workers=num_workers
+                ),
                 counted=layers_with_routers(skeleton),
             ),
             plan=plan,
@@ -351,6 +353,27 @@ def _known_costs(
         device=choose_device(job),
     )
     return None if found is None else _with_messages(found, job=job, num_workers=num_workers)
+
+
+def _on_this_host(
+    costs: LayerCosts, *, job: JobConfig, skeleton: ModelSkeleton, num_workers: int
+) -> LayerCosts:
+    """Costs with all that workers do on this machine beside what they compute on their devices."""
+    costs = _with_messages(costs, job=job, num_workers=num_workers)
+    emulated = job.worker.device == "emulated" and costs.source == "emulated"
+    if not emulated or not job.pipeline.calibrate or not _has_small_text(job):
+        return costs
+    from deepopt.datasets.batch_source import build_batch_source
+    from deepopt.worker.calibrate import with_host_work
+
+    return with_host_work(
+        costs,
+        job=job,
+        skeleton=skeleton,
+        batches=build_batch_source(job, run_dir=None),
+        num_workers=num_workers,
+        cores=len(os.sched_getaffinity(0)),
+    )
 
 
 def _with_messages(costs: LayerCosts, *, job: JobConfig, num_workers: int) -> LayerCosts:

@@ -27,6 +27,9 @@ _PER_LAYER = (
     "output_bytes",
     "gradient_bytes",
     "state_bytes",
+    "host_forward_s",
+    "host_input_s",
+    "host_weight_s",
 )
 _PER_RANK = ("rank_factor", "memory_bytes", "host_of")
 _MAY_NOT_BE_EMPTY = ("input_s", "weight_s")
@@ -63,6 +66,11 @@ class LayerCosts:
         message_bytes_per_s: bytes that an end moves in a second of CPU time; None for no limit.
         agree_s: the exchange of all ranks at the end of a step.
         turn_s: what a worker does between the update and the next step's first action.
+        host_forward_s: CPU time of each layer's F where that is not what it lasts: on emulated devices,
+            whose workers share the cores of one host; empty elsewhere.
+        host_input_s: of I.
+        host_weight_s: of W.
+        host_cores: cores of that host; None elsewhere.
         source: where the figures are from, in a word: measured, estimated, emulated, ...
     """
 
@@ -90,6 +98,10 @@ class LayerCosts:
     message_bytes_per_s: float | None = None
     agree_s: float = 0.0
     turn_s: float = 0.0
+    host_forward_s: tuple[float, ...] = ()
+    host_input_s: tuple[float, ...] = ()
+    host_weight_s: tuple[float, ...] = ()
+    host_cores: int | None = None
     source: str
 
     def __post_init__(self) -> None:
@@ -251,6 +263,16 @@ class LayerCosts:
             late_s=self._late_s(boundaries, held_by=held_by, num_replicas=num_replicas),
             agree_s=self.agree_s if placement.num_ranks * num_replicas > 1 else 0.0,
             turn_s=self.turn_s,
+            host_s=tuple(
+                stages(figures)
+                for figures in (self.host_forward_s, self.host_input_s, self.host_weight_s)
+            )
+            if self.host_cores is not None
+            else (),
+            # The replicas of the pipeline work at the same time.
+            host_cores=None
+            if self.host_cores is None
+            else max(1, self.host_cores // num_replicas),
         )
 
     def per_stage(

@@ -40,6 +40,7 @@ def run(
     unprepared_s: Sequence[float] = (),
     message_s: float = 0.0,
     ready_s: Sequence[float] = (),
+    host_s: Sequence[Sequence[float]] = (),
 ) -> tuple[tuple[Times, ...], tuple[Times, ...]]:
     """Start and end of every action, per rank.
 
@@ -59,6 +60,8 @@ def run(
             the action that makes the tensor, and with the one that uses it.
         ready_s: when each rank is free to begin; empty for at once. With shared cores, what
             it does until then keeps a core busy.
+        host_s: as duration_s, how long an action keeps a core busy, from its start; empty where that is as
+            long as it lasts. Then what ranks do until they are free keeps no core busy.
 
     Raises:
         ScheduleError: the order deadlocks.
@@ -84,7 +87,7 @@ def run(
     ends = tuple(array("d", bytes(8 * len(row))) for row in rows)
     shared = cores is not None
     core_free = [0.0] * (cores or 0)
-    if shared and ready_s:
+    if shared and ready_s and not host_s:
         free_at = _in_turns(ready_s, core_free)
     todo = [(free, rank) for rank, free in enumerate(free_at)]
     heapq.heapify(todo)
@@ -125,7 +128,8 @@ def run(
                     op, came, unit, stage, last_stage, rank, count, down, rank_of
                 )
             if shared:
-                heapq.heappush(core_free, free)
+                busy_until = min(free, start + host_s[op][stage]) if host_s else free
+                heapq.heappush(core_free, busy_until)
             start_of[index] = start
             end_of[index] = free
             index += 1

@@ -44,7 +44,7 @@ def period(schedule: Schedule, costs: CostTable, *, cores: int | None = None) ->
     Args:
         schedule: compute actions per rank.
         costs: seconds per op, stage and route.
-        cores: as for `simulate`.
+        cores: as for `simulate`; None where the table says what actions keep the host's cores busy.
 
     Raises:
         ScheduleError: the schedule deadlocks, or the table is made for other sizes.
@@ -68,10 +68,13 @@ def period(schedule: Schedule, costs: CostTable, *, cores: int | None = None) ->
             costs.transfer_between(source, target=target),
             costs.latency_between(source, target=target),
         ),
-        cores=cores,
+        cores=costs.host_cores if costs.host_s else cores,
         unprepared_s=costs.prepare_s if any(costs.prepare_s) else (),
         message_s=costs.message_s,
         ready_s=update_s,
+        host_s=[[costs.host_work_s(stage, op=op) for stage in stages] for op in OPS]
+        if costs.host_s
+        else (),
     )
     reduce_s = costs.reduce_s or zeros
     last = 0.0

@@ -44,6 +44,9 @@ class CostTable:
         late_s: sums that begin when those of all stages are over: routers' counts (`period`).
         agree_s: the exchange of all ranks at the end of a step, before any update (`period`).
         turn_s: what each rank does between the update and its next first action.
+        host_s: F, I and W of each stage: how long each keeps a core of the host busy, where that is less than
+            it lasts, as on emulated devices; empty where it is none's affair (`period`).
+        host_cores: cores of that host; None where `host_s` is empty.
     """
 
     forward_s: tuple[float, ...]
@@ -62,6 +65,8 @@ class CostTable:
     late_s: float = 0.0
     agree_s: float = 0.0
     turn_s: float = 0.0
+    host_s: tuple[tuple[float, ...], ...] = ()
+    host_cores: int | None = None
 
     def __post_init__(self) -> None:
         num_stages = len(self.forward_s)
@@ -145,6 +150,18 @@ class CostTable:
             return self.input_s[stage] + self.weight_s[stage]
         assert op is Op.R, f"{op} takes no compute time"
         return self.prepare_s[stage] if self.prepare_s else 0.0
+
+    def host_work_s(self, stage: int, *, op: Op) -> float:
+        """How long a compute action keeps a core of the host busy.
+
+        Args:
+            stage: global stage index.
+            op: F, I, W, B or R.
+        """
+        forward_s, input_s, weight_s = (own[stage] for own in self.host_s)
+        if op is Op.B:
+            return input_s + weight_s
+        return {Op.F: forward_s, Op.R: forward_s, Op.I: input_s, Op.W: weight_s}[op]
 
     def latency_between(self, source: int, *, target: int) -> float:
         """From the end of a transfer to its arrival: 0 on one rank.

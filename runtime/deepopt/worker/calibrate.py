@@ -60,6 +60,42 @@ def calibrate(
         return None
 
 
+def with_host_work(
+    costs: LayerCosts,
+    *,
+    job: JobConfig,
+    skeleton: ModelSkeleton,
+    batches: BatchSource,
+    num_workers: int,
+    cores: int,
+) -> LayerCosts:
+    """Costs of emulated layers with what the real ones take of this host's cores, which all workers share.
+
+    Args:
+        costs: as stated.
+        job: the resolved job.
+        skeleton: its model.
+        batches: gives the batch of step 1.
+        num_workers: of the job.
+        cores: of this host.
+
+    Returns:
+        The costs as they are where each worker has a core of its own, or nothing can be tried.
+    """
+    if num_workers <= cores:
+        return costs
+    real = calibrate(job, skeleton, batches=batches, device=torch.device("cpu"))
+    if real is None:
+        return costs
+    return replace(
+        costs,
+        host_forward_s=real.forward_s,
+        host_input_s=real.input_s,
+        host_weight_s=real.weight_s,
+        host_cores=cores,
+    )
+
+
 def with_messages(
     costs: LayerCosts, *, job: JobConfig, num_workers: int, cores: int | None
 ) -> LayerCosts:
@@ -85,15 +121,18 @@ def with_messages(
     # A message is a dozen figures for each rank, handed on around the ring of ranks.
     hops = num_workers - 1
     end = trial.thread if cores is None else trial.process
-    # Ends that share cores wait for a core, which the simulation has; others sleep until woken.
-    wall_s = trial.wall.alpha_s if cores is not None else trial.woken_s
+    # Ends that share cores wait for a core, which the simulation has; others sleep until woken, and their
+    # cores have done something else meanwhile.
+    wall_s, end_s = trial.wall.alpha_s, end.alpha_s
+    if cores is None:
+        wall_s, end_s = trial.woken_s, max(end_s, trial.woken_thread_s)
     return replace(
         costs,
-        message_s=end.alpha_s,
+        message_s=end_s,
         # Bytes that a job states of emulated layers pass through no CPU: real tensors are small.
         message_bytes_per_s=None if job.worker.device == "emulated" else end.bytes_per_s,
-        latency_s=max(costs.latency_s, wall_s - 2 * end.alpha_s),
-        agree_s=max(costs.latency_s, hops * max(wall_s, 2 * end.alpha_s)),
+        latency_s=max(costs.latency_s, wall_s - 2 * end_s),
+        agree_s=max(costs.latency_s, hops * max(wall_s, 2 * end_s)),
     )
 
 

@@ -22,7 +22,9 @@ from deepopt.planner.alpha_beta import AlphaBeta, fit
 
 SIZES_BYTES = (1 << 12, 1 << 16, 1 << 19)
 _ROUNDS = 40
-_PAUSE_S = 2e-3  # long enough for both ends to sleep, and for their cores to do something else
+_WAKES = 16
+_PAUSE_S = 1e-2  # long enough for both ends to sleep, and for their cores to do something else
+_OTHER_DATA_BYTES = 4 << 20  # more than the caches of a core
 _TIMEOUT = timedelta(seconds=10)
 
 
@@ -36,12 +38,15 @@ class MessageTrial:
         thread: CPU time of each end, of the thread that calls alone.
         woken_s: one way where both ends slept before: with the host's delay in waking them. The mean,
             since all such delays on the way through a pipeline add up.
+        woken_thread_s: CPU time of each end then, of the thread that calls alone: what it needs has left the
+            caches. The mean.
     """
 
     wall: AlphaBeta
     process: AlphaBeta
     thread: AlphaBeta
     woken_s: float
+    woken_thread_s: float
 
 
 def try_messages(sizes_bytes: Sequence[int] = SIZES_BYTES) -> MessageTrial:
@@ -68,7 +73,7 @@ def try_messages(sizes_bytes: Sequence[int] = SIZES_BYTES) -> MessageTrial:
     other.start()
     group = _group(store, 0)
     _ping_pong(group, 0, sizes_bytes, walls=walls, processes=processes, threads=threads)
-    woken_s = _wake_each_other(group, 0)
+    woken_s, woken_thread_s = _wake_each_other(group, 0)
     other.join(_TIMEOUT.total_seconds())
     sizes = [float(size) for size in sizes_bytes]
     return MessageTrial(
@@ -76,6 +81,7 @@ def try_messages(sizes_bytes: Sequence[int] = SIZES_BYTES) -> MessageTrial:
         process=fit(sizes, times_s=processes),
         thread=fit(sizes, times_s=threads),
         woken_s=woken_s,
+        woken_thread_s=woken_thread_s,
     )
 
 
@@ -87,24 +93,28 @@ def _group(store: HashStore, rank: int) -> Any:
     return gloo(store, rank, 2, options)
 
 
-def _wake_each_other(group: Any, rank: int) -> float:
-    """Seconds of a message one way to an end that slept; the mean."""
-    tensor = torch.zeros(SIZES_BYTES[0] // 4)
+def _wake_each_other(group: Any, rank: int) -> tuple[float, float]:
+    """Seconds of a message one way to an end that slept, and CPU time of an end; the means."""
+    tensor, other_data = torch.zeros(SIZES_BYTES[0] // 4), torch.zeros(_OTHER_DATA_BYTES // 4)
     took: list[float] = []
-    for index in range(_ROUNDS):
+    used: list[float] = []
+    for index in range(_WAKES):
         arrived = torch.empty_like(tensor)
         receive = group.recv([arrived], 1 - rank, 2 * index + 1 - rank)
+        other_data.add_(1.0)  # as a worker computes between its messages
         if rank:
             receive.wait()
             time.sleep(_PAUSE_S)  # the other end sleeps now
         else:
             time.sleep(_PAUSE_S)  # so does the other
-        began = time.perf_counter()
+        own, began = time.thread_time(), time.perf_counter()
         group.send([tensor], 1 - rank, 2 * index + rank).wait()
         if not rank:
             receive.wait()
             took.append((time.perf_counter() - began - _PAUSE_S) / 2)
-    return max(0.0, sum(took) / max(1, len(took)))
+            used.append((time.thread_time() - own) / 2)  # an end of two messages
+    count = max(1, len(took))
+    return max(0.0, sum(took) / count), sum(used) / count
 
 
 def _ping_pong(
