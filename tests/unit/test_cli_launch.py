@@ -340,6 +340,35 @@ def test_resume_keeps_to_the_plan_file_until_something_else_is_asked_for(
     assert (here / "run/plan.yaml").read_text() == (here / "other.yaml").read_text()
 
 
+def test_a_plan_is_predicted_on_emulated_devices_as_fast_as_the_job_says(
+    supervision: Supervision, here: Path
+) -> None:
+    sys.path.insert(0, str(here))  # as the launch does
+    job_file = here / "job.yaml"
+    text = job_file.read_text().replace("count: 2", "count: 2, device: emulated")
+    job_file.write_text(text.replace("bi_stream}", "bi_stream, calibrate: false}"))
+    (here / "plan.yaml").write_text(write_plan_file(plan_file_of(job_file)))
+
+    def predicted_s(folder: str, *arguments: object) -> float:
+        result = deepopt(
+            "launch",
+            "job.yaml",
+            "--plan",
+            "plan.yaml",
+            "--run-dir",
+            folder,
+            "--json",
+            *arguments,
+        )
+        assert result.exit_code == 0, result.output
+        step_s: float = json.loads((here / folder / "prediction.json").read_text())["step_s"]
+        return step_s
+
+    even_s = predicted_s("even")
+    slow_s = predicted_s("slow", "--set", "emulation.rank_factor=[2,2]")
+    assert slow_s == pytest.approx(2 * even_s, rel=0.01)  # all but the exchange
+
+
 def test_resume_plans_anew_where_the_plan_file_is_of_other_devices(
     supervision: Supervision, here: Path
 ) -> None:

@@ -21,7 +21,7 @@ from deepopt.planner.prediction import (
     predict,
 )
 from deepopt.schedule.builders import build
-from deepopt.schedule.ir import Direction, PlacementKind, place
+from deepopt.schedule.ir import Direction, Op, PlacementKind, place
 from deepopt.schedule.period import num_messages, period
 from deepopt.schedule.simulate import CostTable, simulate
 from support.head_fakes import make_plan
@@ -131,6 +131,35 @@ def test_slow_stages_are_named_as_the_cause() -> None:
     assert first.what == "stage times differ from the profile"
     assert first.share == pytest.approx(6 / 30.5)
     assert all(abs(cause.share) < 1e-9 for cause in others)
+
+
+def test_copies_of_a_stage_on_unlike_devices_are_no_cause() -> None:
+    plan = replace(
+        PLAN,
+        placement=PlacementKind.MIRROR,
+        schedule="bi_stream",
+        boundaries=(0, 2),
+        num_groups=2,
+    )
+    schedule = build(
+        "bi_stream", placement=plan.make_placement(), directions=plan.directions(0)
+    )
+    costs = replace(COSTS, rank_factor=(1.0, 1.5))
+    prediction = predict(costs, plan=plan, schedules=(schedule,), cores=None, overlap=False)
+    assert prediction is not None
+    table = plan.stage_costs(costs)
+    times = [
+        {
+            f"{stage}{op}": factor * table.duration_s(stage, op=op)
+            for stage in range(2)
+            for op in (Op.F, Op.B)
+        }
+        for factor in (1.0, 1.5)
+    ]
+    parts = {"update_cpu_s": 1.0}  # of the layers of both stages
+    run = MeasuredRun(step_s=prediction.step_s, op_times_s=times, parts_s=[parts, parts])
+    found = {c.what: c.share for c in causes(prediction, run, plan=plan, schedule=schedule)}
+    assert found["stage times differ from the profile"] == pytest.approx(0.0)
 
 
 def test_messages_other_processes_and_the_rest_are_told_apart() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from deepopt.config import JobConfig
 from deepopt.errors import InputError, PlanError
 from deepopt.planner.decide import Planned
+from deepopt.planner.emulated_costs import emulated_costs
+from deepopt.planner.layer_costs import LayerCosts
 from deepopt.planner.orders import KeptOrder
 from deepopt.planner.plan_check import check_fits
 from deepopt.planner.plan_file import PlanFile
@@ -73,11 +76,20 @@ def use_plan_file(
     planned = Planned(
         plan=plan,
         schedules=schedules,
-        costs=plan_file.costs(),
+        costs=_costs_here(plan_file, job=job),
         comparison=None,
         orders={key: KeptOrder(schedule=order, cut=None) for key, order in orders},
     )
     return job.model_copy(update={"training": training}), planned
+
+
+def _costs_here(plan_file: PlanFile, *, job: JobConfig) -> LayerCosts:
+    costs = plan_file.costs()
+    if job.worker.device != "emulated":
+        return costs
+    # Emulated devices are as fast as this job says, whatever those were that the plan was made for.
+    stated = emulated_costs(job, num_layers=costs.num_layers)
+    return replace(costs, rank_factor=stated.rank_factor)
 
 
 def _devices_here(job: JobConfig) -> tuple[DeviceSection, ...] | None:

@@ -193,10 +193,14 @@ def _exchanged(
 ) -> Iterator[tuple[str, CostTable]]:
     """Cost tables in which ever more parts are the measured ones, and which part came last."""
     table = plan.stage_costs(prediction.costs)
-    times = stage_times(run.op_times_s)
+    # Copies of a stage on unlike devices have one time, in that of the device of factor 1.
+    factors = table.rank_factor or (1.0,) * plan.pipeline_size
+    times = stage_times(
+        {name: seconds / factors[rank % plan.pipeline_size] for name, seconds in own.items()}
+        for rank, own in enumerate(run.op_times_s)
+    )
     table = replace(
         table,
-        rank_factor=(),
         forward_s=_measured(table.forward_s, times, Op.F),
         input_s=_backward(table, times)[0],
         weight_s=_backward(table, times)[1],
