@@ -18,6 +18,7 @@ from deepopt.planner.layer_costs import LayerCosts
 from deepopt.planner.skeleton import ModelSkeleton
 from deepopt.worker import calibrate as calibration
 from deepopt.worker.calibrate import calibrate, with_host_work, with_messages
+from deepopt.worker.layer_trial import PausedClock
 from deepopt.worker.message_trial import MessageTrial
 from support.worker_processes import TINY_MODEL, tiny_job
 
@@ -50,6 +51,17 @@ def test_a_message_costs_its_thread_where_cores_are_not_shared(
     assert found("cpu", None) == pytest.approx((3e-5, 1e9, 4.4e-4))
     # What an emulated layer hands on has a stated size, and passes through no CPU.
     assert found("emulated", None)[1] is None
+
+
+def test_work_is_timed_after_a_pause_and_the_pause_is_no_part_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    order: list[str] = []
+    monkeypatch.setattr(time, "sleep", lambda seconds: order.append("pause"))
+    monkeypatch.setattr(time, "thread_time", lambda: float(len(order)))
+    took, result = PausedClock().measure("F", lambda: order.append("work"))
+    assert order == ["pause", "work"]
+    assert (took, result) == (1.0, None)
 
 
 def test_emulated_layers_keep_cores_busy_where_workers_share_them() -> None:

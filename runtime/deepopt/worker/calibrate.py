@@ -23,7 +23,9 @@ from deepopt.planner.layer_costs import LayerCosts
 from deepopt.planner.measured import MEASURED
 from deepopt.planner.skeleton import LayerSkeleton, ModelSkeleton
 from deepopt.worker.layer_trial import (
+    Clock,
     LayerTrial,
+    PausedClock,
     cpu_threads,
     num_bytes,
     real_clock,
@@ -37,7 +39,12 @@ MOST_PARAMETERS = 100_000_000  # 400 MB in fp32, and as much for each of gradien
 
 
 def calibrate(
-    job: JobConfig, skeleton: ModelSkeleton, *, batches: BatchSource, device: torch.device
+    job: JobConfig,
+    skeleton: ModelSkeleton,
+    *,
+    batches: BatchSource,
+    device: torch.device,
+    clock: Clock | None = None,
 ) -> LayerCosts | None:
     """Costs of all layers, measured on one of each kind.
 
@@ -48,13 +55,15 @@ def calibrate(
         skeleton: its model.
         batches: gives the batch of step 1.
         device: where to measure.
+        clock: what takes the times; None: that of the device.
 
     Returns:
         None when the layers of all kinds together are too large to try, a batch is more than one
         tensor, or the model fails: that is reported by the worker to which it happens.
     """
     try:
-        return _calibrate(job, skeleton, batches=batches, device=device)
+        clock = clock or real_clock(device, threads=job.worker.threads)
+        return _calibrate(job, skeleton, batches=batches, device=device, clock=clock)
     except Exception as error:  # noqa: BLE001 - the user's code, at the edge to it
         logger.info("no layer costs measured: %s: %s", type(error).__name__, error)
         return None
@@ -84,7 +93,9 @@ def with_host_work(
     """
     if num_workers <= cores:
         return costs
-    real = calibrate(job, skeleton, batches=batches, device=torch.device("cpu"))
+    real = calibrate(
+        job, skeleton, batches=batches, device=torch.device("cpu"), clock=PausedClock()
+    )
     if real is None:
         return costs
     return replace(
@@ -137,7 +148,12 @@ def with_messages(
 
 
 def _calibrate(
-    job: JobConfig, skeleton: ModelSkeleton, *, batches: BatchSource, device: torch.device
+    job: JobConfig,
+    skeleton: ModelSkeleton,
+    *,
+    batches: BatchSource,
+    device: torch.device,
+    clock: Clock,
 ) -> LayerCosts | None:
     signatures = layer_kinds(skeleton.layers)
     first = {signature: index for index, signature in reversed([*enumerate(signatures)])}
@@ -166,7 +182,7 @@ def _calibrate(
                     values,
                     job=job,
                     device=device,
-                    clock=real_clock(device, threads=job.worker.threads),
+                    clock=clock,
                     loss=loss if is_last else None,
                     targets=targets if is_last else None,
                 )

@@ -24,7 +24,7 @@ SIZES_BYTES = (1 << 12, 1 << 16, 1 << 19)
 _ROUNDS = 40
 _WAKES = 16
 _PAUSE_S = 1e-2  # long enough for both ends to sleep, and for their cores to do something else
-_OTHER_DATA_BYTES = 4 << 20  # more than the caches of a core
+OTHER_DATA_BYTES = 4 << 20  # more than the caches of a core
 _TIMEOUT = timedelta(seconds=10)
 
 
@@ -95,7 +95,7 @@ def _group(store: HashStore, rank: int) -> Any:
 
 def _wake_each_other(group: Any, rank: int) -> tuple[float, float]:
     """Seconds of a message one way to an end that slept, and CPU time of an end; the means."""
-    tensor, other_data = torch.zeros(SIZES_BYTES[0] // 4), torch.zeros(_OTHER_DATA_BYTES // 4)
+    tensor, other_data = torch.zeros(SIZES_BYTES[0] // 4), torch.zeros(OTHER_DATA_BYTES // 4)
     took: list[float] = []
     used: list[float] = []
     for index in range(_WAKES):
