@@ -112,6 +112,15 @@ def test_other_hardware_is_refused_with_the_difference(plan: Path) -> None:
             ("--devices", "2xA100", "--set", "worker.device=emulated"),
             "worker.device is emulated",
         ),
+        (
+            (
+                "--devices",
+                "2xA100",
+                "--set",
+                "precision={fp8: blockwise, fp8_include: [blocks]}",
+            ),
+            "24 linear maps compute in FP8, and --devices counts at the rate of float32",
+        ),
     ],
 )
 def test_what_cannot_be_counted_is_refused(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from deepopt.planner.profile import (
     LayerTimes,
     LinkSection,
 )
-from deepopt.planner.skeleton import LayerSkeleton, ModelSkeleton
+from deepopt.planner.skeleton import LayerSkeleton, ModelSkeleton, ParameterSkeleton
 from support.plan_files import LAYERS, plan_file
 
 NAMES = st.text(
@@ -215,6 +216,15 @@ def test_another_micro_batch_is_refused_with_the_difference(
     with pytest.raises(PlanError) as caught:
         check(job.model_copy(update={section: changed}))
     assert message in caught.value.message
+
+
+def test_a_plan_measured_with_other_linear_maps_in_fp8_is_refused() -> None:
+    _, job, skeleton = matching()
+    first, second, *rest = skeleton.layers
+    weight = ParameterSkeleton(name="w", shape=(128, 128), dtype="float32", fp8=True)
+    changed = replace(skeleton, layers=(first, replace(second, parameters=(weight,)), *rest))
+    with pytest.raises(PlanError, match="fp8_linears was 0 and is 1"):
+        check(job, skeleton=changed)
 
 
 def test_another_model_is_refused_with_the_difference() -> None:

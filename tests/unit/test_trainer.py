@@ -15,8 +15,8 @@ from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from deepopt import convert_to_deepopt
 from deepopt.cluster.hostfile import parse_hostfile
-from deepopt.config import JobConfig
-from deepopt.convert import build_layers
+from deepopt.config import JobConfig, PrecisionConfig
+from deepopt.convert import build_layers, describe
 from deepopt.datasets.evaluation import evaluation_batches
 from deepopt.errors import (
     CheckpointError,
@@ -231,6 +231,23 @@ def test_fit_says_what_elb_config_comes_to(
     said = capsys.readouterr().err
     assert "elb.alpha = 0.3: gain of 1 + alpha x (mean - load) / mean" in said
     assert "elb.monitor_freq = 100: loads are reported over windows of 100 steps" in said
+
+
+def test_a_model_converted_to_fp8_is_trained_so_and_fit_says_it(
+    launched: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = torch.nn.Sequential(*(torch.nn.Linear(16, 16) for _ in range(4)))
+    converted = convert_to_deepopt(model, fp8="blockwise", fp8_include=["*"], fp8_exclude=["3"])
+    generator = torch.Generator().manual_seed(1)
+    data = TensorDataset(*(torch.randn(16, 16, generator=generator) for _ in range(2)))
+    job = launched(data, model=converted, workers=2, progress=True)
+    assert job.precision.fp8_include == ("0", "1", "2")
+    assert "fp8: 3 linear maps, a scale each 128 values" in capsys.readouterr().err
+    weights = [p for layer in describe(job).layers for p in layer.parameters if p.fp8]
+    assert [p.name for p in weights] == ["0.weight", "1.weight", "2.weight"]
+    now = job.model_copy(update={"precision": PrecisionConfig()})
+    with pytest.raises(InputError, match=r"precision\.fp8 was 'blockwise' and is 'none' now"):
+        runs.going_on(job, now, path=Path("run"))
 
 
 def test_max_steps_ends_epochs_early(launched: Any) -> None:
