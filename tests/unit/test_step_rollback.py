@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
@@ -98,3 +100,19 @@ def test_an_update_needs_the_exchange_of_its_own_step() -> None:
     step.run(1)
     with pytest.raises(AssertionError, match="step 2 is not whole"):
         step.roll(2, agreement=step.agreement)
+
+
+def test_the_parts_of_a_steps_end_lie_inside_the_time_that_it_took() -> None:
+    step = make_step(job_of(overlap=False), LoneTransport())
+    step.run(1)
+    assert "turn_wall_s" not in step.parts_s  # nothing came before
+    began = time.perf_counter()
+    step.run(2)
+    took_s = time.perf_counter() - began
+    parts = [step.parts_s[f"{name}_wall_s"] for name in ("reduce", "row", "agree", "update")]
+    assert all(part > 0 for part in parts)
+    assert sum(parts) < took_s
+    assert step.parts_s["turn_wall_s"] > 0
+    step.begin_at(2)
+    step.run(3)
+    assert "turn_wall_s" not in step.parts_s  # what lay between is no turn

@@ -445,7 +445,7 @@ class PipelineStep:
         self.executor.reset()
         self._reducer.forget()
         self._spans.take()
-        self._eager_rate = None
+        self._eager_rate = self._ended = None
         self._is_eager = self.ready = False
         self._forecast = ClipForecast()
         self._may_run_ahead = False

@@ -65,7 +65,6 @@ class LayerCosts:
         message_s: CPU time of a message at each of its ends, apart from its bytes.
         message_bytes_per_s: bytes that an end moves in a second of CPU time; None for no limit.
         agree_s: the exchange of all ranks at the end of a step.
-        turn_s: what a worker does between the update and the next step's first action.
         host_forward_s: CPU time of each layer's F where that is not what it lasts: on emulated devices,
             whose workers share the cores of one host; empty elsewhere.
         host_input_s: of I.
@@ -97,7 +96,6 @@ class LayerCosts:
     message_s: float = 0.0
     message_bytes_per_s: float | None = None
     agree_s: float = 0.0
-    turn_s: float = 0.0
     host_forward_s: tuple[float, ...] = ()
     host_input_s: tuple[float, ...] = ()
     host_weight_s: tuple[float, ...] = ()
@@ -126,7 +124,6 @@ class LayerCosts:
             "action_s",
             "message_s",
             "agree_s",
-            "turn_s",
         ):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise PlanError(f"{name} {getattr(self, name)} must be finite and not negative")
@@ -262,7 +259,6 @@ class LayerCosts:
             message_s=self.message_s + _route_s(largest, self.message_bytes_per_s),
             late_s=self._late_s(boundaries, held_by=held_by, num_replicas=num_replicas),
             agree_s=self.agree_s if placement.num_ranks * num_replicas > 1 else 0.0,
-            turn_s=self.turn_s,
             host_s=tuple(
                 stages(figures)
                 for figures in (self.host_forward_s, self.host_input_s, self.host_weight_s)
