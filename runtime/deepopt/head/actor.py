@@ -10,7 +10,7 @@ import logging
 import os
 import queue
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -153,6 +153,7 @@ class HeadActor:
         from deepopt.planner.skeleton import ModelSkeleton
         from deepopt.telemetry.files import read_json
         from deepopt.telemetry.trace import merge_steps
+        from deepopt.worker.beats import BeatReader
         from deepopt.worker.rendezvous import serve_store
 
         store_server = serve_store(arguments.node_ip)
@@ -196,7 +197,13 @@ class HeadActor:
                         died_s=predecessor.died_s,
                         reason=predecessor.reason,
                     )
-                drive(controller, self._inbox, begin=begin)
+                reader = BeatReader(partial(store_server.beats_of, arguments.job_id))
+                drive(
+                    controller,
+                    self._inbox,
+                    begin=begin,
+                    read_beats=reader.read,
+                )
             finally:
                 merge_steps(run.traces)
                 board.close()
@@ -212,19 +219,31 @@ def drive(
     inbox: queue.SimpleQueue[HeadEvent | str],
     *,
     begin: Callable[[], None],
+    read_beats: Callable[[int, int], Sequence[HeadEvent]] = lambda *_: (),
 ) -> None:
-    """Give a controller events and ticks until its job has ended.
+    """Give a controller events, signs of life and ticks until its job has ended.
 
     Args:
         controller: see `head.controller`.
         inbox: events and requests.
         begin: its first act.
+        read_beats: the signs of life that have come from a generation of a size.
     """
     _guard(controller, begin)
+    read_s = time.monotonic()
     while controller.outcome is None:
         for event in _take(inbox):
             _guard(controller, partial(_give, controller, event))
+        now_s = time.monotonic()
+        if now_s - read_s >= TICK_S and controller.members is not None:
+            read_s = now_s
+            _guard(controller, partial(_hear, controller, read_beats))
         _guard(controller, controller.tick)
+
+
+def _hear(controller: Any, read_beats: Callable[[int, int], Sequence[HeadEvent]]) -> None:
+    for beat in read_beats(*controller.members):
+        controller.handle(beat)
 
 
 def _give(controller: Any, event: HeadEvent | str) -> None:

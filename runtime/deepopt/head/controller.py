@@ -140,6 +140,14 @@ class Controller:
         """How the job ended; None before."""
         return self._record.outcome
 
+    @property
+    def members(self) -> tuple[int, int] | None:
+        """Number and size of the generation that signs of life are wanted of; None for none."""
+        generation = self._record.generation
+        if generation is None or self._record.state in ENDED:
+            return None
+        return generation.number, len(generation.members)
+
     # --- from outside --------------------------------------------------------------------
 
     def start(self) -> None:

@@ -10,6 +10,7 @@ import importlib
 import logging
 import os
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,6 +21,7 @@ import ray
 from deepopt.config import JobConfig
 from deepopt.run_directory import RunDirectory
 from deepopt.worker.adopted import Adopted, NewHead, Whereabouts
+from deepopt.worker.beats import BeatSender
 from deepopt.worker.mailbox import Mailbox
 from deepopt.worker.messages import (
     Assignment,
@@ -65,6 +67,7 @@ class WorkerActor:
         self._is_adopted = False  # the head that called `work` is dead
         self._is_preempted = False
         self._ended_generation = 0  # the newest that it was told has ended
+        self._store_address = ("", 0)  # of the head that is there now
         self._tell_preempted: Callable[[], None] = lambda: None
         if not on_sigterm(self._on_sigterm):
             logger.warning("SIGTERM will end this process at once: not in the main thread")
@@ -132,6 +135,7 @@ class WorkerActor:
         with self._lock:
             self._assignment, self._ready, self._ended = assignment, None, None
             self._is_adopted = False
+            self._store_address = (assignment.store_host, assignment.store_port)
         self._tell_preempted = lambda: mailbox.post(Preempted(sender=sender))
         if self._is_preempted:
             self._tell_preempted()
@@ -150,7 +154,13 @@ class WorkerActor:
                 self._adopt(worker)
             threading.Thread(
                 target=_beat,
-                args=(worker, mailbox, done, assignment.job.faults.heartbeat_s),
+                args=(
+                    worker,
+                    self._beat_sender(assignment),
+                    mailbox,
+                    done,
+                    assignment.job.faults.heartbeat_s,
+                ),
                 name="heartbeat",
                 daemon=True,
             ).start()
@@ -221,6 +231,7 @@ class WorkerActor:
             if worker is not None:
                 worker.move_store(head.store_host, head.store_port)
             self._is_adopted = True
+            self._store_address = (head.store_host, head.store_port)
             self._mailbox.redirect(head.handle.tell.remote)
             if self._ended is not None:
                 self._mailbox.post(self._ended)
@@ -248,6 +259,16 @@ class WorkerActor:
         logger.warning("got SIGTERM: telling the head")
         self._is_preempted = True
         self._tell_preempted()
+
+    def _beat_sender(self, assignment: Assignment) -> BeatSender | None:
+        if "torch" not in sys.modules:  # not worth an import; a worker that trains has it
+            return None
+        from deepopt.worker.rendezvous import open_beat_store
+
+        return BeatSender(
+            address=lambda: self._store_address,
+            connect=lambda address: open_beat_store(address, assignment.sender),
+        )
 
     def _load_class(self) -> Any:
         module, _, name = self._stage_worker.partition(":")
@@ -293,9 +314,19 @@ def _pass_on(worker: Any, what: str) -> None:
         worker.request_checkpoint()
 
 
-def _beat(worker: Any, mailbox: Mailbox, done: threading.Event, interval_s: float) -> None:
+def _beat(
+    worker: Any,
+    sender: BeatSender | None,
+    mailbox: Mailbox,
+    done: threading.Event,
+    interval_s: float,
+) -> None:
     while True:
-        mailbox.post_if_idle(worker.heartbeat())
+        beat = worker.heartbeat()
+        if sender is not None and sender.send(beat):
+            mailbox.tidy()
+        else:
+            mailbox.post_if_idle(beat)
         if done.wait(interval_s):
             return
 

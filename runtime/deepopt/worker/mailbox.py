@@ -64,11 +64,16 @@ class Mailbox:
 
     def post_if_idle(self, message: Any) -> None:
         """Send a message that later ones replace; left out while the head lags behind."""
+        self.tidy()
+        with self._lock:
+            if self._kept is None and len(self._under_way) < MOST_UNDER_WAY // 2:
+                self._give(message, is_replaced=True)
+
+    def tidy(self) -> None:
+        """Forget what the head has taken, so that no `post` waits to find it out."""
         with self._lock:
             if len(self._under_way) >= MOST_UNDER_WAY // 2:
                 self._prune(timeout_s=0.0)
-            if self._kept is None and len(self._under_way) < MOST_UNDER_WAY // 2:
-                self._give(message, is_replaced=True)
 
     def flush(self, *, timeout_s: float) -> bool:
         """Wait until the head has taken everything.

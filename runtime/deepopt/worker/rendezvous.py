@@ -8,6 +8,7 @@ import os
 import socket
 import struct
 from datetime import timedelta
+from typing import cast
 
 import torch
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
@@ -16,8 +17,10 @@ from deepopt.errors import ClusterError, TransportError
 from deepopt.pipeline.lone_transport import LoneTransport
 from deepopt.pipeline.process_group import ProcessGroupTransport
 from deepopt.pipeline.transport import Store, Transport
-from deepopt.worker.messages import Assignment
+from deepopt.worker.beats import BeatStore
+from deepopt.worker.messages import Assignment, Sender
 
+_BEAT_CONNECT_TIMEOUT = timedelta(seconds=2.0)
 _SIOCGIFADDR = 0x8915  # Linux: get the IPv4 address of an interface
 
 
@@ -41,6 +44,15 @@ class StoreServer:
                 remedy="check that the address belongs to this host",
             ) from error
         self.port = int(self._store.port)
+
+    def beats_of(self, job_id: str, generation: int) -> BeatStore:
+        """Where the workers of a generation leave their signs of life.
+
+        Args:
+            job_id: the job.
+            generation: which.
+        """
+        return _as_beat_store(PrefixStore(_prefix(job_id, generation), self._store))
 
 
 def serve_store(host: str) -> StoreServer:
@@ -112,7 +124,29 @@ def open_store(assignment: Assignment, *, generation: int | None = None) -> Stor
             remedy="check that the hosts reach each other on this address",
         ) from error
     number = sender.generation if generation is None else generation
-    return PrefixStore(f"{sender.job_id}/generation-{number}", store)
+    return PrefixStore(_prefix(sender.job_id, number), store)
+
+
+def open_beat_store(address: tuple[str, int], sender: Sender) -> BeatStore:
+    """A connection for signs of life; gives up soon, because none is sent meanwhile.
+
+    Args:
+        address: IP address and port of the store.
+        sender: whose.
+
+    Raises:
+        RuntimeError: the store did not answer in time.
+    """
+    store = TCPStore(*address, is_master=False, timeout=_BEAT_CONNECT_TIMEOUT)
+    return _as_beat_store(PrefixStore(_prefix(sender.job_id, sender.generation), store))
+
+
+def _as_beat_store(store: Store) -> BeatStore:
+    return cast("BeatStore", store)  # its annotations lack two methods
+
+
+def _prefix(job_id: str, generation: int) -> str:
+    return f"{job_id}/generation-{generation}"
 
 
 def interface_of(address: str) -> str | None:
