@@ -113,6 +113,9 @@ def test_a_pattern_that_names_nothing_is_refused_with_the_nearest_name() -> None
         choose(linears, exclude=["lm_heat"], section="precision.")
     assert caught.value.message.startswith("precision.fp8_exclude: ")
     assert caught.value.remedy == "did you mean 'lm_head'?"
+    with pytest.raises(InputError) as caught:
+        choose(linears, include=["layer.0"])
+    assert caught.value.remedy == "did you mean 'layers.0'?"
     with pytest.raises(InputError, match="fp8_include: 'conv' names") as caught:
         choose(linears, include=["conv"])
     assert caught.value.remedy == "linear maps here: layers.0.mlp.up, lm_head"
@@ -183,6 +186,35 @@ def test_a_converted_model_computes_in_fp8_itself_and_layer_by_layer() -> None:
     assert torch.equal(converted(tokens), found)
     error = (found - exact).norm() / exact.norm()
     assert 1e-4 < error < 0.06  # 0.038 a product; norms and residuals keep it from adding up
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor"
+)  # both of torch's compiler
+def test_compiled_layers_stay_compiled_and_keep_the_bits() -> None:
+    torch.manual_seed(0)
+    model, x = (
+        torch.nn.Sequential(torch.nn.Linear(128, 128), torch.nn.Linear(128, 128)),
+        torch.randn(40, 128),
+    )
+    plain = copy.deepcopy(model)
+    set_fp8_linears(plain, include=["*"])
+    expected = plain(x)
+    expected.square().mean().backward()
+    graphs: list[int] = []
+
+    def counting(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Any:
+        graphs.append(len(graph.graph.nodes))
+        return graph.forward
+
+    model[1].compile(backend=counting)
+    found = convert_to_deepopt(model, fp8="blockwise", fp8_include=["*"])(x)
+    found.square().mean().backward()
+    assert len(graphs) == 1
+    assert torch.equal(found, expected)
+    for (name, one), other in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad), name  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -263,7 +295,8 @@ def test_the_launch_says_what_computes_in_fp8_and_what_does_not() -> None:
     )
     words = fp8_words(job, describe(job))
     assert words == (
-        "6 linear maps, a scale each 128 values or 128 x 128 block; 3 stay in bfloat16: "
+        "6 linear maps with 39 % of the parameters, a scale each 128 values or 128 x 128 block; "
+        "3 stay in bfloat16: "
         "a side is no multiple of 16 (blocks.0.feed_forward.down, blocks.1.feed_forward.shared.down), "
         "excluded (head.projection); "
         "on CPUs computed by the PyTorch reference: right, but slower than without"

@@ -242,7 +242,7 @@ def test_a_model_converted_to_fp8_is_trained_so_and_fit_says_it(
     data = TensorDataset(*(torch.randn(16, 16, generator=generator) for _ in range(2)))
     job = launched(data, model=converted, workers=2, progress=True)
     assert job.precision.fp8_include == ("0", "1", "2")
-    assert "fp8: 3 linear maps, a scale each 128 values" in capsys.readouterr().err
+    assert "fp8: 3 linear maps with 71 % of the parameters, a scale" in capsys.readouterr().err
     weights = [p for layer in describe(job).layers for p in layer.parameters if p.fp8]
     assert [p.name for p in weights] == ["0.weight", "1.weight", "2.weight"]
     now = job.model_copy(update={"precision": PrecisionConfig()})

@@ -203,9 +203,13 @@ def check_device(device: torch.device) -> None:
 
 
 def _names(patterns: Sequence[str], path: str) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns for name in _holders(path))
+
+
+def _holders(path: str) -> list[str]:
+    """The paths of the modules that hold a linear map, and its own."""
     parts = path.split(".")
-    holders = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
-    return any(fnmatchcase(holder, pattern) for pattern in patterns for holder in holders)
+    return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
 
 
 def _check_patterns(
@@ -215,7 +219,8 @@ def _check_patterns(
     for pattern in patterns:
         if any(_names([pattern], path) for path in paths):
             continue
-        close = difflib.get_close_matches(pattern, paths, n=1)
+        names = dict.fromkeys(name for path in paths for name in _holders(path))
+        close = difflib.get_close_matches(pattern, names, n=1)
         known = f"linear maps here: {_some(paths)}" if paths else "the model has no nn.Linear"
         raise InputError(
             f"{field}: {pattern!r} names no linear map of the model",

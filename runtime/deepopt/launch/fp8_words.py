@@ -19,7 +19,12 @@ def fp8_words(job: JobConfig, skeleton: ModelSkeleton) -> str | None:
     from deepopt.convert.fp8_linears import grouped
 
     left = skeleton.not_fp8
-    parts = [f"{count} linear maps, a scale each 128 values or 128 x 128 block"]
+    held = sum(p.numel for layer in skeleton.layers for p in layer.parameters if p.fp8)
+    share = 100 * held / skeleton.num_parameters
+    parts = [
+        f"{count} linear maps with {share:.0f} % of the parameters, a scale each 128 values or "
+        "128 x 128 block"
+    ]
     if left:
         parts.append(f"{len(left)} stay in {job.precision.dtype}: {', '.join(grouped(left))}")
     if _runs_on_cpus(job):
