@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from deepopt.config import JobConfig
-from support.recovering import Story, train_through_faults
+from deepopt.worker.messages import WeightWork
+from support.recovering import TOLD, Story, train_through_faults
 from support.worker_processes import losses_of, make_plan, tiny_job
 
 STEPS = 6
@@ -71,6 +72,18 @@ def test_a_mirror_goes_on_after_kills_in_all_parts_of_a_step(
     for before, after, (dead, _, _) in zip(story.pids, story.pids[1:], points, strict=False):
         changed = {rank for rank in before if before[rank] != after[rank]}
         assert changed == {dead}
+
+
+def test_who_takes_a_place_is_told_how_weight_gradients_are_computed_and_tries_nothing(
+    undisturbed: list[float], tmp_path: Path
+) -> None:
+    story = play(job_of(faults=kills((1, 3, "F"))), tmp_path, **MIRROR)
+    work = [message for message in story.messages if isinstance(message, WeightWork)]
+    assert [w.sender.rank for w in work if w.sender.generation == 2] == [1]
+    for w in work:
+        reasons = {way.reason for way in w.ways.values()}
+        assert (reasons == {TOLD}) == (w.sender.generation == 2)
+    assert story.loss_of_each_step == undisturbed
 
 
 def test_links_that_break_cost_no_process(undisturbed: list[float], tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from deepopt.config import JobConfig
 from deepopt.convert import describe
 from deepopt.head.formation import is_checkpoint_due
 from deepopt.head.survivors import Restoration, restore
+from deepopt.pipeline.weight_ways import Verdict
 from deepopt.planner.plan import Plan
 from deepopt.worker.messages import (
     Assignment,
@@ -32,6 +33,7 @@ from deepopt.worker.messages import (
     ShardsWritten,
     Standing,
     StepReport,
+    WeightWork,
     WorkerReady,
 )
 from deepopt.worker.rendezvous import serve_store
@@ -40,6 +42,7 @@ from support.forking import fork_context
 from support.worker_processes import Outcome, commit
 
 TIMEOUT_S = 90.0
+TOLD = "told by the head"  # the reason of a way that a worker has not tried itself
 
 
 @dataclass
@@ -126,6 +129,7 @@ class Drama:
         self._workers = {rank: Worker() for rank in range(plan.world_size)}
         self._spares = [Worker() for _ in range(spares)]
         self._died_s: float | None = None
+        self._ways: dict[str, dict[str, Verdict]] = {}
         self._parts: dict[tuple[int, int], list[ShardsWritten]] = {}
         self.story = Story()
 
@@ -191,6 +195,7 @@ class Drama:
                     start_step=step,
                     last_step=self._last_step,
                     in_place=in_place,
+                    known_ways=self._ways,
                 )
             )
 
@@ -260,6 +265,9 @@ class Drama:
         self.story.messages.append(message)
         if isinstance(message, ShardsWritten):
             self._commit(message)
+        if isinstance(message, WeightWork):
+            told = {name: replace(way, reason=TOLD) for name, way in message.ways.items()}
+            self._ways.setdefault(message.device, {}).update(told)
         if isinstance(message, StepReport):
             self.story.losses.setdefault(message.step, set()).add(message.loss)
             coming = self._resizes.get(self._generation + 1)

@@ -12,6 +12,7 @@ from deepopt.config import JobConfig
 from deepopt.errors import CheckpointError, InputError
 from deepopt.head.journal import replay
 from deepopt.head.state import JobState
+from deepopt.pipeline.weight_ways import Verdict, Way
 from deepopt.worker.messages import Sender, StepReport, WeightWork
 from support.head_fakes import HeadUnderTest, make_plan
 
@@ -181,6 +182,22 @@ def test_what_a_worker_found_out_about_weight_gradients_is_an_event(open_head: O
     assert (event["rank"], event["generation"]) == (1, 1)
     assert event["notes"] == list(notes)
     assert head.controller.state is JobState.RUNNING
+
+
+def test_what_is_known_of_weight_gradients_is_told_to_the_next_group_and_is_no_event_without_notes(
+    open_head: Open,
+) -> None:
+    head = open_head().start().ready().steps(1, 2)
+    for rank, layer in enumerate(("embed", "head")):
+        ways = {layer: Verdict(way=Way.DEFERRED)}
+        sender = head.sender(rank)
+        head.controller.handle(WeightWork(sender=sender, notes=(), device="CPU X", ways=ways))
+    assert head.events("weight_work") == []
+    head.dies(1)
+    head.wait(0.75)
+    assert [dict(a.known_ways) for a in head.group.assignments] == 2 * [
+        {"CPU X": {name: Verdict(way=Way.DEFERRED) for name in ("embed", "head")}}
+    ]
 
 
 def test_a_job_whose_last_checkpoint_failed_does_not_call_itself_finished(

@@ -13,7 +13,7 @@ from torch import nn
 
 from deepopt.pipeline.gradients import StageGradients
 from deepopt.pipeline.stage import Layer, Loss, Stage, Tensors
-from deepopt.pipeline.weight_probe import Way
+from deepopt.pipeline.weight_ways import Verdict, Way
 from support.weight_layers import LAYERS, WIDTH, ConvBlock, linear_block
 
 CPU = torch.device("cpu")
@@ -112,6 +112,37 @@ def test_verdicts_are_there_after_the_first_forward() -> None:
     assert list(stage.verdicts) == ["0", "1", "2"]
     assert stage.verdicts["0"].way is Way.DEFERRED
     assert stage.verdicts["2"].way is Way.FUSED
+
+
+def test_layers_whose_way_is_known_are_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build() -> list[nn.Module]:
+        torch.manual_seed(0)
+        return [linear_block(), ConvBlock(), nn.ReLU()]
+
+    probing = make_stage(build(), defer_weights=True)
+    want = train(probing, apart=True)
+    known = {**probing.verdicts, "elsewhere": Verdict(way=Way.SPLIT)}
+
+    def refuse(*_: object, **__: object) -> Verdict:
+        raise AssertionError("a known layer was tried")
+
+    monkeypatch.setattr("deepopt.pipeline.stage.probe", refuse)
+    stage = make_stage(build(), defer_weights=True, known_ways=known)
+    assert_same_bits(train(stage, apart=True), want)
+    assert stage.verdicts == probing.verdicts
+
+
+def test_of_a_stage_in_part_known_the_other_layers_are_tried() -> None:
+    def build() -> list[nn.Module]:
+        torch.manual_seed(0)
+        return [linear_block(), ConvBlock(), linear_block()]
+
+    want = train(make_stage(build()), apart=False)
+    known = Verdict(way=Way.SPLIT, reason="known", split=frozenset({"first.weight"}))
+    stage = make_stage(build(), defer_weights=True, known_ways={"1": known})
+    assert_same_bits(train(stage, apart=True), want)
+    assert stage.verdicts["1"] == known
+    assert [stage.verdicts[name].way for name in "02"] == [Way.DEFERRED, Way.DEFERRED]
 
 
 class _WritesSometimes(nn.Module):

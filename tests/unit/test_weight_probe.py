@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from deepopt.pipeline.weight_probe import Verdict, probe
-from deepopt.pipeline.weight_trial import Way
+from deepopt.pipeline.weight_probe import probe
+from deepopt.pipeline.weight_ways import Verdict, Way
 from support.weight_layers import LAYERS, WIDTH, ConvBlock, linear_block
 
 EXPECTED = {

@@ -11,6 +11,7 @@ from deepopt.errors import InputError
 from deepopt.head.commits import Committer, Origin
 from deepopt.head.generation import Generation, make_members
 from deepopt.head.liveness import Liveness, deadlines_of
+from deepopt.pipeline.weight_ways import WaysByDevice
 from deepopt.planner.plan import Plan
 from deepopt.worker.messages import Assignment, InPlace
 
@@ -139,6 +140,7 @@ def make_assignments(
     run_dir: str,
     store_address: tuple[str, int],
     last_step: int,
+    known_ways: WaysByDevice,
 ) -> Sequence[Assignment]:
     """What each worker of a generation is told, in the order of ranks.
 
@@ -149,6 +151,7 @@ def make_assignments(
         run_dir: the run directory.
         store_address: IP address and port of the rendezvous store.
         last_step: run through this step.
+        known_ways: how weight gradients are computed, as far as workers have found it out.
     """
     host, port = store_address
     return [
@@ -163,6 +166,7 @@ def make_assignments(
             start_step=start.step,
             last_step=last_step,
             in_place=start.in_place,
+            known_ways=known_ways,
         )
         for member in generation.members
     ]

@@ -130,6 +130,7 @@ class Former:
                 run_dir=str(self._record.run.root),
                 store_address=self._store_address,
                 last_step=self._record.identity.last_step,
+                known_ways={d: dict(ways) for d, ways in self._record.weight_ways.items()},
             )
         )
         self._record.show(force=True)

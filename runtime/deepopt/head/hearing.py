@@ -97,11 +97,13 @@ class Hearing:
         elif isinstance(message, ExpertLoads):
             self._account.take_expert_loads(message)
         elif isinstance(message, WeightWork):
-            self._record.board.tell(
-                events.WeightWorkChosen(
-                    rank=rank, generation=generation.number, notes=message.notes
+            self._record.weight_ways.setdefault(message.device, {}).update(message.ways)
+            if message.notes:
+                self._record.board.tell(
+                    events.WeightWorkChosen(
+                        rank=rank, generation=generation.number, notes=message.notes
+                    )
                 )
-            )
         elif isinstance(message, Preempted):
             self._on_preempted(generation, message)
         elif isinstance(message, BadStep):

@@ -24,6 +24,7 @@ from deepopt.head.measures import Pace
 from deepopt.head.prediction_report import load_prediction
 from deepopt.head.state import JobState, advance
 from deepopt.head.status import Identity, Progress, status_of
+from deepopt.pipeline.weight_ways import Verdict
 from deepopt.planner.plan import Plan
 from deepopt.planner.skeleton import ModelSkeleton
 from deepopt.run_directory import RunDirectory
@@ -66,6 +67,7 @@ class JobRecord:
         places: index of the place of each rank of `plan`.
         last_plan_id: of the newest plan.
         shrunk_s: when the job shrank, on the head's monotonic clock.
+        weight_ways: how weight gradients are computed, as workers found it out.
     """
 
     def __init__(
@@ -113,6 +115,7 @@ class JobRecord:
         self.error: dict[str, Any] | None = None
         self.tokens_seen: dict[int, int | None] = {0: 0}
         self.data_fingerprint: str | None = None
+        self.weight_ways: dict[str, dict[str, Verdict]] = {}
 
     @property
     def next_generation(self) -> int:

@@ -20,8 +20,8 @@ from deepopt.pipeline.gradients import StageGradients
 from deepopt.pipeline.graph_split import SplitBackward, leaves_of
 from deepopt.pipeline.randomness import mix, seed_generators
 from deepopt.pipeline.stage_experts import StageExperts
-from deepopt.pipeline.weight_probe import Verdict, probe
-from deepopt.pipeline.weight_trial import Way
+from deepopt.pipeline.weight_probe import probe
+from deepopt.pipeline.weight_ways import Verdict, Way
 from deepopt_kernels.weight_grad import WeightGradHolder, WeightGradQueue, defer_linears
 
 Tensors = tuple[torch.Tensor, ...]
@@ -100,6 +100,7 @@ class Stage:
             backward.
         defer_weights: compute weight gradients in W instead of with the input gradient, in
             layers where a probe at the first micro-batch finds that right and worth it.
+        known_ways: what a probe found of layers elsewhere, by name: those are not probed again.
 
     The gradient of the loss is computed with F where nothing but the output takes part in it: it
     then is all that stays of the loss, and I need not wait for it.
@@ -109,8 +110,8 @@ class Stage:
         looks_for_bad: whether forwards look for outputs that are not finite.
         bad_layer: index of the first layer that had one in this step; -1 for none.
         experts: the routers of its layers.
-        verdicts: how each layer's weight gradients are computed, by name; filled by the first
-            forward when `defer_weights`.
+        verdicts: how each layer's weight gradients are computed, by name, when `defer_weights`;
+            what is not known is filled in by the first forward.
     """
 
     def __init__(
@@ -126,6 +127,7 @@ class Stage:
         loss: Loss | None = None,
         recompute: Collection[int] = (),
         defer_weights: bool = False,
+        known_ways: Mapping[str, Verdict] | None = None,
     ) -> None:
         self.index = index
         self.layers = tuple(layers)
@@ -154,6 +156,10 @@ class Stage:
                 if hasattr(module, "loss_scale"):  # losses that a layer adds on its own
                     module.loss_scale = 1.0 / num_microbatches  # type: ignore[assignment]
         self.experts = StageExperts(self.layers, device=device, recomputed=recompute)
+        if defer_weights and known_ways:
+            for layer in self.layers:
+                if layer.name in known_ways:
+                    self._arrange(layer, known_ways[layer.name])
         self._runs = self._cut_into_runs()
         self._is_evaluating = False
         self._take_output: Callable[[int, Any], None] | None = None
@@ -209,9 +215,9 @@ class Stage:
         targets = None if targets is None else targets.to(self._device)
         if self._is_evaluating:
             return self._evaluate(microbatch, values, targets)
-        unprobed = self._defer_weights and not self.verdicts
+        unprobed = self._is_unprobed
         for layers in self._runs:
-            if unprobed:
+            if unprobed and layers[0].name not in self.verdicts:
                 self._probe(layers[0], values, microbatch)
             ends = layers[-1] is self.layers[-1]
             segment = _Segment(layers, as_leaves(values), targets if ends else None)
@@ -407,7 +413,10 @@ class Stage:
         def seed() -> None:
             seed_generators(mix(self._seed, self._step, microbatch, layer.index), self._device)
 
-        verdict = probe(layer.module, inputs=values, seed=seed, clock=self._clock)
+        self._arrange(layer, probe(layer.module, inputs=values, seed=seed, clock=self._clock))
+
+    def _arrange(self, layer: Layer, verdict: Verdict) -> None:
+        """Have a layer's weight gradients computed in the way that was found."""
         self.verdicts[layer.name] = verdict
         if verdict.way is not Way.FUSED:
             defer_linears(layer.module, self._holder)
@@ -420,10 +429,14 @@ class Stage:
             torch.cuda.synchronize(self._device)
         return time.perf_counter()
 
+    @property
+    def _is_unprobed(self) -> bool:
+        return self._defer_weights and len(self.verdicts) < len(self.layers)
+
     def _cut_into_runs(self) -> list[tuple[Layer, ...]]:
         """Layers of one graph each: as many as possible together."""
         runs: list[tuple[Layer, ...]] = []
-        unprobed = self._defer_weights and not self.verdicts
+        unprobed = self._is_unprobed
         alone = self._recompute | self._split.keys()
         for layer in self.layers:
             joins = (

@@ -10,6 +10,7 @@ from deepopt.pipeline.gradients import StageGradients
 from deepopt.pipeline.reduction import Bucket
 from deepopt.pipeline.reporters import TrainableParameters
 from deepopt.pipeline.stage import Layer, Loss, Stage
+from deepopt.pipeline.weight_ways import Verdict
 from deepopt.planner.plan import Plan
 
 
@@ -25,6 +26,7 @@ def make_stage(
     loss: Loss | None = None,
     recompute: Collection[int] = (),
     defer_weights: bool = False,
+    known_ways: Mapping[str, Verdict] | None = None,
     kind: type[Stage] = Stage,
 ) -> Stage:
     """A stage of a worker.
@@ -40,6 +42,7 @@ def make_stage(
         loss: of the model; the last stage takes it.
         recompute: layers that are run again for their backward.
         defer_weights: whether its weight gradients may wait for W.
+        known_ways: as `Stage` takes them.
         kind: class of the stage.
     """
     held = [layers[i] for i in plan.stage_layers(index)]
@@ -64,6 +67,7 @@ def make_stage(
         loss=loss if index == plan.num_stages - 1 else None,
         recompute=recompute,
         defer_weights=defer_weights,
+        known_ways=known_ways,
     )
 
 

@@ -38,6 +38,7 @@ from deepopt.pipeline.stage_build import (
 from deepopt.pipeline.step_result import Agreement, StepResult, Wish
 from deepopt.pipeline.transport import Store, Transport
 from deepopt.pipeline.update_rule import make_rule
+from deepopt.pipeline.weight_ways import Verdict
 from deepopt.planner.orders import built_order
 from deepopt.planner.plan import Plan
 from deepopt.planner.skeleton import ModelSkeleton
@@ -62,6 +63,7 @@ class PipelineStep:
         device: where the layers are.
         before_action: called before each action, for the fault script.
         schedule: order of this replica; None: the plan names a builder's.
+        known_ways: how weight gradients of layers are computed, by name; the others are tried.
 
     Attributes:
         version: steps whose update the layers have.
@@ -86,6 +88,7 @@ class PipelineStep:
         device: torch.device,
         before_action: Callable[[int, Action], None] | None = None,
         schedule: Schedule | None = None,
+        known_ways: Mapping[str, Verdict] | None = None,
     ) -> None:
         self._job = job
         self._plan = plan
@@ -131,6 +134,7 @@ class PipelineStep:
                     plan.stage_layers(index), all_of_them=job.pipeline.recompute == "full"
                 ),
                 defer_weights=defer,
+                known_ways=known_ways or {},
             )
             for index in plan.held_stages(rank)
         }
@@ -199,6 +203,11 @@ class PipelineStep:
         """Why weight gradients of some layers do not wait for W, or only by a split graph; known
         after the first step."""
         return [note for stage in self._stages.values() for note in stage.weight_notes()]
+
+    def weight_ways(self) -> dict[str, Verdict]:
+        """How the weight gradients of the layers here are computed, by name; known after the first
+        step, and empty where none waits for W."""
+        return {n: v for stage in self._stages.values() for n, v in stage.verdicts.items()}
 
     def begin_at(self, version: int) -> None:
         """Start from layers that were just initialised, loaded or received.

@@ -11,7 +11,6 @@ from __future__ import annotations
 import pickle
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
 
@@ -20,10 +19,10 @@ from deepopt.pipeline.weight_trial import (
     Subject,
     Tensors,
     Trial,
-    Way,
     copy_of,
     try_way,
 )
+from deepopt.pipeline.weight_ways import Verdict, Way
 
 _LARGE = 0.05  # share of a layer's elements from which a matrix may wait by itself
 # A weight gradient that waits can fill a bubble. A step has about one bubble for two
@@ -32,21 +31,6 @@ _LARGE = 0.05  # share of a layer's elements from which a matrix may wait by its
 _WORTH = 0.5
 # What copy.deepcopy() lets through from objects that refuse.
 _UNCOPYABLE = (TypeError, ValueError, RuntimeError, AttributeError, pickle.PicklingError)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
-    """The way of one layer.
-
-    Args:
-        way: the choice.
-        reason: why none better, or which weights do not wait; empty when there is nothing to say.
-        split: names of the weights that wait by a split graph.
-    """
-
-    way: Way
-    reason: str = ""
-    split: frozenset[str] = frozenset()
 
 
 def probe(

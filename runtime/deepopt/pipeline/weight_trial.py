@@ -8,7 +8,6 @@ The copy shares the layer's parameters and nothing else. It does not compare or 
 from __future__ import annotations
 
 import copy
-import enum
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -19,6 +18,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from deepopt.pipeline.graph_split import SplitBackward
+from deepopt.pipeline.weight_ways import Way
 from deepopt_kernels.weight_grad import WeightGradHolder, WeightGradQueue, defer_linears
 
 Tensors = tuple[torch.Tensor, ...]
@@ -28,19 +28,6 @@ _TIMED_RUNS = 3  # the fastest counts: noise only adds
 
 class StructuredOutputError(Exception):
     """A layer returns what only its loss can read: no gradient can be put into it from outside."""
-
-
-class Way(enum.StrEnum):
-    """When a layer's large weight gradients are computed.
-
-    `deferred`: nn.Linear and operations with a `WeightGradHolder` queue theirs until W.
-    `split`: other large weights wait, too, by a backward in two parts.
-    `fused`: all come with the input gradient.
-    """
-
-    DEFERRED = "deferred"
-    SPLIT = "split"
-    FUSED = "fused"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

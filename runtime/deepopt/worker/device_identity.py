@@ -51,11 +51,11 @@ def identify(job: JobConfig, device: torch.device) -> DeviceIdentity:
         device: as `choose_device` gave it.
     """
     kind = "emulated" if job.worker.device == "emulated" else device.type
+    name = product_name(device)
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
         memory = torch.cuda.get_device_properties(device).total_memory
     else:
-        name = "emulated device" if kind == "emulated" else _cpu_name()
+        name = "emulated device" if kind == "emulated" else name
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return DeviceIdentity(
         host=socket.gethostname(),
@@ -68,6 +68,11 @@ def identify(job: JobConfig, device: torch.device) -> DeviceIdentity:
             **{package: version(package) for package in _VERSIONED},
         },
     )
+
+
+def product_name(device: torch.device) -> str:
+    """The product that computes: of a GPU, or of this host's CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
 
 
 def _cpu_name() -> str:

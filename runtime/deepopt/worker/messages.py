@@ -12,6 +12,7 @@ from typing import Any
 from deepopt.checkpoint.manifest import ShardEntry
 from deepopt.config import JobConfig
 from deepopt.pipeline.emulated_clock import Overruns
+from deepopt.pipeline.weight_ways import Verdict, WaysByDevice
 from deepopt.planner.plan import Plan
 
 
@@ -105,6 +106,7 @@ class Assignment:
         last_step: run through this step.
         node_ip: IP address of the worker's own host, for the transport.
         in_place: how the group goes on from what its workers have; None: from the checkpoint.
+        known_ways: how weight gradients are computed, as far as workers have found it out.
     """
 
     sender: Sender
@@ -118,6 +120,7 @@ class Assignment:
     last_step: int
     node_ip: str = "127.0.0.1"
     in_place: InPlace | None = None
+    known_ways: WaysByDevice = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,15 +200,20 @@ class StepReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightWork:
-    """How a worker's weight gradients are computed where they do not all simply wait for W;
-    once, after its first step.
+    """How a worker's weight gradients are computed where they may wait for W; once, after its
+    first step.
 
     Args:
-        notes: a line a layer: which way, for which weights, why.
+        notes: a line for each layer where they do not all simply wait: which way, for which
+            weights, why.
+        device: product name of the device that it was tried on.
+        ways: of all layers, by name: whoever takes the worker's place need not try again.
     """
 
     sender: Sender
     notes: tuple[str, ...]
+    device: str = ""
+    ways: Mapping[str, Verdict] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

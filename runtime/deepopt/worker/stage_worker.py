@@ -38,6 +38,7 @@ from deepopt.run_directory import RunDirectory
 from deepopt.worker import agreements, rendezvous
 from deepopt.worker.bit_flip import flip_a_bit
 from deepopt.worker.device import choose_device, peak_flops, pin_gpu
+from deepopt.worker.device_identity import product_name
 from deepopt.worker.estate import Estate, in_host_memory
 from deepopt.worker.failure_description import describe_failure
 from deepopt.worker.fault_script import FaultScript
@@ -184,6 +185,7 @@ class StageWorker:
         with _timed(times, "build"):
             pin_gpu(job, rank=rank)
             self._device = choose_device(job)
+            self._reports.device = product = product_name(self._device)
             self._transport = rendezvous.make_transport(assignment, device=self._device)
             if self._ended_generation:  # that word came before there was a transport
                 self._transport.interrupt(self._ended_generation)
@@ -217,6 +219,7 @@ class StageWorker:
                     data_index=rank // plan.pipeline_size,
                     folder=self._run_directory.schedules,
                 ),
+                known_ways=assignment.known_ways.get(product),
             )
             if keeps_replicas(plan, job.faults.replicas):
                 self._keeper = ReplicaKeeper(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import statistics
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 from deepopt.config import JobConfig
 from deepopt.pipeline.spans import Span
@@ -43,6 +43,9 @@ class StepReports:
         report: takes messages for the head.
         sender: who this worker is.
         start_step: the step after which it begins.
+
+    Attributes:
+        device: product name of the worker's device; set when it is chosen.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class StepReports:
         self._parts = StepParts()
         self._busy_s: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=_TIMES_KEPT))
         self._told_weight_work = False
+        self.device = ""
         self._load_window = LoadWindow(job.elb.monitor_freq)
 
     def begin(self, sender: Sender, *, start_step: int) -> None:
@@ -113,7 +117,7 @@ class StepReports:
             self._write_trace(step, result.spans)
         if not self._told_weight_work:
             self._told_weight_work = True
-            self._report_weight_work(pipeline.weight_notes())
+            self._report_weight_work(pipeline)
         if self._sender.rank == 0:
             if result.bad is not None:
                 what, skipped = result.bad.what, result.skipped
@@ -191,11 +195,16 @@ class StepReports:
                 )
             )
 
-    def _report_weight_work(self, notes: Sequence[str]) -> None:
+    def _report_weight_work(self, pipeline: PipelineStep) -> None:
+        notes, ways = pipeline.weight_notes(), pipeline.weight_ways()
         for note in notes:
             logger.info("weight gradients of %s", note)
-        if notes:
-            self._report(WeightWork(sender=self._sender, notes=tuple(notes)))
+        if ways:
+            self._report(
+                WeightWork(
+                    sender=self._sender, notes=tuple(notes), device=self.device, ways=ways
+                )
+            )
 
     def _overlap_scalars(self, result: StepResult) -> dict[str, float]:
         if not self._job.pipeline.overlap_steps:
