@@ -68,8 +68,8 @@ FULL = (
         in_flight=12.5,
         aims_at_gain=True,
     ),
-    Case(ranks=8, microbatches=32, latency_ms=0.0, effort=1_300_000, aim_s=10.0),
-    Case(ranks=8, microbatches=32, latency_ms=1.25, effort=1_300_000, aim_s=10.0),
+    Case(ranks=8, microbatches=32, latency_ms=0.0, effort=600_000, aim_s=10.0),
+    Case(ranks=8, microbatches=32, latency_ms=1.25, effort=600_000, aim_s=10.0),
     Case(ranks=64, microbatches=256, latency_ms=0.0, effort=1_000_000, aim_s=120.0),
 )
 

@@ -17,6 +17,8 @@ from deepopt.schedule.ir import Direction, Op, Placement
 from deepopt.schedule.list_scheduler import ListRules, Prefer, list_codes
 
 _GOOD_SHARE = 1e-4  # so close to the bound, more search is waste
+_SAME = 1e-9  # of a makespan
+_NUM_PARENTS = 3  # orders whose rules are changed
 _SLACKS = (0, 1, 2, 4)  # micro-batches in flight over what a round trip needs
 _STRETCHES = (1.0, 1.25, 1.5, 2.0)  # of a round trip
 
@@ -57,7 +59,7 @@ def search_rules(
         effort: actions to schedule, at least one order's.
         seed: of the random choices.
         bound_s: no order is faster: the search ends when it is reached.
-        keep: how many different orders to return at most.
+        keep: how many orders to return at most; no two of them take the same time.
 
     Raises:
         ScheduleError: the memory does not hold one micro-batch of each stream.
@@ -72,6 +74,9 @@ def search_rules(
         rows, makespan_s = list_codes(
             problem.placement, directions=problem.directions, rules=_rules(problem, choice)
         )
+        # Orders that take the same time are mostly the same order.
+        if any(abs(makespan_s - one[0]) <= _SAME * makespan_s for one in found):
+            return makespan_s
         found.append((makespan_s, len(found), choice, rows))
         found.sort(key=lambda entry: entry[:2])
         del found[keep:]
@@ -84,7 +89,7 @@ def search_rules(
             break
     while tries > 0 and found[0][0] > enough:
         tries -= 1
-        parent = found[chance.randrange(min(2, len(found)))][2]
+        parent = found[chance.randrange(min(_NUM_PARENTS, len(found)))][2]
         attempt(_changed(parent, problem, chance))
     return [Listed(makespan_s=entry[0], rows=entry[3]) for entry in found]
 
