@@ -132,7 +132,7 @@ def test_when_all_wait_who_does_not_leave_is_the_culprit_and_the_others_are_kept
     open_head: Open,
 ) -> None:
     head = steady(open_head)
-    stand_still(head, 3.5, {0: "0RECV_B0", 1: "1RECV_F0"})
+    stand_still(head, 2.5, {0: "0RECV_B0", 1: "1RECV_F0"})
     assert ("interrupt",) in head.group.calls
     assert not [call for call in head.group.calls if call[0] == "kill"]
     head.fails(0, "peer", standing=standing(5))
@@ -145,7 +145,7 @@ def test_when_all_wait_who_does_not_leave_is_the_culprit_and_the_others_are_kept
     assert (fault["cause"], fault["culprit"]["rank"]) == ("stuck", 1)
     assert "did not leave its group when told to" in fault["culprit"]["message"]
     assert [victim["rank"] for victim in fault["victims"]] == [0]
-    assert 3.0 <= fault["times_s"]["detect"] <= 3.5
+    assert 2.0 <= fault["times_s"]["detect"] <= 2.5
 
 
 def test_when_all_wait_and_all_leave_no_process_is_lost(open_head: Open) -> None:

@@ -116,3 +116,17 @@ def test_the_parts_of_a_steps_end_lie_inside_the_time_that_it_took() -> None:
     step.begin_at(2)
     step.run(3)
     assert "turn_wall_s" not in step.parts_s  # what lay between is no turn
+
+
+def test_the_executor_says_since_when_an_action_is_in_work() -> None:
+    step = make_step(job_of(overlap=False), LoneTransport())
+    seen: list[tuple[float, float]] = []
+    step.executor.before_action = lambda *_: seen.append(
+        (step.executor.action_began_s, time.monotonic())
+    )
+    before_s = time.monotonic()
+    step.run(1)
+    assert len(seen) == len(step.executor.program)
+    ends_s = [before_s, *(now_s for _, now_s in seen)]
+    for (began_s, now_s), end_s in zip(seen, ends_s, strict=False):
+        assert end_s <= began_s <= now_s

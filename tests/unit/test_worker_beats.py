@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 
 from deepopt.worker.beats import Address, BeatReader, BeatSender
 from deepopt.worker.messages import Heartbeat, Sender
@@ -48,6 +48,15 @@ def test_the_head_reads_the_last_sign_of_each_worker_once() -> None:
         sender.send(beat(rank, progress=1))
     assert reader.read(1, 3) == [beat(0, progress=1), beat(2, progress=1)]
     assert reader.read(1, 3) == []
+
+
+def test_the_head_reads_all_that_a_sign_says() -> None:
+    store = Store()
+    reader, sender = BeatReader(lambda _: store), sender_to({HERE: store}, address=[HERE])
+    said = replace(beat(progress=7), action_s=1.5, evaluation=(3, 8))
+    assert all(getattr(said, f.name) != f.default for f in fields(said))
+    sender.send(said)
+    assert reader.read(1, 1) == [said]
 
 
 def test_a_worker_inside_one_long_operation_still_gives_signs() -> None:

@@ -51,13 +51,13 @@ class FaultsConfig(Section):
         description="Longest time without progress in any case, in seconds.",
     )
     hang_after_s: Seconds = Field(
-        default=3.0,
+        default=2.0,
         description="Shortest time inside one operation that counts as a hang, in seconds.",
     )
     hang_steps: Positive = Field(
-        default=10.0,
+        default=5.0,
         description="An operation hangs when it takes as long as this many of the longest recent "
-        "steps.",
+        "steps; three times as many, and three times `hang_after_s`, while its process uses a CPU.",
     )
     on_preemption: Literal["stop", "go_on"] = Field(
         default="stop",

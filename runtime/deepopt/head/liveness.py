@@ -32,8 +32,9 @@ HELD_SHARE = (
 HOST_SHARE = 0.8  # of the timeout, where two processes of a host are silent, not one
 WARM_UP_FACTOR = 3.0  # set-up and first steps import, compile, allocate, with the GIL held
 STALLED_SHARE = 1 / 2  # of the timeout: peers of a stuck worker stop soon after it, or before
-BUSY_FACTOR = 3.0  # a stuck operation that uses a CPU may only be slow
-BUSY_CPU_SHARE = 0.5
+BUSY_FACTOR = 3.0  # a stuck operation that uses a CPU, or would if it had one, may only be slow
+BUSY_CPU_SHARE = 0.1  # a process that only waits beats and listens: 1 to 2 %
+BUSY_STATES = "RD"  # ready to run, however little it got; in a disk's or driver's hands
 LEAVE_S = 3.0  # for a worker inside an operation to leave its group when told to
 LEAVE_STEPS = (
     2.0  # ... or as many of the longest recent steps: no operation takes longer than one
@@ -83,8 +84,8 @@ class Deadlines:
     heartbeat_timeout_s: float
     step_timeout_s: float
     heartbeat_s: float = 0.5
-    hang_after_s: float = 3.0
-    hang_steps: float = 10.0
+    hang_after_s: float = 2.0
+    hang_steps: float = 5.0
 
 
 def deadlines_of(faults: FaultsConfig) -> Deadlines:
@@ -177,7 +178,7 @@ class Liveness:
             return
         self._note_gap(now_s - before.heard_s, now_s=now_s)
         if (before.beat.progress, before.beat.step) != (beat.progress, beat.step):
-            before.moved_s = now_s
+            before.moved_s = max(before.moved_s, now_s - beat.action_s)
         before.heard_s, before.beat = now_s, beat
         before.suspect = before.held = False
 
@@ -409,8 +410,8 @@ class Liveness:
             return timeout_s  # somebody works: it may be that one's turn
         if signs.look is None or signs.looked_s < signs.moved_s:
             return min(timeout_s, NO_AGENT_FACTOR * tight_s)
-        busy = (signs.look.cpu_share or 0.0) > BUSY_CPU_SHARE
-        return min(timeout_s, BUSY_FACTOR * tight_s if busy and not _waits(action) else tight_s)
+        slow = _is_busy(signs.look) and not _waits(action)
+        return min(timeout_s, BUSY_FACTOR * tight_s if slow else tight_s)
 
     def _find_stuck(self, now_s: float) -> list[Finding]:
         still_s = {rank: now_s - signs.moved_s for rank, signs in self._signs.items()}
@@ -442,6 +443,10 @@ class Liveness:
                 since_s=signs.moved_s,
             )
         ]
+
+
+def _is_busy(look: ProcessLook) -> bool:
+    return look.state in BUSY_STATES or (look.cpu_share or 0.0) > BUSY_CPU_SHARE
 
 
 def _waits(action: str) -> bool:

@@ -9,6 +9,7 @@ first forwards run ahead (`schedule.run_ahead`), and are then continued or forgo
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -142,6 +143,7 @@ class Executor:
     ) -> None:
         self.program = tuple(program)
         self.action: Action | None = None  # in work; read by the heartbeat thread
+        self.action_began_s = 0.0  # on the monotonic clock; set before `action`
         self.progress = 0  # actions done; read by the heartbeat thread
         self._shapes = shapes
         self._ahead = ahead
@@ -257,6 +259,7 @@ class Executor:
             if call.is_silent:
                 call.run()
                 continue
+            self.action_began_s = time.monotonic()
             self.action = action = call.action
             if before_action is not None:
                 before_action(step, action)

@@ -130,12 +130,15 @@ def _decode(text: bytes) -> Heartbeat | None:
     """A sign of life from its text; None where it is none: anybody can write to the store."""
     try:
         content = json.loads(bytes(text))
+        evaluation = content["evaluation"]
         return Heartbeat(
             sender=Sender(**content["sender"]),
             step=int(content["step"]),
             progress=int(content["progress"]),
             action=str(content["action"]),
+            action_s=float(content["action_s"]),
+            evaluation=None if evaluation is None else (int(evaluation[0]), int(evaluation[1])),
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, LookupError, TypeError) as error:
         logger.warning("what stands for a sign of life is none: %s", error)
         return None

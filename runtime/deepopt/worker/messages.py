@@ -286,6 +286,7 @@ class Heartbeat:
         step: step in work.
         progress: counter that grows with every action; stands still in a hang.
         action: action in work, for example `2F5`; empty between steps.
+        action_s: how long it has been in work, in seconds; 0 between actions.
         evaluation: of the evaluation in work, micro-batches whose last forward has begun on this
             worker, and how many there are on all workers; None between evaluations.
     """
@@ -294,6 +295,7 @@ class Heartbeat:
     step: int
     progress: int
     action: str
+    action_s: float = 0.0
     evaluation: tuple[int, int] | None = None
 
 

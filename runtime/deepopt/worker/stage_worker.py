@@ -645,12 +645,17 @@ class StageWorker:
         if self._validation is not None:
             executors.append(self._validation.evaluator.executor)
             evaluation = self._validation.evaluator.progress()
-        action = next((e.action for e in executors if e.action is not None), None)
+        now_s = time.monotonic()
+        action, began_s = next(
+            ((a, e.action_began_s) for e in executors if (a := e.action) is not None),
+            ("", now_s),
+        )
         return Heartbeat(
             sender=self._sender,
             step=self._step,
             progress=sum(executor.progress for executor in executors),
-            action="" if action is None else str(action),
+            action=str(action),
+            action_s=max(0.0, now_s - began_s),
             evaluation=evaluation,
         )
 
