@@ -1,13 +1,12 @@
 """What deepopt costs where it has nothing to do: one worker against a plain PyTorch loop.
 
-The default job on both sides: same model, initial values, batches, optimizer, clipping and
-    thread count; the losses
+The default job on both sides, but with plain top-k routing, because the loop would never update the
+biases of ELB: same model, initial values, batches, optimizer, clipping and thread count; the losses
 must agree. Two measurements:
-- the whole: `deepopt launch --workers 1`, with its Ray, head, heartbeats and TensorBoard files,
-and the loop as a
-  script, in time slices. The ratio is of this one.
-- the step alone: `PipelineStep` and the loop in this process, step by step in turns, in CPU
-time of the thread.
+- the whole: `deepopt launch --workers 1`, with its Ray, head, heartbeats and TensorBoard files, and the
+  loop as a script, in time slices. The ratio is of this one.
+- the step alone: `PipelineStep` and the loop in this process, step by step in turns, in CPU time of the
+  thread.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ def main() -> None:
     end_cleanly_on_signals()
     say("\n".join(describe()))
     small = ["model.kwargs={d_model: 64, expert_hidden: 32}"] if options.quick else []
-    job = load_job(None, ["checkpoint.every=0", *small])
+    job = load_job(None, ["checkpoint.every=0", "elb.mode=none", *small])
     say_job(job, workers=1, options=options)
     with tempfile.TemporaryDirectory(prefix="deepopt-bench-") as folder:
         job_file = Path(folder) / "job.yaml"

@@ -207,6 +207,28 @@ def test_a_head_that_does_not_answer_is_killed_and_a_paused_supervisor_is_no_rea
     assert not go(60.0, answers=False)  # once is enough
 
 
+def test_a_head_that_shows_its_work_is_not_asked_and_one_that_ceases_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[Callable[[object], None]] = []
+    monkeypatch.setattr("deepopt.head.head_watch.find_process", lambda _: FakeProcess())
+    monkeypatch.setattr("deepopt.head.head_watch.look_at", lambda _: ProcessLook(state="T"))
+    watch = HeadWatch(asked.append, now_s=0.0)
+    for half in range(4):  # its process id is in its first answer
+        watch.look(now_s=half / 2, sign=half)
+    assert len(asked) == 1
+    asked.pop()(4711)
+
+    for half in range(4, 100):
+        assert not watch.look(now_s=half / 2, sign=half)
+    assert not asked
+
+    killed = [watch.look(now_s=49.5 + tenth / 10, sign=99) for tenth in range(60)]
+    assert len(asked) == 1
+    # Asked a second after the last sign, killed two seconds later, in tenths.
+    assert 29 <= killed.index(True) <= 31
+
+
 def test_a_head_that_a_signal_has_stopped_is_killed_sooner(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -46,11 +46,20 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-POLL_S = 0.1  # between two looks for requests
+POLL_S = 0.2  # between two looks for requests
 START_SLACK_S = 30.0  # for the parts of a start, which have the same deadline, to end first
 KILL_GRACE_S = 40.0  # for the head to kill its workers and to write down the end
 EXIT_INTERRUPTED = 130
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Another value whenever a file was replaced; None while there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 class Cluster(Protocol):
@@ -266,7 +275,7 @@ class Supervisor:
         watch = HeadWatch(ask, now_s=time.monotonic())
         while not is_over.wait(POLL_S):
             self._forward(head, job)
-            watch.look(now_s=time.monotonic())
+            watch.look(now_s=time.monotonic(), sign=_stamp(self._run.status))
         outcome = ray.get(ended)
         return JobState(outcome.state), outcome.exit_code
 
