@@ -9,6 +9,7 @@ restarts are the shell's and the head's.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import socket
@@ -154,7 +155,14 @@ class StageWorker:
         out = torch.ones(8, 8, requires_grad=True) @ torch.ones(8, 8)
         # With gradients given, as in a step: the first such call imports sympy, for 0.4 s and more.
         torch.autograd.backward([out], [torch.ones(8, 8)])
-        return Warmth(skeleton=describe(job), batches=build_batch_source(job, run_dir=run_dir))
+        warmth = Warmth(
+            skeleton=describe(job), batches=build_batch_source(job, run_dir=run_dir)
+        )
+        # What is imported stays. A collection that looks at all of it, a few hundred thousand objects,
+        # takes 0.1 s and more, and would come while a replacement builds its layers.
+        gc.collect()
+        gc.freeze()
+        return warmth
 
     @property
     def can_go_on(self) -> bool:
