@@ -61,7 +61,6 @@ class PassSums:
         Returns:
             The summed gradients, by the name of each use; the memory is used again.
         """
-        self.reducer.finish()
         for bucket in self._late_buckets:
             self.reducer.start(bucket)
         self.reducer.finish()

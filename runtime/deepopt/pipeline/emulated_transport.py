@@ -89,14 +89,26 @@ class EmulatedTransport:
 
     def send(self, channel: Channel, message: int, tensors: Sequence[torch.Tensor]) -> None:
         """Send at once what arrives when its route would bring it."""
+        self._inner.send(channel, message, self._stamped(channel, message, tensors))
+
+    def send_awaited(
+        self, channel: Channel, message: int, tensors: Sequence[torch.Tensor]
+    ) -> Pending:
+        """As `send`; what is returned waits until it is out of this process."""
+        stamped = self._stamped(channel, message, tensors)
+        return self._inner.send_awaited(channel, message, stamped)
+
+    def _stamped(
+        self, channel: Channel, message: int, tensors: Sequence[torch.Tensor]
+    ) -> Sequence[torch.Tensor]:
+        """With the moment of their arrival, if they take any time."""
         if channel.kind not in self._timed:
-            self._inner.send(channel, message, tensors)
-            return
+            return tensors
         start_ns = max(time.monotonic_ns(), self._route_free_ns.get(channel, 0))
         end_ns = start_ns + round(self._transfer_s(channel, message, tensors) * 1e9)
         self._route_free_ns[channel] = end_ns
         arrival = torch.tensor([end_ns + self._latency_ns], dtype=torch.float64)
-        self._inner.send(channel, message, [*tensors, arrival])
+        return [*tensors, arrival]
 
     def finish_sends(self) -> None:
         """Block until every posted send is out of this process; its route may still carry it."""

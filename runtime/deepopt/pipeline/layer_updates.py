@@ -81,13 +81,18 @@ class LayerUpdates:
             rate: the learning rate.
         """
         with self._on_device():
-            if not self._is_balanced:
-                self._is_balanced = True
-                for stage in self._stages.values():
-                    stage.experts.update()
+            self.balance()
             for index, stage in self._stages.items():
                 layers = [layer for layer in stage.layers if layer.name not in self._updated]
                 self._update_layers(index, layers, rate)
+
+    def balance(self) -> None:
+        """Update the routers' biases, if they are not in this step: they wait for the sums of counts, but
+        not for norms. They are buffers: `BufferHistory` takes them back."""
+        if not self._is_balanced:
+            self._is_balanced = True
+            for stage in self._stages.values():
+                stage.experts.update()
 
     def scale(self, coefficient: float) -> None:
         """Multiply the summed gradients by the coefficient of clipping; of 1 they stay.

@@ -36,6 +36,12 @@ class LoneTransport:
         """Never called: one worker has no peer."""
         raise AssertionError(f"a lone worker sent {message} on {channel}")
 
+    def send_awaited(
+        self, channel: Channel, message: int, tensors: Sequence[torch.Tensor]
+    ) -> Pending:
+        """Never called: one worker has no peer."""
+        raise AssertionError(f"a lone worker sent {message} on {channel}")
+
     def finish_sends(self) -> None:
         """Nothing to wait for."""
 

@@ -37,27 +37,36 @@ class Posted:
 
 
 class PostedSend:
-    """A send whose wait an interrupt can end.
+    """A send that is waited for by itself.
 
     Args:
         what: is waited for, in an error.
-        work: of the backend.
-        tensor: lives until it is over.
-        waits: of the transport.
+        works: of the backend, one a tensor.
+        tensors: live until it is over.
+        waits: of the transport, so that an interrupt ends the wait; None where a wait only makes
+            the current stream wait.
     """
 
     def __init__(
-        self, what: str, work: dist.Work, tensor: torch.Tensor, waits: SendWaits
+        self,
+        what: str,
+        works: Sequence[dist.Work],
+        tensors: Sequence[torch.Tensor],
+        waits: SendWaits | None,
     ) -> None:
         self._what = what
-        self._work = work
-        self._tensor = tensor  # must live until it is done
+        self._works = works
+        self._tensors = tensors  # must live until it is done
         self._waits = waits
 
     def wait(self) -> None:
         """Block until it is done."""
         with as_transport_error(self._what):
-            self._waits.wait([self._work], self._what)
+            if self._waits is not None:
+                self._waits.wait(self._works, self._what)
+            else:
+                for work in self._works:
+                    work.wait()
 
 
 class PostedGather:

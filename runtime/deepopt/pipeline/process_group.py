@@ -144,6 +144,22 @@ class ProcessGroupTransport:
             while self._sends and self._sends[0][0].is_completed():
                 self._sends.popleft()
 
+    def send_awaited(
+        self, channel: Channel, message: int, tensors: Sequence[torch.Tensor]
+    ) -> Pending:
+        """Post a send that is waited for by itself."""
+        assert len(tensors) <= _TENSORS_PER_MESSAGE, f"{len(tensors)} tensors in one message"
+        road, tag = self._road(channel), _tag(channel, message)
+        what = f"send to rank {channel.target}"
+        wholes = [tensor.detach().contiguous() for tensor in tensors]
+        with as_transport_error(what):
+            works = [
+                road.group.send([whole], road.peer, tag + i) for i, whole in enumerate(wholes)
+            ]
+        return PostedSend(
+            what, works, wholes, None if self._device.type == "cuda" else self._send_waits
+        )
+
     def finish_sends(self) -> None:
         """Block until every posted send is out."""
         what = "a posted send"
@@ -161,7 +177,7 @@ class ProcessGroupTransport:
         what = f"send to rank {channel.target}"
         with as_transport_error(what):
             work = road.group.send([tensor], road.peer, tag)
-        return PostedSend(what, work, tensor, self._send_waits)
+        return PostedSend(what, [work], [tensor], self._send_waits)
 
     def receive_into(self, channel: Channel, message: int, tensor: torch.Tensor) -> Pending:
         """Post a receive into a contiguous CPU tensor. From any thread."""

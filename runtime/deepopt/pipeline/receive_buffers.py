@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 
@@ -22,8 +22,15 @@ Mark = TypeVar("Mark")
 
 _Key = tuple[tuple[int, ...], torch.dtype]
 
-# The storage itself, and the object through which its references are counted.
-_OWN_REFERENCES = 2
+_OWN_REFERENCES = 2  # to the storage of a buffer: the buffer's, and that of who counts them
+
+
+class _Buffer(NamedTuple):
+    """A tensor and the address of its storage: to make the storage's Python object at each look would cost
+    more than all else here."""
+
+    tensor: torch.Tensor
+    storage: int
 
 
 class ReceiveBuffers(Generic[Mark]):
@@ -39,8 +46,8 @@ class ReceiveBuffers(Generic[Mark]):
     ) -> None:
         self._allocate = allocate
         self._mark = mark
-        self._used: dict[_Key, list[torch.Tensor]] = {}
-        self._free: dict[_Key, deque[tuple[torch.Tensor, Mark]]] = {}
+        self._used: dict[_Key, list[_Buffer]] = {}
+        self._free: dict[_Key, deque[tuple[_Buffer, Mark]]] = {}
         self.num_buffers = 0
 
     def take(self, spec: TensorSpec) -> tuple[torch.Tensor, Mark | None]:
@@ -51,30 +58,27 @@ class ReceiveBuffers(Generic[Mark]):
             spec: of what is received.
         """
         key = (spec.shape, spec.dtype)
-        used = self._used.setdefault(key, [])
-        free = self._free.setdefault(key, deque())
-        ended = [buffer for buffer in used if _is_free(buffer)]
+        if key not in self._used:
+            self._used[key], self._free[key] = [], deque()
+        used, free = self._used[key], self._free[key]
+        references = torch._C._storage_Use_Count
+        ended = [b for b in used if references(b.storage) <= _OWN_REFERENCES]
         if ended:
             now = self._mark()
+            storages = {buffer.storage for buffer in ended}
+            used[:] = [buffer for buffer in used if buffer.storage not in storages]
             free.extend((buffer, now) for buffer in ended)
-            used[:] = [b for b in used if all(b is not other for other in ended)]
         if free:  # the one that has been free for longest: its moment is over, most likely
             buffer, since = free.popleft()
             used.append(buffer)
-            return buffer.data, since
-        buffer = self._allocate(spec)
+            return buffer.tensor.data, since
+        tensor = self._allocate(spec)
         self.num_buffers += 1
-        used.append(buffer)
-        return buffer.data, None
+        used.append(_Buffer(tensor, tensor.untyped_storage()._cdata))
+        return tensor.data, None
 
     def forget(self) -> None:
         """Leave all buffers to who refers to them: a backend may still write to some."""
         self._used.clear()
         self._free.clear()
         self.num_buffers = 0
-
-
-def _is_free(buffer: torch.Tensor) -> bool:
-    """Whether nothing but the buffer itself refers to its storage."""
-    references: int = torch._C._storage_Use_Count(buffer.untyped_storage()._cdata)
-    return references <= _OWN_REFERENCES

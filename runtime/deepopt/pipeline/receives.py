@@ -51,8 +51,9 @@ class Receives:
         shapes: str,
     ) -> None:
         self._actions = actions
+        # All else goes by an action's number: hashing actions would take longer than what is looked up.
         self._number = {action: number for number, action in enumerate(actions)}
-        self._addresses = addresses
+        self._addresses = [(*addresses[action], spec_key(action)) for action in actions]
         self._specs = specs
         self._transport = transport
         self._lookahead = lookahead
@@ -60,8 +61,8 @@ class Receives:
         self._limit = len(actions)
         self._num_posted = 0
         self._wanted = 0  # how many shall be posted by the end of the next computation
-        self._pending: dict[Action, PendingReceive] = {}
-        self._taken: set[Action] = set()
+        self._pending: dict[int, PendingReceive] = {}
+        self._taken: set[int] = set()
 
     def begin(self, *, limit: int | None = None) -> None:
         """Begin a step.
@@ -69,7 +70,7 @@ class Receives:
         Args:
             limit: post no more than the first so many until `lift_limit`; None for all.
         """
-        assert not self._pending, f"{[*map(str, self._pending)]} were never waited for"
+        assert not self._pending, f"{self._under_way()} were never waited for"
         self._num_posted = self._wanted = 0
         self._taken.clear()
         self._limit = len(self._actions) if limit is None else limit
@@ -93,10 +94,10 @@ class Receives:
         """Wait for what a receive brings; the next ones are posted by `post_ahead`."""
         number = self._number[action]
         while self._num_posted <= number:  # the first step: wait for the shapes, too
-            self._post(self._actions[self._num_posted])
+            self._post(self._num_posted)
             self._num_posted += 1
-        tensors = self._pending.pop(action).wait()
-        self._taken.add(action)
+        tensors = self._pending.pop(number).wait()
+        self._taken.add(number)
         self._wanted = number + 1 + self._lookahead
         return tensors
 
@@ -106,13 +107,13 @@ class Receives:
         Args:
             actions: in the order of the list; those that were taken already are left out.
         """
-        for action in actions:
-            if action in self._taken:
+        for number in (self._number[action] for action in actions):
+            if number in self._taken:
                 continue
-            if action not in self._pending:
-                self._post(action)
-            self._pending.pop(action).wait()
-        assert not self._pending, f"{[*map(str, self._pending)]} are still under way"
+            if number not in self._pending:
+                self._post(number)
+            self._pending.pop(number).wait()
+        assert not self._pending, f"{self._under_way()} are still under way"
 
     def forget(self) -> None:
         """Drop everything under way: the group that it came from has ended."""
@@ -123,16 +124,18 @@ class Receives:
     def _post_up_to(self, end: int) -> None:
         """Post receives of the list, up to one whose shape nobody has told yet."""
         while self._num_posted < min(end, self._limit):
-            action = self._actions[self._num_posted]
-            if spec_key(action) not in self._specs:
+            if self._addresses[self._num_posted][2] not in self._specs:
                 return
-            self._post(action)
+            self._post(self._num_posted)
             self._num_posted += 1
 
-    def _post(self, action: Action) -> None:
+    def _post(self, number: int) -> None:
         """Post one receive; waits for its shape if nobody has told it yet."""
-        key = spec_key(action)
+        channel, message, key = self._addresses[number]
         if key not in self._specs:
-            self._specs[key] = self._transport.look_up(f"{self._shapes}/{action.stage}")
-        channel, message = self._addresses[action]
-        self._pending[action] = self._transport.receive(channel, message, self._specs[key])
+            stage = self._actions[number].stage
+            self._specs[key] = self._transport.look_up(f"{self._shapes}/{stage}")
+        self._pending[number] = self._transport.receive(channel, message, self._specs[key])
+
+    def _under_way(self) -> list[str]:
+        return [str(self._actions[number]) for number in self._pending]

@@ -10,12 +10,19 @@ the result round.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from deepopt.pipeline.transport import Channel, Kind, PendingReceive, TensorSpec, Transport
+from deepopt.pipeline.transport import (
+    Channel,
+    Kind,
+    Pending,
+    PendingReceive,
+    TensorSpec,
+    Transport,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +68,10 @@ def channels(holders: Sequence[int], rank: int) -> list[Channel]:
     ]
 
 
+def _ignore(bucket: Bucket) -> None:
+    """Nobody waits for it."""
+
+
 class Reducer:
     """Sums buckets; communication of one bucket overlaps the computation after `start`.
 
@@ -76,20 +87,22 @@ class Reducer:
         """Post the exchange of a bucket whose terms are all whole."""
         self._started.append(_Reduction(bucket, self._transport))
 
-    def finish(self) -> None:
-        """Complete every started bucket, in the order of starting; results are then totals."""
-        if not self._started:
-            return
+    def finish(self, on_whole: Callable[[Bucket], None] = _ignore) -> None:
+        """Complete every started bucket, in the order of starting; results are then totals.
+
+        Args:
+            on_whole: told of each bucket whose results are totals, while later ones may still be
+                under way.
+        """
         for reduction in self._started:
             reduction.take_terms()
-        # A sum overwrites a term that may still be on its way. All waits for sends come before
-        # the first message of the second round: a peer posts its receive only when its own
-        # first round is over.
-        self._transport.finish_sends()
-        for reduction in self._started:
             reduction.sum_own_part()
+            if not reduction.has_second_round:
+                on_whole(reduction.bucket)
         for reduction in self._started:
-            reduction.collect_parts()
+            if reduction.has_second_round:
+                reduction.collect_parts()
+                on_whole(reduction.bucket)
         self._started.clear()
 
     def forget(self) -> None:
@@ -99,7 +112,7 @@ class Reducer:
 
 class _Reduction:
     def __init__(self, bucket: Bucket, transport: Transport) -> None:
-        self._bucket = bucket
+        self.bucket = bucket
         self._transport = transport
         self._rank = transport.rank
         holders = bucket.holders
@@ -108,6 +121,7 @@ class _Reduction:
         self._parts = _split(bucket.numel, len(holders)) if len(holders) > 2 else None
         self._position = holders.index(self._rank)
         self._pending: dict[int, PendingReceive] = {}
+        self._sends: list[Pending] = []
         self._terms: dict[tuple[int, int], torch.Tensor] = {}
         own_part = self._part(self._position)
         for rank in self._others:
@@ -118,23 +132,29 @@ class _Reduction:
             )
         for rank in self._others:
             part = self._part(holders.index(rank))
-            transport.send(
-                Channel(Kind.REDUCTION, self._rank, rank),
-                2 * bucket.index,
-                [bucket.terms[key][part] for key in self._keys_of(self._rank)],
-            )
+            terms = [bucket.terms[key][part] for key in self._keys_of(self._rank)]
+            channel = Channel(Kind.REDUCTION, self._rank, rank)
+            self._sends.append(transport.send_awaited(channel, 2 * bucket.index, terms))
+
+    @property
+    def has_second_round(self) -> bool:
+        """Whether holders sum parts and hand them round."""
+        return self._parts is not None
 
     def take_terms(self) -> None:
-        """Wait for the other holders' terms of this rank's part."""
+        """Wait for the other holders' terms of this rank's part, and until its own are out: the sum
+        overwrites one of them. Every holder posts the receives of its first rounds before it waits for
+        any, so that nobody waits in a circle."""
         part = self._part(self._position)
-        self._terms = {key: term[part] for key, term in self._bucket.terms.items()}
+        self._terms = {key: term[part] for key, term in self.bucket.terms.items()}
         for rank, pending in self._pending.items():
             self._terms.update(zip(self._keys_of(rank), pending.wait(), strict=True))
         self._pending.clear()
+        self._finish_sends()
 
     def sum_own_part(self) -> None:
         """Sum this rank's part of the range and, with more than two holders, hand it round."""
-        bucket = self._bucket
+        bucket = self.bucket
         part = self._part(self._position)
         total = _ordered_sum(bucket.owners, self._terms)
         self._terms = {}
@@ -148,26 +168,34 @@ class _Reduction:
                 Channel(Kind.REDUCTION, rank, self._rank), 2 * bucket.index + 1, [spec]
             )
         for rank in self._others:
-            self._transport.send(
-                Channel(Kind.REDUCTION, self._rank, rank), 2 * bucket.index + 1, [total]
+            channel = Channel(Kind.REDUCTION, self._rank, rank)
+            self._sends.append(
+                self._transport.send_awaited(channel, 2 * bucket.index + 1, [total])
             )
 
     def collect_parts(self) -> None:
-        """Take the parts that the other holders summed."""
+        """Take the parts that the other holders summed, and wait until the own one is out: totals may be
+        scaled from now on."""
         for rank, pending in self._pending.items():
-            part = self._part(self._bucket.holders.index(rank))
+            part = self._part(self.bucket.holders.index(rank))
             (total,) = pending.wait()
-            for result in self._bucket.results:
+            for result in self.bucket.results:
                 result[part].copy_(total)
         self._pending.clear()
+        self._finish_sends()
+
+    def _finish_sends(self) -> None:
+        for send in self._sends:
+            send.wait()
+        self._sends.clear()
 
     def _part(self, position: int) -> slice:
-        return slice(0, self._bucket.numel) if self._parts is None else self._parts[position]
+        return slice(0, self.bucket.numel) if self._parts is None else self._parts[position]
 
     def _keys_of(self, rank: int) -> list[tuple[int, int]]:
         return [
             (use, group)
-            for use, owners in enumerate(self._bucket.owners)
+            for use, owners in enumerate(self.bucket.owners)
             for group, owner in enumerate(owners)
             if owner == rank
         ]

@@ -25,7 +25,7 @@ from deepopt.pipeline.evaluation import Evaluator
 from deepopt.pipeline.exchange import Exchange
 from deepopt.pipeline.executor import Batches, Executor
 from deepopt.pipeline.layer_updates import LayerUpdates
-from deepopt.pipeline.reduction import Reducer, channels
+from deepopt.pipeline.reduction import Bucket, Reducer, channels
 from deepopt.pipeline.reporters import RoutersByReporter, TrainableParameters
 from deepopt.pipeline.spans import SpanRecorder, total
 from deepopt.pipeline.stage import Layer, Loss
@@ -338,12 +338,11 @@ class PipelineStep:
         if self._ended is not None:
             self.parts_s["turn_wall_s"] = time.perf_counter() - self._ended
         self.executor.run_step(step)
-        self._eager_rate = None
         reducing, cpu = time.perf_counter(), time.thread_time()
-        self._reducer.finish()
-        for bucket in self._late_buckets:
+        for bucket in self._late_buckets:  # they travel with the last stage's gradients
             self._reducer.start(bucket)
-        self._reducer.finish()
+        self._reducer.finish(self._update_summed)
+        self._eager_rate = None
         with self._before_updates():
             self._take_counts()
         spans = self._spans.take()
@@ -362,6 +361,9 @@ class PipelineStep:
         if ahead:
             self.updates.update(self._rule.rate(step))
             self._update_s = time.perf_counter() - exchanging
+        else:
+            with self._before_updates():
+                self.updates.balance()  # while the others' rows are on their way
         self.ready = True
         if ahead:
             self._buffers.keep(step)
@@ -397,9 +399,9 @@ class PipelineStep:
         assert bad is not None, "good numbers need no treatment"
         self._is_eager = self.ready = False
         self._may_run_ahead = False
+        self._buffers.restore(bad.step - 1)
         if policy == "fail" or self._recomputes:
             raise bad.error(again=self._recomputes)
-        self._buffers.restore(bad.step - 1)
         if policy == "skip":
             self.version, self.agreement = bad.step, agreement
             return replace(result, skipped=True)
@@ -431,6 +433,11 @@ class PipelineStep:
         """Update a stage in the middle of a step that runs ahead."""
         if self._eager_rate is not None:
             self.updates.update_early(stage, self._eager_rate)
+
+    def _update_summed(self, bucket: Bucket) -> None:
+        """Update a stage whose copies were summed, while those of others are under way."""
+        if bucket.index < self._plan.num_stages:
+            self._update_early(bucket.index)
 
     def _confirm(self, step: int, result: StepResult, coefficient: float) -> StepResult:
         """Keep what ran ahead, or take it back and do it right."""

@@ -117,6 +117,13 @@ class Transport(Protocol):
         """Post a send and return at once; the tensors must not be written to afterwards."""
         ...
 
+    def send_awaited(
+        self, channel: Channel, message: int, tensors: Sequence[torch.Tensor]
+    ) -> Pending:
+        """Post a send and return at once; until what is returned was waited for, the tensors must not
+        be written to. `finish_sends` does not wait for it."""
+        ...
+
     def finish_sends(self) -> None:
         """Block until every posted send is out."""
         ...
