@@ -11,8 +11,9 @@ import pytest
 from deepopt.cluster.process_look import ProcessLook
 from deepopt.config import JobConfig
 from deepopt.head.head_watch import TIMEOUT_S, HeadWatch
+from deepopt.pipeline.weight_ways import Verdict, Way
 from deepopt.worker.adopted import Adopted, Whereabouts
-from deepopt.worker.messages import Assignment, RunEnded, WorkerReady
+from deepopt.worker.messages import Assignment, RunEnded, WeightWork, WorkerReady
 from support.head_fakes import HeadUnderTest
 
 Open = Callable[..., HeadUnderTest]
@@ -67,6 +68,22 @@ def take_over(head: HeadUnderTest, found: Mapping[int, Adopted]) -> None:
     head.controller.take_over(
         found, died_s=head.clock.now_s - 2.0, reason="the head's process was killed"
     )
+
+
+def test_a_new_head_learns_what_workers_found_of_weight_gradients_and_tells_the_next_group(
+    open_head: Open,
+) -> None:
+    old = open_head().start().ready().steps(1, 3)
+    ways = {"embed": Verdict(way=Way.DEFERRED)}
+    found = all_of(old)
+    said = WeightWork(sender=old.sender(0), notes=(), device="CPU X", ways=ways)
+    found[0] = replace(found[0], weight_work=said)
+    head = open_head()
+    take_over(head, found)
+    head.dies(1)
+    head.wait(15.0)
+    assert head.status["generation"] == 2
+    assert head.group.assignments[1].known_ways == {"CPU X": ways}
 
 
 def test_workers_go_on_in_their_generation_under_a_new_head(open_head: Open) -> None:

@@ -97,7 +97,7 @@ class Hearing:
         elif isinstance(message, ExpertLoads):
             self._account.take_expert_loads(message)
         elif isinstance(message, WeightWork):
-            self._record.weight_ways.setdefault(message.device, {}).update(message.ways)
+            self._record.learn_ways(message)
             if message.notes:
                 self._record.board.tell(
                     events.WeightWorkChosen(

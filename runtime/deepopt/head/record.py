@@ -29,6 +29,7 @@ from deepopt.planner.plan import Plan
 from deepopt.planner.skeleton import ModelSkeleton
 from deepopt.run_directory import RunDirectory
 from deepopt.telemetry import events
+from deepopt.worker.messages import WeightWork
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,6 +132,10 @@ class JobRecord:
     def has_run(self) -> bool:
         """Whether a group forms in the place of another one, so that it may do with fewer places."""
         return self.faults.open is not None or bool(self.shrunk_s)
+
+    def learn_ways(self, message: WeightWork) -> None:
+        """Keep what a worker found out of weight gradients, for those that take places later."""
+        self.weight_ways.setdefault(message.device, {}).update(message.ways)
 
     def take_plan(self, plan: Plan, *, places: tuple[int, ...]) -> None:
         """Go on by another plan: what was measured and predicted of the one before is of no use.

@@ -52,6 +52,9 @@ class Takeover:
         self._record.recall_size()
         self._former.adopted()
         self._account.recall()
+        for worker in found.values():
+            if worker.weight_work is not None:
+                self._record.learn_ways(worker.weight_work)
         now_s = self._record.clock.monotonic_s()
         fault = self._record.faults.notice(
             generation=self._record.number,

@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from deepopt.worker.messages import (
     Failure,
     Preempted,
     RunEnded,
+    WeightWork,
     WorkerReady,
 )
 from deepopt.worker.preemption import on_sigterm
@@ -64,6 +66,7 @@ class WorkerActor:
         self._assignment: Assignment | None = None
         self._ready: WorkerReady | None = None
         self._ended: RunEnded | Failure | None = None
+        self._weight_work: WeightWork | None = None
         self._is_adopted = False  # the head that called `work` is dead
         self._is_preempted = False
         self._ended_generation = 0  # the newest that it was told has ended
@@ -149,7 +152,10 @@ class WorkerActor:
             else:
                 warmth, self._warmth = self._warmth, None
                 worker = self._load_class()(
-                    assignment, report=mailbox.post, warmth=warmth, before=before
+                    assignment,
+                    report=partial(self._post, mailbox),
+                    warmth=warmth,
+                    before=before,
                 )
                 self._adopt(worker)
             threading.Thread(
@@ -241,6 +247,7 @@ class WorkerActor:
                 start_step=assignment.start_step,
                 ready=self._ready,
                 ended=self._ended,
+                weight_work=self._weight_work,
             )
 
     @ray.method(concurrency_group=REQUESTS)
@@ -269,6 +276,11 @@ class WorkerActor:
             address=lambda: self._store_address,
             connect=lambda address: open_beat_store(address, assignment.sender),
         )
+
+    def _post(self, mailbox: Mailbox, message: Any) -> None:
+        if isinstance(message, WeightWork):  # said once; a later head wants to know it, too
+            self._weight_work = message
+        mailbox.post(message)
 
     def _load_class(self) -> Any:
         module, _, name = self._stage_worker.partition(":")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from deepopt.worker.messages import Failure, RunEnded, Sender, WorkerReady
+from deepopt.worker.messages import Failure, RunEnded, Sender, WeightWork, WorkerReady
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +50,7 @@ class Adopted:
         start_step: steps done when its generation began.
         ready: its word that it was set up; None before.
         ended: how its run ended; None while it runs.
+        weight_work: what it has told of weight gradients; None before.
     """
 
     whereabouts: Whereabouts
@@ -57,3 +58,4 @@ class Adopted:
     start_step: int = 0
     ready: WorkerReady | None = None
     ended: RunEnded | Failure | None = None
+    weight_work: WeightWork | None = None
