@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from deepopt import convert_to_deepopt
+from deepopt import BiStreamPipeline, convert_to_deepopt
 from deepopt.config import JobConfig
 from deepopt.convert import build_layers, describe
 from deepopt.convert.fp8_linears import (
@@ -186,6 +186,24 @@ def test_a_converted_model_computes_in_fp8_itself_and_layer_by_layer() -> None:
     assert torch.equal(converted(tokens), found)
     error = (found - exact).norm() / exact.norm()
     assert 1e-4 < error < 0.06  # 0.038 a product; norms and residuals keep it from adding up
+
+
+def test_a_loop_of_ones_own_has_the_bits_of_the_converted_model() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*(torch.nn.Linear(128, 128) for _ in range(3)))
+    x, grad = torch.randn(16, 128), torch.randn(16, 128)
+    converted = convert_to_deepopt(model, fp8="blockwise")
+    plain = copy.deepcopy(model)
+    assert [isinstance(m, Fp8Linear) for m in plain] == [True, True, False]
+    expected = [plain(part) for part in x.chunk(2)]
+    for output, part in zip(expected, grad.chunk(2), strict=True):
+        output.backward(part)
+    pipeline = BiStreamPipeline(converted, 1, microbatches=2)
+    found = pipeline.forward_pass(x)
+    assert torch.equal(found, torch.cat(expected))
+    pipeline.backward_pass(grad)
+    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad)  # type: ignore[arg-type]
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
