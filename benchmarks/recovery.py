@@ -124,7 +124,7 @@ def main() -> None:
     )
     say(f"job:      {WORKERS} workers, built-in model {job.model.kwargs}")
     say(f"measured: {options.rounds} run(s) each in turns, {options.faults} fault(s) a run\n")
-    found: dict[Case, list[Fault]] = {case: [] for case in CASES if options.only in case.name}
+    found: dict[Case, list[Fault]] = {case: [] for case in chosen(options.only)}
     found, notes = _without_hosts(found)
     losses: dict[int, float] = {}
     with tempfile.TemporaryDirectory(prefix="deepopt-bench-") as folder:
@@ -147,6 +147,22 @@ def main() -> None:
             _check_losses(job, losses)
     _tell(found, notes, losses)
     _tell_ratio(found)
+
+
+def chosen(names: Sequence[str]) -> list[Case]:
+    """The cases to measure, in their order.
+
+    Args:
+        names: each a part of the names of those wanted; none: all of them.
+
+    Raises:
+        ValueError: a name is in no case's.
+    """
+    for name in names:
+        if not any(name in case.name for case in CASES):
+            known = ", ".join(f'"{case.name}"' for case in CASES)
+            raise ValueError(f'--only "{name}" is in none of {known}')
+    return [case for case in CASES if not names or any(name in case.name for name in names)]
 
 
 def _without_hosts(
@@ -387,10 +403,19 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--rounds", type=int, help="runs of each side [4, quick: 1]")
     parser.add_argument("--faults", type=int, help="faults a run [5, quick: 2]")
-    parser.add_argument("--only", default="", help="contenders with this in their name [all]")
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        help="contenders with this in their name; several times: more of them, in turns [all]",
+    )
     parser.add_argument("--timeout-s", type=float, default=180.0, help="longest wait [180]")
     parser.add_argument("--quick", action="store_true", help="short: does it run?")
     options = parser.parse_args()
+    try:
+        chosen(options.only)
+    except ValueError as error:
+        parser.error(str(error))
     options.rounds = options.rounds or (1 if options.quick else 4)
     options.faults = options.faults or (2 if options.quick else 5)
     return options

@@ -123,3 +123,18 @@ def test_the_95th_percentile_of_recoveries_is_told_beside_its_aim(load: Any) -> 
     name, *cells = recovery._row(recovery.OURS, faults)
     assert name == "death: deepopt, mirror, spare"
     assert cells == ["20", "1.05", "2.00", "2.00", "2", "1.0"]
+
+
+def test_recoveries_of_chosen_contenders_are_measured_in_turns(load: Any) -> None:
+    chosen = load("recovery").chosen
+    assert [
+        case.name for case in chosen(["torchrun pipelining", "death: deepopt, mirror, spare"])
+    ] == [
+        "death: deepopt, mirror, spare",
+        "death: torchrun pipelining, disk",
+    ]
+    assert len(chosen([])) == 9
+    with pytest.raises(
+        ValueError, match='"deth" is in none of "death: deepopt, mirror, spare"'
+    ):
+        chosen(["deth"])
