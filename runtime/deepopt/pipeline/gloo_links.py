@@ -3,7 +3,9 @@
 Nothing in torch 2.13 unblocks a gloo operation from another thread; `shutdown(2)` on gloo's own
 sockets does. They are found exactly, because others (Ray's) must stay untouched: an accepted one
 has the group's listening port here, one that was opened has a peer's listening address there. The
-store's connections are ended as well: a group that forms waits for keys. Linux only: reads /proc.
+store's connections are ended as well: a group that forms waits for keys. One that has all keys waits
+for peers to connect, and a dead one never does: connections are made in their place, and ended. Linux
+only: reads /proc.
 """
 
 from __future__ import annotations
@@ -11,8 +13,9 @@ from __future__ import annotations
 import json
 import os
 import socket
+import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 Address = tuple[str, int]
@@ -20,6 +23,10 @@ Address = tuple[str, int]
 
 _DESCRIPTORS = "/proc/self/fd"
 _FAMILIES = (socket.AF_INET, socket.AF_INET6)
+_PAIR_NUMBER = struct.Struct(
+    "<q"
+)  # what gloo's connecting side says first: which pair it is for
+_CONNECT_TIMEOUT_S = 0.5  # to a port of this very process
 
 
 class GlooLinks:
@@ -28,6 +35,7 @@ class GlooLinks:
     def __init__(self) -> None:
         self._own: frozenset[Address] = frozenset()  # where the group accepts connections
         self._others: frozenset[Address] = frozenset()  # where they lead to
+        self._forming: tuple[frozenset[Address], int] | None = None  # listening before, pairs
 
     @contextmanager
     def watch(self, store: Any, *, rank: int, world_size: int) -> Iterator[None]:
@@ -42,7 +50,11 @@ class GlooLinks:
         home = frozenset([(server.host, server.port)] if hasattr(server, "port") else [])
         self._own, self._others = frozenset(), home
         before = _listening()
-        yield
+        self._forming = before, world_size
+        try:
+            yield
+        finally:
+            self._forming = None
         self._own = _listening() - before
         store.set(f"links/{rank}", json.dumps(sorted(self._own)))
         told = store.multi_get([f"links/{other}" for other in range(world_size)])
@@ -67,7 +79,22 @@ class GlooLinks:
                     count += 1
             except OSError:  # not connected, or gone meanwhile
                 continue
+        if (forming := self._forming) is not None:
+            before, num_pairs = forming
+            for address in _listening() - before:
+                _answer_for_the_dead(address, num_pairs=num_pairs)
         return count
+
+
+def _answer_for_the_dead(address: Address, *, num_pairs: int) -> None:
+    """Connect to a group that forms in the place of all its peers, and close: its wait for them ends
+    with an error. A pair that has its peer already takes no notice."""
+    for number in range(num_pairs):
+        with (
+            suppress(OSError),  # it does not listen any more: nothing waits there
+            socket.create_connection(address, timeout=_CONNECT_TIMEOUT_S) as connection,
+        ):
+            connection.sendall(_PAIR_NUMBER.pack(number))
 
 
 def _listening() -> frozenset[Address]:

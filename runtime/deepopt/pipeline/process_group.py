@@ -277,6 +277,12 @@ class ProcessGroupTransport:
         cuda = self._device.type == "cuda"
         learning = self._links.watch(self._store, rank=self._rank, world_size=self._world_size)
         with as_transport_error(what), learning:
+            # After `learning` has begun: an interrupt from now on ends what this waits for. One that
+            # came before has ended nothing, and a peer that had arrived may be dead by now.
+            self._refuse_if_interrupted(what)
+            # torch counts a group that did not form and puts the count into its keys: a new process,
+            # which has none behind it, would wait for keys that nobody writes.
+            dist.distributed_c10d._world.group_count = 0
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if cuda else "gloo",
                 store=self._store,
@@ -285,8 +291,15 @@ class ProcessGroupTransport:
                 timeout=self._timeout,
                 device_id=self._device if cuda else None,
             )
+            # It may look formed: with connections that were made in the place of dead peers.
+            self._refuse_if_interrupted(what)
         if self._interrupted.is_set():  # while the links were not all known
             self._links.cut()
+            self._refuse_if_interrupted(what)
+
+    def _refuse_if_interrupted(self, what: str) -> None:
+        if self._interrupted.is_set():
+            raise TransportError(f"{what} was interrupted")
 
     def _post(
         self, channel: Channel, message: int, specs: Sequence[TensorSpec]
