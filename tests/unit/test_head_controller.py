@@ -382,7 +382,7 @@ def test_a_resume_begins_with_the_whole_budget_and_a_new_head_does_not(open_head
     assert head.status["state"] == "recovering"
 
 
-def test_a_host_that_fails_again_and_again_is_named(open_head: Open) -> None:
+def test_a_host_that_fails_again_and_again_is_named_once(open_head: Open) -> None:
     head = open_head(bad_host_after=2).start().ready().steps(1, 2)
     head.dies(0)
     head.wait(0.5)
@@ -392,6 +392,10 @@ def test_a_host_that_fails_again_and_again_is_named(open_head: Open) -> None:
     head.wait(0.5)
     (warning,) = [e for e in head.events("warning") if "alpha" in e["message"]]
     assert "2 faults or more: alpha" in warning["message"]
+    head.ready().steps(3, 4)
+    head.dies(0)
+    head.wait(0.5)
+    assert len([e for e in head.events("warning") if "alpha" in e["message"]]) == 1  # once
 
 
 def test_a_silent_worker_is_suspect_then_killed_and_replaced(open_head: Open) -> None:

@@ -49,6 +49,7 @@ class Losses:
         self._former = former
         self._shrinking = shrinking
         self._ending = ending
+        self._named_hosts: set[str] = set()  # that people were told to look at
 
     def look(self, generation: Generation, *, now_s: float) -> None:
         """Look for workers that are late, silent or stuck."""
@@ -315,10 +316,11 @@ class Losses:
                     host=verdict.blame.culprit.host,
                 )
             )
-            if verdict.bad_hosts:
+            if new := [h for h in verdict.bad_hosts if h not in self._named_hosts]:
+                self._named_hosts.update(new)
                 self._record.warn(
                     f"host(s) with {self._record.limits.bad_host_after} faults or more: "
-                    f"{', '.join(verdict.bad_hosts)}; look at them, or leave them out of the hostfile"
+                    f"{', '.join(new)}; look at them, or leave them out of the hostfile"
                 )
         elif isinstance(verdict, recovery.Fail):
             fault.next = "the job ends as failed"
