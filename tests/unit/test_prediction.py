@@ -179,6 +179,19 @@ def test_messages_other_processes_and_the_rest_are_told_apart() -> None:
     assert found[REST] > 0.2
 
 
+def test_what_others_used_is_a_mean_and_set_against_the_mean_step() -> None:
+    prediction = predicted(cores=1)
+    # They had half the core in the mean, in a few long steps most of it.
+    run = replace(
+        measured(prediction), step_s=2 * prediction.step_s, mean_step_s=4 * prediction.step_s
+    )
+    others = [{**parts, "others_cpu_s": 2 * prediction.step_s} for parts in run.parts_s]
+    run = replace(run, parts_s=others)
+    found = {c.what: c.share for c in causes(prediction, run, plan=PLAN, schedule=SCHEDULE)}
+    assert found["other processes on the cores that the workers share"] == pytest.approx(1.0)
+    assert found[REST] == pytest.approx(0.0)
+
+
 def test_real_work_that_overran_its_emulated_time_is_named() -> None:
     prediction = predicted()
     run = replace(measured(prediction), step_s=prediction.step_s + 6.0, late_s=6.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 from deepopt.errors import RunDirectoryError
@@ -75,6 +75,7 @@ def prediction_fields(
         return {}
     measured = MeasuredRun(
         step_s=median(step_s[WARM_UP_STEPS:]),
+        mean_step_s=fmean(step_s[WARM_UP_STEPS:]),
         op_times_s=op_times_s,
         parts_s=with_others(parts_s, hosts),
         late_s=max(late_s, default=0.0) / len(step_s),

@@ -134,12 +134,14 @@ class MeasuredRun:
         op_times_s: of each worker, seconds by `STAGE OP`.
         parts_s: of each worker, seconds of a step by part (`worker.step_parts`).
         late_s: by how much the operations of the latest emulated device overran in a step.
+        mean_step_s: of the same steps, since what other processes used is a mean; None: as `step_s`.
     """
 
     step_s: float
     op_times_s: Sequence[Mapping[str, float]]
     parts_s: Sequence[Mapping[str, float]]
     late_s: float = 0.0
+    mean_step_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,7 +179,7 @@ def causes(
         before = now
     if prediction.cores is not None:
         others = max(0.0, fmean(parts.get("others_cpu_s", 0.0) for parts in run.parts_s))
-        taken = min(0.9, others / (prediction.cores * run.step_s))
+        taken = min(0.9, others / (prediction.cores * (run.mean_step_s or run.step_s)))
         now = before / (1 - taken)
         found.append(Cause(what=OTHERS, share=(now - before) / prediction.step_s))
         before = now
