@@ -467,6 +467,43 @@ def test_an_agents_word_that_comes_after_ray_s_still_names_the_signal(open_head:
     assert head.status["error"]["culprit"]["message"] == "its process was killed by SIGSEGV"
 
 
+def test_recovery_does_not_wait_for_the_agents_word_and_the_report_takes_it(
+    open_head: Open,
+) -> None:
+    head = open_head().start().ready().steps(1, 2)
+    head.fails(0, kind="peer")
+    head.dies(1, "its process is gone: killed, or out of memory")
+    head.controller.tick()
+    assert head.sender(0).generation == 2  # formed at once
+    head.exits(1, "killed by SIGKILL")
+    head.ready().steps(3, 3)
+    head.wait(0.5)
+    (fault,) = head.status["faults"]
+    assert fault["outcome"] == "recovered"
+    assert fault["culprit"]["message"] == "its process was killed by SIGKILL"
+
+
+def test_a_job_that_ends_waits_a_moment_for_the_agents_word(open_head: Open) -> None:
+    head = open_head(max_restarts=0).start().ready()
+    head.fails(0, kind="peer")
+    head.dies(1, "its process is gone: killed, or out of memory")
+    head.controller.tick()
+    assert head.controller.outcome is None
+    head.exits(1, "killed by SIGKILL")
+    head.controller.tick()
+    assert head.status["error"]["culprit"]["message"] == "its process was killed by SIGKILL"
+
+
+def test_a_job_that_ends_waits_no_longer_for_an_agent_that_says_nothing(
+    open_head: Open,
+) -> None:
+    head = open_head(max_restarts=0).start().ready()
+    head.fails(0, kind="peer")
+    head.dies(1, "its process is gone: killed, or out of memory")
+    head.wait(0.5)
+    assert head.status["state"] == "failed"
+
+
 def test_processes_of_others_are_not_taken_for_workers(open_head: Open) -> None:
     head = open_head().start().ready()
     head.controller.handle(ProcessEnded(host="beta", pid=101, how="killed by SIGKILL"))

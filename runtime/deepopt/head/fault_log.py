@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deepopt.clock import utc_now
+from deepopt.head.generation import with_exit
 from deepopt.head.liveness import Cause
 from deepopt.head.recovery import Blame
 from deepopt.head.status import failure_json
@@ -71,6 +72,26 @@ class FaultRecord:
     def is_judged(self) -> bool:
         """Whether it is known whose fault it was."""
         return self.blame is not None or self.cause == Cause.HEAD
+
+    def name_exit(self, pid: int, *, host: str, words: str) -> None:
+        """Take an agent's word on how a process ended that was judged before it came.
+
+        Args:
+            pid: of the process.
+            host: where it was.
+            words: `process_look.exit_words`.
+        """
+        if self.blame is None:
+            return
+
+        def named(failure: Failure) -> Failure:
+            is_it = (failure.pid, failure.host) == (pid, host)
+            return with_exit(failure, words) if is_it else failure
+
+        self.blame = Blame(
+            culprit=named(self.blame.culprit),
+            victims=tuple(named(victim) for victim in self.blame.victims),
+        )
 
     def times_s(self) -> dict[str, float]:
         """Seconds by part, those that are over; `total` from the last good sign to the end."""

@@ -130,9 +130,9 @@ class Generation:
         member = self.members[rank]
         member.exit_words = words
         before = member.failure
-        if before is None or before.kind != "death" or before.traceback or not words:
+        if before is None:
             return
-        member.failure = replace(before, message=how_gone(words))
+        member.failure = with_exit(before, words)
         self.failures[self.failures.index(before)] = member.failure
 
     def standings(self) -> dict[int, Standing]:
@@ -150,6 +150,18 @@ class Generation:
     def peak_flops(self) -> Mapping[int, float]:
         """FLOP/s of each rank's device; 0 when unknown."""
         return {m.sender.rank: m.ready.peak_flops for m in self.members if m.ready is not None}
+
+
+def with_exit(failure: Failure, words: str) -> Failure:
+    """A failure with its host's agent's word on how the process ended, where that says more.
+
+    Args:
+        failure: as it was told.
+        words: `process_look.exit_words`; empty when nobody knows.
+    """
+    if failure.kind != "death" or failure.traceback or not words:
+        return failure
+    return replace(failure, message=how_gone(words))
 
 
 def make_members(

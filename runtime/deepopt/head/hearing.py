@@ -65,6 +65,9 @@ class Hearing:
             if rank is not None:
                 generation.note_exit(rank, event.how)
                 self._record.group.confirm_exit(rank, how=event.how)
+            elif (fault := self._record.faults.open) is not None:
+                # Ray's word came first, and recovery did not wait for this one.
+                fault.name_exit(event.pid, host=event.host, words=event.how)
             return
         ranks = {
             pid: rank

@@ -20,6 +20,9 @@ from deepopt.head.state import JobState
 from deepopt.telemetry import events
 from deepopt.worker.messages import Failure
 
+# Ray tells of a process's end, its host's agent of the signal as well, and either may be first. A job
+# that ends because of it waits so long for the agent's word; one that goes on takes it when it comes.
+AGENT_WORD_S = 0.3
 # After a worker's own error no group is formed; others may still have a word to add.
 OWN_GRACE_S = 0.5
 
@@ -261,6 +264,8 @@ class Losses:
             stopping=self._record.state is JobState.STOPPING,
             preempted=frozenset(m.sender.rank for m in generation.members if m.preempted),
         )
+        if isinstance(verdict, recovery.Fail) and self._awaits_agent(generation, now_s=now_s):
+            return
         self._judge(verdict)
         if isinstance(verdict, recovery.Fail):
             self._ending.failed(
@@ -294,6 +299,18 @@ class Losses:
             generation.committer.drain(timeout_s=self._ending.drain_timeout_s)
         )
         self._former.form(reason=why, before=generation)
+
+    def _awaits_agent(self, generation: Generation, *, now_s: float) -> bool:
+        """Whether an agent may still say how a process ended that Ray has told of."""
+        fault = self._record.faults.open
+        if fault is None or now_s - fault.noticed_s >= AGENT_WORD_S:
+            return False
+        return any(
+            m.failure is not None
+            and m.failure.kind == "death"
+            and not (m.exit_words or m.failure.traceback)
+            for m in generation.members
+        )
 
     def _judge(self, verdict: recovery.Verdict) -> None:
         """Write down whose fault it was and what is done about it, before it is done."""
