@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +24,7 @@ from deepopt.errors import ClusterError, InputError
 from deepopt.launch.fp8_words import fp8_words
 from deepopt.pipeline.weight_probe import probe
 from deepopt.pipeline.weight_trial import Way
+from deepopt.planner.skeleton import ModelSkeleton
 from deepopt.worker.calibrate import layer_kinds
 from deepopt_kernels.fp8_linear import Fp8Linear
 from support.converted import in_stages, of_original
@@ -286,6 +288,16 @@ def test_a_layer_that_keeps_its_precision_is_measured_for_itself() -> None:
     first, second, third = layer_kinds(describe(job).layers)[1:4]
     assert first == third
     assert first != second
+
+
+@pytest.mark.parametrize("factory", ["deepopt.models.moe_transformer:build", f"{SOURCE}:llama"])
+def test_checkpoints_are_those_of_the_model_without_fp8(factory: str) -> None:
+    sections: dict[str, Any] = {"model": {"factory": factory}}
+    plain = describe(make_job({}, **sections))
+    inside = describe(make_job({"fp8": "blockwise", "fp8_include": ["*"]}, **sections))
+    assert inside.num_fp8 > plain.num_fp8 == 0
+    assert inside.fingerprint() == plain.fingerprint()
+    assert ModelSkeleton.from_json(json.loads(json.dumps(inside.to_json()))) == inside
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
