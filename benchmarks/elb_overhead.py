@@ -84,11 +84,14 @@ def in_turns(runs: dict[str, Callable[[], float]], *, rounds: int) -> dict[str, 
 
 def choice_bytes(tokens: int, experts: int, top_k: int) -> tuple[int, int]:
     """Bytes that choosing reads and writes on a GPU, without the product: plain (softmax, then top-k), and
-    ours (one kernel that reads the logits once, counts in the cache, and writes ids and counts)."""
+    ours (softmax, its sum with half the logits, and one kernel that reads that once, counts in the cache,
+    and writes ids and counts)."""
     logits, chosen = 4 * tokens * experts, 12 * tokens * top_k
     plain = 3 * logits + chosen  # softmax reads and writes, top-k reads
     counts = 4 * (experts * (NUM_BINS + 1) + 2)
-    ours = logits + 2 * counts + chosen + 8 * tokens * top_k  # softmax over the k alone
+    # Softmax reads and writes, the sum reads two and writes one, the choice reads; gate weights are a softmax
+    # over the k alone.
+    ours = 6 * logits + 2 * counts + chosen + 8 * tokens * top_k
     return plain, ours
 
 
