@@ -27,6 +27,7 @@ CAUSES = {
     "collective": "no data moves: all wait for each other",
     "setup": "not ready in time",
     "error": "its own error",
+    "device": "its device is gone or broken",
     "peer": "a peer or a link failed",
     "head": "the head's process ended",
 }

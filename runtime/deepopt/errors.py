@@ -8,6 +8,7 @@
     ├── ScheduleError                1    a schedule breaks one of its own rules
     ├── CheckpointError              1    a checkpoint is damaged, incomplete or of another model
     ├── ClusterError                 3    Ray, ssh, ports, hosts or devices
+    │   └── DeviceError              3    ... a worker's device is not there
     ├── WorkersLostError             4    more workers lost than the budget allows
     ├── TrainingError                5    the model raised, NaN, out of memory
     └── TransportError               4    a peer or link failed while tensors moved (a victim's error)
@@ -75,6 +76,10 @@ class ClusterError(DeepoptError):
     """Processes cannot be placed or started: Ray, ssh, ports, hosts, devices."""
 
     exit_code: ClassVar[int] = 3
+
+
+class DeviceError(ClusterError):
+    """A worker's device is not there: the work can go on with another one."""
 
 
 class WorkersLostError(DeepoptError):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from deepopt.cluster.group import PlaceFound, WorkerGone, WorkerUp
 from deepopt.config import FaultsConfig, JobConfig
 from deepopt.head.journal import read_journal, replay
-from deepopt.head.resize import grows_now, layouts, plan_for
+from deepopt.head.resize import bad_places, grows_now, layouts, plan_for
 from deepopt.planner.plan import Plan
 from deepopt.telemetry.files import read_json
 from deepopt.worker.messages import RunEnded, Standing
@@ -227,6 +227,50 @@ def test_a_host_that_is_gone_is_not_waited_for(open_head: Open) -> None:
     interrupted(head, version=3)
     assert head.group.places == (0, 2)
     assert len(head.status["faults"]) == 1
+
+
+def loses_device(head: HeadUnderTest, rank: int, *, version: int, step: int) -> None:
+    """A worker's device is gone; the others stand."""
+    head.fails(rank, "device", step=step, message="CUDA error: uncorrectable ECC error")
+    for other in {0, 1, 2} - {rank}:
+        head.fails(other, "peer", standing=standing(head, other, version=version))
+    head.controller.tick()
+
+
+def test_a_device_that_is_lost_again_is_done_without(open_head: Open) -> None:
+    head = open_head().start().ready(data=DATA).steps(1, 3)
+    loses_device(head, 1, version=3, step=4)
+    assert (head.sender(0).generation, head.group.places) == (2, (0, 1, 2))  # a new process
+    loses_device(head, 1, version=3, step=0)  # while it is set up
+    assert (head.sender(0).generation, head.group.places) == (3, (0, 2))
+    assert head.group.kept == {0: 0, 1: 2}
+    head.ready().steps(4, 5)
+    head.wait(60.0, beating=[0, 1])
+    assert (head.status["state"], len(head.status["workers"])) == ("running", 2)
+    assert head.group.sought == ()  # its process would start, and lose the device
+    last = head.status["faults"][-1]
+    assert last["next"].endswith("shrank to 2 worker(s): no device that works for rank 1")
+    assert (last["cause"], last["outcome"]) == ("device", "recovered")
+
+
+def test_a_lost_device_ends_a_job_that_may_not_shrink(open_head: Open) -> None:
+    head = open_head(shrink="never").start().ready(data=DATA).steps(1, 3)
+    loses_device(head, 1, version=3, step=4)
+    loses_device(head, 1, version=3, step=0)
+    assert head.status["state"] == "failed"
+    assert "rank 1 failed while starting: CUDA error" in head.status["error"]["message"]
+
+
+def test_a_first_launch_without_a_device_fails_at_once(open_head: Open) -> None:
+    head = open_head().start()
+    loses_device(head, 1, version=0, step=0)
+    assert head.status["state"] == "failed"
+    assert "failed while starting: CUDA error" in head.status["error"]["message"]
+
+
+def test_devices_lost_long_ago_make_no_place_a_bad_one() -> None:
+    lost_s = {0: [10.0, 90.0], 1: [80.0, 90.0], 2: [90.0]}
+    assert bad_places(lost_s, now_s=100.0, window_s=50.0) == {1}
 
 
 def test_a_first_launch_does_not_shrink(open_head: Open) -> None:

@@ -65,6 +65,7 @@ class Cause(StrEnum):
     COLLECTIVE = "collective"  # it speaks, and all wait for each other: no data moves
     SETUP = "setup"  # not ready in time
     ERROR = "error"  # its own error
+    DEVICE = "device"  # its device is gone or broken
     PEER = "peer"  # a peer or a link failed
     HEAD = "head"  # the head's process ended
 

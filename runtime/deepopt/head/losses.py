@@ -187,6 +187,9 @@ class Losses:
             generation.liveness.release(failure.sender.rank)
             return
         now_s = self._record.clock.monotonic_s()
+        if failure.kind == "device":
+            place = self._record.places[failure.sender.rank]
+            self._record.lost_devices_s.setdefault(place, []).append(now_s)
         if since_s is None:
             age_s = generation.liveness.age_s(failure.sender.rank, now_s=now_s)
             since_s = now_s - (age_s or 0.0)
@@ -255,6 +258,8 @@ class Losses:
             if not generation.failures:  # it came to its end meanwhile
                 generation.settle_by_s = self._record.faults.open = None
                 return
+        leaves_out = self._shrinking.can_leave_out(generation)
+        never_ran = self._record.state is JobState.STARTING
         verdict = recovery.decide(
             generation.failures,
             spent=self._record.spent,
@@ -263,6 +268,8 @@ class Losses:
             step_done=self._record.progress.step,
             stopping=self._record.state is JobState.STOPPING,
             preempted=frozenset(m.sender.rank for m in generation.members if m.preempted),
+            needs_device=never_ran
+            or (self._shrinking.has_bad_places(generation) and not leaves_out),
         )
         if isinstance(verdict, recovery.Fail) and self._awaits_agent(generation, now_s=now_s):
             return
@@ -298,6 +305,9 @@ class Losses:
         self._account.take_commits(
             generation.committer.drain(timeout_s=self._ending.drain_timeout_s)
         )
+        if leaves_out:
+            self._shrinking.leave_out(generation)
+            return
         self._former.form(reason=why, before=generation)
 
     def _awaits_agent(self, generation: Generation, *, now_s: float) -> bool:

@@ -22,6 +22,7 @@ from deepopt.head.journal import Journal, replay
 from deepopt.head.load_forecast import LoadForecast
 from deepopt.head.measures import Pace
 from deepopt.head.prediction_report import load_prediction
+from deepopt.head.resize import bad_places
 from deepopt.head.state import JobState, advance
 from deepopt.head.status import Identity, Progress, status_of
 from deepopt.pipeline.weight_ways import Verdict
@@ -68,6 +69,7 @@ class JobRecord:
         places: index of the place of each rank of `plan`.
         last_plan_id: of the newest plan.
         shrunk_s: when the job shrank, on the head's monotonic clock.
+        lost_devices_s: when each place lost its device, on that clock.
         weight_ways: how weight gradients are computed, as workers found it out.
     """
 
@@ -113,6 +115,7 @@ class JobRecord:
         self.places = tuple(range(plan.world_size))
         self.last_plan_id = max(plan.plan_id, history.plan_id)
         self.shrunk_s: list[float] = []
+        self.lost_devices_s: dict[int, list[float]] = {}
         self.error: dict[str, Any] | None = None
         self.tokens_seen: dict[int, int | None] = {0: 0}
         self.data_fingerprint: str | None = None
@@ -125,8 +128,15 @@ class JobRecord:
 
     @property
     def missing_places(self) -> tuple[int, ...]:
-        """Places of the full job that have no worker."""
-        return tuple(p for p in range(self.wanted.world_size) if p not in self.places)
+        """Places of the full job that have no worker and may have one."""
+        taken = {*self.places, *self.bad_places}
+        return tuple(p for p in range(self.wanted.world_size) if p not in taken)
+
+    @property
+    def bad_places(self) -> frozenset[int]:
+        """Places whose device was lost again and again."""
+        now_s, window_s = self.clock.monotonic_s(), self.limits.window_s
+        return bad_places(self.lost_devices_s, now_s=now_s, window_s=window_s)
 
     @property
     def has_run(self) -> bool:

@@ -87,7 +87,8 @@ Verdict = Restart | Fail | StopAnyway
 def find_culprit(failures: Sequence[Failure]) -> Blame:
     """Choose the failure that explains the others.
 
-    A dead process comes first, then a worker's own error, then a hang, then the first victim.
+    A dead process comes first, then a lost device, then a worker's own error, then a hang, then the
+    first victim.
     Of several of one kind the earliest counts; of one rank only its first word does.
 
     Args:
@@ -97,7 +98,7 @@ def find_culprit(failures: Sequence[Failure]) -> Blame:
     first: dict[int, Failure] = {}
     for failure in failures:
         first.setdefault(failure.sender.rank, failure)
-    order = {"death": 0, "setup": 1, "error": 1, "hang": 2, "peer": 3}
+    order = {"death": 0, "device": 1, "setup": 2, "error": 2, "hang": 3, "peer": 4}
     culprit = min(first.values(), key=lambda failure: order[failure.kind])
     victims = tuple(failure for failure in first.values() if failure is not culprit)
     return Blame(culprit=culprit, victims=victims)
@@ -109,6 +110,7 @@ def cause_of(failure: Failure) -> str:
         "death": Cause.EXIT,
         "setup": Cause.SETUP,
         "error": Cause.ERROR,
+        "device": Cause.DEVICE,
         "peer": Cause.PEER,
     }
     return str(failure.cause or by_kind.get(failure.kind, Cause.SILENT))
@@ -123,6 +125,7 @@ def decide(
     step_done: int,
     stopping: bool,
     preempted: frozenset[int] = frozenset(),
+    needs_device: bool = False,
 ) -> Verdict:
     """What to do after a worker group has failed.
 
@@ -134,12 +137,15 @@ def decide(
         step_done: the last step that all have done.
         stopping: whether the job was asked to stop.
         preempted: ranks whose workers had been told to go.
+        needs_device: whether the job can neither have another device nor do with fewer.
     """
     blame = find_culprit(failures)
     culprit = blame.culprit
     who = f"rank {culprit.sender.rank}" + (f" on {culprit.host}" if culprit.host else "")
-    if culprit.kind in OWN_ERROR_KINDS and culprit.exit_code != WorkersLostError.exit_code:
-        doing = "while starting" if culprit.kind == "setup" else f"in step {culprit.step}"
+    own = culprit.kind in OWN_ERROR_KINDS or (culprit.kind == "device" and needs_device)
+    if own and culprit.exit_code != WorkersLostError.exit_code:
+        starts = culprit.kind == "setup" or culprit.step == 0
+        doing = "while starting" if starts else f"in step {culprit.step}"
         return Fail(
             blame=blame,
             exit_code=culprit.exit_code,

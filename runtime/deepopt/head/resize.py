@@ -20,6 +20,7 @@ from deepopt.planner.skeleton import ModelSkeleton
 
 SEARCH_EFFORT = 20_000  # a tenth of a launch's: workers wait for it
 _AUTO = "auto"
+BAD_PLACE_AFTER = 2  # lost devices at one place: a first one may be mended by a new process
 
 
 def without_place(generation: Generation, *, now_s: float, faults: FaultsConfig) -> list[int]:
@@ -36,6 +37,23 @@ def without_place(generation: Generation, *, now_s: float, faults: FaultsConfig)
     missing = [m.sender.rank for m in generation.members if not m.pid and m.failure is None]
     left = len(generation.members) - len(missing)
     return missing if left >= faults.min_workers else []
+
+
+def bad_places(
+    lost_s: Mapping[int, Sequence[float]], *, now_s: float, window_s: float
+) -> frozenset[int]:
+    """Places whose device was lost again: a new process there would lose it once more.
+
+    Args:
+        lost_s: when each place lost its device.
+        now_s: the time.
+        window_s: how long a loss counts.
+    """
+    return frozenset(
+        place
+        for place, times_s in lost_s.items()
+        if sum(now_s - at_s < window_s for at_s in times_s) >= BAD_PLACE_AFTER
+    )
 
 
 def grows_now(

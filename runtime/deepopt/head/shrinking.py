@@ -60,10 +60,37 @@ class Shrinking:
         Args:
             generation: the group that has ended.
         """
+        self._do_without(generation, generation.unplaced, why="no device")
+
+    def has_bad_places(self, generation: Generation) -> bool:
+        """Whether a group has places whose device is lost again and again."""
+        return bool(self._bad_ranks(generation))
+
+    def can_leave_out(self, generation: Generation) -> bool:
+        """Whether the job goes on without the places whose device is lost again and again."""
+        faults, bad = self._record.job.faults, self._bad_ranks(generation)
+        left = len(generation.members) - len(bad)
+        return bool(bad) and faults.shrink != "never" and left >= faults.min_workers
+
+    def leave_out(self, generation: Generation) -> None:
+        """Go on without the places whose device is lost again and again.
+
+        Args:
+            generation: the group that has ended.
+        """
+        self._do_without(generation, self._bad_ranks(generation), why="no device that works")
+
+    def _bad_ranks(self, generation: Generation) -> frozenset[int]:
+        bad, places = self._record.bad_places, self._record.places
+        return frozenset(
+            m.sender.rank for m in generation.members if places[m.sender.rank] in bad
+        )
+
+    def _do_without(self, generation: Generation, ranks: Collection[int], *, why: str) -> None:
         record = self._record
-        who = ", ".join(str(rank) for rank in sorted(generation.unplaced))
-        left = [p for r, p in enumerate(record.places) if r not in generation.unplaced]
-        why = f"no device for rank {who}"
+        who = ", ".join(str(rank) for rank in sorted(ranks))
+        left = [p for r, p in enumerate(record.places) if r not in ranks]
+        why = f"{why} for rank {who}"
         try:
             self._former.shrink(left, reason=f"shrank to {len(left)} worker(s): {why}")
         except PlanError as problem:

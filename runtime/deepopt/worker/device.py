@@ -10,11 +10,46 @@ import time
 import torch
 
 from deepopt.config import JobConfig
-from deepopt.errors import ClusterError, InputError
+from deepopt.errors import DeviceError, InputError
 from deepopt.telemetry.flops import device_peak_flops
 
 _PROBE_SIZE = 512  # elements a side: 0.27 GFLOP, about 10 ms on one CPU core
 _PROBES = 5
+
+
+# What the driver says of a device that is gone or broken, or of itself. An illegal access or a failed
+# assertion is not among them: that is the model's code, and it would do the same elsewhere.
+_DEVICE_IS_LOST = (
+    "no cuda gpus are available",
+    "no cuda-capable device is detected",
+    "cuda-capable device(s) is/are busy or unavailable",
+    "cuda driver initialization failed",
+    "cuda unknown error",
+    "driver shutting down",
+    "invalid device ordinal",
+    "uncorrectable ecc error",
+    "uncorrectable nvlink error",
+    "hardware stack error",
+    "system not yet initialized",
+    "system has unsupported display driver / cuda driver combination",
+)
+
+
+def is_device_lost(error: BaseException) -> bool:
+    """Whether an error says that the device is gone or broken, so that the work can go on elsewhere.
+
+    Args:
+        error: of a worker; its causes are looked at as well.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, DeviceError):
+            return True
+        said = str(seen).lower()
+        if isinstance(seen, RuntimeError) and any(words in said for words in _DEVICE_IS_LOST):
+            return True
+        seen = seen.__cause__
+    return False
 
 
 def pin_gpu(job: JobConfig, *, rank: int) -> None:
@@ -42,12 +77,12 @@ def choose_device(job: JobConfig) -> torch.device:
     """The device of this process: the GPU that the cluster made visible to it, or the CPU.
 
     Raises:
-        ClusterError: the job wants CUDA and there is none here.
+        DeviceError: the job wants CUDA and there is none here.
     """
     wanted = job.worker.device
     available = torch.cuda.is_available()
     if wanted == "cuda" and not available:
-        raise ClusterError(
+        raise DeviceError(
             "worker.device is cuda, but torch sees no GPU in the worker's process",
             remedy="check the driver and torch's CUDA build, or set worker.device to cpu",
         )

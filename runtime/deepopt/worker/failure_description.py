@@ -9,6 +9,7 @@ import traceback
 import torch
 
 from deepopt.errors import DeepoptError, TransportError
+from deepopt.worker.device import is_device_lost
 from deepopt.worker.messages import Failure, Heartbeat, Standing
 
 
@@ -18,13 +19,18 @@ def describe_failure(
     """Describe an error that a worker's set-up or training raised.
 
     Args:
-        error: a broken connection is a peer's; all others are the worker's own.
+        error: a broken connection is a peer's, a lost device the device's; all others are the
+            worker's own.
         beat: where the worker is.
         is_set_up: whether training had begun.
         standing: what the worker can go on with after an error of a peer.
     """
     own = "error" if is_set_up else "setup"
-    kind = "peer" if isinstance(error, TransportError) else own
+    kind = own
+    if isinstance(error, TransportError):
+        kind = "peer"
+    elif is_device_lost(error):
+        kind = "device"
     remedy = ""
     if isinstance(error, DeepoptError):
         message, remedy, exit_code = error.message, error.remedy, error.exit_code

@@ -306,7 +306,8 @@ class Failure:
 
     Args:
         kind: `error` (its own), `peer` (a victim: a peer or link failed), `death` (process
-            gone), `hang` (no sign of life or of progress), `setup` (before the first step).
+            gone), `hang` (no sign of life or of progress), `setup` (before the first step),
+            `device` (its device is gone or broken).
         step: step in work; 0 before the first.
         action: action in work, with stage, op and micro-batch; empty when between actions.
         message: one line.
