@@ -270,9 +270,13 @@ def test_batches_of_another_shape_are_named() -> None:
         data.source.batch(2, 0)
 
 
-def test_processes_of_a_loader_are_told_to_be_unused() -> None:
-    assert idle_readers(DataLoader(Pairs(4), num_workers=0)) is None
-    assert idle_readers(Pairs(4)) is None
-    told = idle_readers(DataLoader(Pairs(4), num_workers=1))
+def test_processes_of_a_loader_become_readers_but_not_for_a_stream() -> None:
+    loader = DataLoader(Pairs(4), num_workers=1, prefetch_factor=4)
+    data = read(loader)
+    assert (data.readers, data.prefetch) == (1, 4)
+    assert idle_readers(loader, data) is None
+    assert read(DataLoader(Pairs(4))).readers == 0
+    stream = DataLoader(Stream(4), batch_size=2, num_workers=1)
+    told = idle_readers(stream, read(stream))
     assert told is not None
-    assert told.startswith("num_workers=1 of the DataLoader is not used")
+    assert told.startswith("num_workers=1 of the DataLoader is not used: a stream")

@@ -60,6 +60,15 @@ class DataConfig(Section):
         description="`bytes`, or the name or path of a Hugging Face tokenizer (extra `[hf]`).",
     )
     sequence_length: Count = Field(default=128, description="Length of a sequence, in tokens.")
+    readers: Index = Field(
+        default=0,
+        description="Processes that read micro-batches ahead, of each worker that holds the first or the "
+        "last layers; 0: the worker reads when it needs one. Not for streams. The `num_workers` of a "
+        "`DataLoader` that `DeepTrainer` is given.",
+    )
+    prefetch: Count = Field(
+        default=2, description="Micro-batches that each reader has in work or ready."
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -100,6 +109,10 @@ class EvaluationConfig(Section):
         default=None,
         description="Micro-batches to evaluate at most, each of `training.microbatch_size`; null: "
         "all whole ones that the data has.",
+    )
+    readers: Index = Field(
+        default=0,
+        description="Processes that read the validation set ahead, as `data.readers`.",
     )
     alone: Annotated[bool, Strict()] = Field(
         default=False,

@@ -17,7 +17,7 @@ from deepopt.datasets.layout import (
     to_batch,
 )
 from deepopt.datasets.order import sample_index
-from deepopt.datasets.samples import Batch
+from deepopt.datasets.samples import Batch, sample_of
 from deepopt.datasets.seeded import seeded
 from deepopt.errors import InputError
 
@@ -38,6 +38,7 @@ class EpochSource:
             an epoch, with generators seeded by seed and epoch.
         num_samples: of an epoch, where its last step may lack some: it is filled up with its last
             sample again and again; None: all steps are whole.
+        on_reader: called with its number in each process that reads ahead.
         name: of the dataset, for errors.
         fingerprint: tells one dataset from another.
         description: for people.
@@ -58,6 +59,7 @@ class EpochSource:
         shuffle: bool = True,
         sampler: Any = None,
         num_samples: int | None = None,
+        on_reader: Callable[[int], Any] | None = None,
     ) -> None:
         self.fingerprint = fingerprint
         self.description = description
@@ -70,6 +72,7 @@ class EpochSource:
         self._shuffle = shuffle
         self._sampler = sampler
         self._name = name
+        self._on_reader = on_reader
         self._orders: dict[int, Sequence[Sequence[int]]] = {}
         self._parts: dict[int, list[Batch]] = {}
         self._shapes = SameShapes(name)
@@ -93,12 +96,21 @@ class EpochSource:
             size = layout.microbatch_size
             chosen = self._indices(epoch, index)[microbatch * size : (microbatch + 1) * size]
             with seeded(layout.seed, step, microbatch):
-                collated = self._collate([self._dataset[i] for i in chosen])
-            batch = to_batch(
-                collated, layout=layout, where=f"{where}, micro-batch {microbatch}"
-            )
+                place = f"{where}, micro-batch {microbatch}"
+                samples = [sample_of(self._dataset, i, where=place) for i in chosen]
+                collated = self._collate(samples)
+            batch = to_batch(collated, layout=layout, where=place)
         self.tokens_per_microbatch = num_tokens(batch)
         return self._shapes.check(batch, step=step, microbatch=microbatch)
+
+    def begin_reader(self, number: int) -> None:
+        """Get ready in a process that reads ahead.
+
+        Args:
+            number: of the process, from 0.
+        """
+        if self._on_reader is not None:
+            self._on_reader(number)
 
     @property
     def num_microbatches(self) -> int:

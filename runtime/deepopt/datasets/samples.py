@@ -16,6 +16,21 @@ Inputs = torch.Tensor | Mapping[str, torch.Tensor]
 Batch = tuple[Inputs, torch.Tensor]
 
 
+def sample_of(dataset: Any, index: int, *, where: str) -> Any:
+    """A sample of a dataset; what its code raises says which one.
+
+    Args:
+        dataset: has `[index]`.
+        index: which.
+        where: names the micro-batch in a note on the exception.
+    """
+    try:
+        return dataset[index]
+    except Exception as error:
+        error.add_note(f"{where}, sample {index}")
+        raise
+
+
 def model_inputs(inputs: Inputs) -> tuple[torch.Tensor, ...]:
     """The tensors of a micro-batch in the order in which the first layer takes them.
 

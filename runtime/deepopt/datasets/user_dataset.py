@@ -18,7 +18,7 @@ from deepopt.config import JobConfig
 from deepopt.datasets.epoch_stream import EpochStream
 from deepopt.datasets.epochs import EpochSource
 from deepopt.datasets.indexed import IndexedSource, not_a_stream
-from deepopt.datasets.samples import Batch, to_pair
+from deepopt.datasets.samples import Batch, sample_of, to_pair
 from deepopt.datasets.stream import StreamSource
 from deepopt.errors import DeepoptError, InputError
 from deepopt.import_path import import_object
@@ -128,7 +128,8 @@ def user_source(
 
         def get_sample(index: int) -> Batch:
             where = f"{name}: sample {index}"
-            return to_pair(dataset[index], sequence_length=length, where=where)
+            sample = sample_of(dataset, index, where=name)
+            return to_pair(sample, sequence_length=length, where=where)
 
         target = get_sample(0)[1]
         is_tokens = target.dim() > 0 and not target.is_floating_point()

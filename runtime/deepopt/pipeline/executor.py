@@ -192,6 +192,15 @@ class Executor:
         """The channels this worker's program uses."""
         return list(dict.fromkeys(channel for channel, _ in self._addresses.values()))
 
+    def microbatches_read(self) -> list[int]:
+        """Global micro-batches in the order in which a step asks `batches` for them, with repetitions."""
+        ends = (0, self._last_stage)
+        return [
+            self._global(action.microbatch)
+            for action in self.program
+            if action.op is Op.F and action.stage in ends and action.microbatch is not None
+        ]
+
     def run_step(self, step: int) -> None:
         """Run the whole program once, or what is left of it; the exchange of gradients is
         started when it returns.

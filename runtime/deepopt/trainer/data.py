@@ -38,11 +38,15 @@ class Data:
         source: gives micro-batches; is pickled for the workers.
         layout: sizes of a step.
         steps_per_epoch: None for a stream, which does not say how long it is.
+        readers: processes that read ahead, of each worker that reads.
+        prefetch: micro-batches that each of them has in work or ready.
     """
 
     source: EpochSource | EpochStream
     layout: Layout
     steps_per_epoch: int | None
+    readers: int = 0
+    prefetch: int = 2
 
     @property
     def can_resume(self) -> bool:
@@ -109,18 +113,19 @@ def read_data(dataset: Any, *, model: torch.nn.Module, reading: Reading) -> Data
     )
 
 
-def idle_readers(dataset: Any) -> str | None:
-    """What a user of a `DataLoader` with processes of its own should know; None where there are none.
+def idle_readers(dataset: Any, data: Data) -> str | None:
+    """What a user of a `DataLoader` should know whose processes nobody needs; None where there are none.
 
     Args:
         dataset: as for `read_data`.
+        data: what that made of it.
     """
     count = dataset.num_workers if isinstance(dataset, DataLoader) else 0
-    if not count:
+    if not count or data.readers:
         return None
     return (
-        f"num_workers={count} of the DataLoader is not used: the workers that hold the first and the last "
-        "layers read its dataset themselves"
+        f"num_workers={count} of the DataLoader is not used: a stream is read in order, by each worker that "
+        "holds the first or the last layers"
     )
 
 
@@ -274,9 +279,16 @@ def _loader(loader: DataLoader[Any], *, model: torch.nn.Module, reading: Reading
         collate=loader.collate_fn,
         sampler=sampler,
         num_samples=sum(sizes) if reading.fills_up else None,
+        on_reader=loader.worker_init_fn,
         **_about(dataset, order=["sampler", type(sampler).__name__, size]),
     )
-    return Data(source=source, layout=layout, steps_per_epoch=whole)
+    return Data(
+        source=source,
+        layout=layout,
+        steps_per_epoch=whole,
+        readers=loader.num_workers,
+        prefetch=loader.prefetch_factor or 2,
+    )
 
 
 def _sample_stream(dataset: Any, *, model: torch.nn.Module, reading: Reading) -> Data:

@@ -98,6 +98,7 @@ def job_of(
         fields["evaluation"] = {
             "dataset": "deepopt.carried:dataset",
             "kwargs": _carry_data(validation, folder / "validation.pkl"),
+            "readers": validation.readers,
             "every": validate_every,
             "alone": alone,
             "outputs": outputs,
@@ -253,6 +254,8 @@ def _fields(
         "data": {
             "dataset": "deepopt.carried:dataset",
             "kwargs": _carry_data(data, folder / "dataset.pkl"),
+            "readers": data.readers,
+            "prefetch": data.prefetch,
         },
         "training": {
             "steps": steps,

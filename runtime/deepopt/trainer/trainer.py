@@ -247,7 +247,7 @@ class DeepTrainer:
         skeleton = ModelSkeleton.from_json(read_json(run.model))
         if fp8 := fp8_words(load_job(run.job), skeleton):
             view.note(f"fp8: {fp8}")
-        if unused := idle_readers(dataset):
+        if unused := idle_readers(dataset, data):
             view.note(unused)
         if not data.can_resume:
             view.note(

@@ -28,6 +28,7 @@ from deepopt.config import JobConfig
 from deepopt.convert import build_layers, describe
 from deepopt.datasets.batch_source import BatchSource, build_batch_source
 from deepopt.datasets.evaluation import evaluation_batches
+from deepopt.datasets.read_ahead import ReadAhead, with_readers
 from deepopt.errors import TransportError
 from deepopt.pipeline.step import PipelineStep
 from deepopt.pipeline.step_result import Agreement, Wish
@@ -201,10 +202,15 @@ class StageWorker:
             self._skeleton = (ready and ready.skeleton) or describe(job)
             stages = plan.held_stages(rank)
             if 0 in stages or plan.num_stages - 1 in stages:  # others never see a batch
-                self._batches = (ready and ready.batches) or build_batch_source(
-                    job, run_dir=self._run_directory.root
+                self._batches = with_readers(
+                    (ready and ready.batches)
+                    or build_batch_source(job, run_dir=self._run_directory.root),
+                    job=job,
+                    run_dir=self._run_directory.root,
                 )
                 self._reads_stream = self._batches.state_dict() is not None
+            elif ready is not None and isinstance(ready.batches, ReadAhead):
+                ready.batches.close()
             indices = [i for stage in stages for i in plan.stage_layers(stage)]
             layers, loss = build_layers(job, indices, device=self._device)
         with _timed(times, "rendezvous"):
@@ -386,6 +392,9 @@ class StageWorker:
             optimizers=self._pipeline.optimizers,
             report=self._report,
         )
+        if isinstance(self._batches, ReadAhead) and not self._job.evaluation.alone:
+            order = self._pipeline.executor.microbatches_read()
+            self._batches.expect(order, step=self._step + 1)
 
     def _before_update(self) -> None:
         if self._keeper is not None:
@@ -407,13 +416,20 @@ class StageWorker:
         assert self._pipeline is not None, "a validation before setup()"
         assert self._transport is not None, "a validation before setup()"
         batches = None if self._validation is None else self._validation.batches
+        reader = None if self._validation is None else self._validation.reader
         if batches is None and self._batches is not None:
-            batches = evaluation_batches(self._job, run_dir=self._run_directory.root)
+            root, count = self._run_directory.root, self._job.evaluation.readers
+            batches = evaluation_batches(self._job, run_dir=root)
+            if count:
+                reader = ReadAhead(
+                    batches, job=self._job, run_dir=root, readers=count, of="evaluation"
+                )
         return Validation(
             self._job,
             pipeline=self._pipeline,
             transport=self._transport,
             batches=batches,
+            reader=reader,
             last_step=self._assignment.last_step,
         )
 
@@ -523,6 +539,8 @@ class StageWorker:
                 reason = "left"
                 break
         self._checkpointer.wait()
+        if reason != "left":
+            self._end_readers()
         return RunEnded(
             sender=self._sender,
             step=self._step,
@@ -566,6 +584,7 @@ class StageWorker:
             self._validation.write_outputs(folder, rank=self._sender.rank)
         else:
             self._reports.tell_evaluation(self._step, self._validation.run())
+        self._end_readers()
         return RunEnded(
             sender=self._sender,
             step=self._step,
@@ -573,6 +592,13 @@ class StageWorker:
             op_times_s={},
             overruns=None,
         )
+
+    def _end_readers(self) -> None:
+        """Nobody will ask for data any more."""
+        reader = None if self._validation is None else self._validation.reader
+        for one in (self._batches, reader):
+            if isinstance(one, ReadAhead):
+                one.close()
 
     def _evaluate_if_due(self) -> dict[str, float]:
         """Figures of the validation set after the step done; none where it is not due."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from deepopt.config import JobConfig
 from deepopt.datasets.evaluation import EvaluationBatches
+from deepopt.datasets.read_ahead import ReadAhead
 from deepopt.pipeline.evaluation import Evaluator
 from deepopt.pipeline.step import PipelineStep
 from deepopt.pipeline.transport import Transport
@@ -21,6 +22,7 @@ class Validation:
         transport: to the other workers; all make their validation at the same point.
         batches: of the validation set; None where neither the first nor the last stage is held.
         last_step: of the job.
+        reader: reads `batches` ahead; None: they are read when they are asked for.
     """
 
     def __init__(
@@ -31,10 +33,12 @@ class Validation:
         transport: Transport,
         batches: EvaluationBatches | None,
         last_step: int,
+        reader: ReadAhead | None = None,
     ) -> None:
         self._every = job.evaluation.every
         self._last_step = last_step
         self.batches = batches
+        self.reader = reader
         # Those in the middle never see the data.
         own = (0, 0) if batches is None else (batches.num_microbatches, batches.last_size)
         counts = transport.start_all_gather([*map(float, own)]).wait()
@@ -50,8 +54,10 @@ class Validation:
                 own_loss_counts=job.model.loss is None,
             )
         self.evaluator: Evaluator = pipeline.make_evaluator(
-            batches, num_microbatches=self._count
+            reader or batches, num_microbatches=self._count
         )
+        if job.evaluation.alone:  # it is all there is to do
+            self._read_ahead()
 
     def is_due(self, step: int) -> bool:
         """Whether there is an evaluation after a step."""
@@ -64,6 +70,7 @@ class Validation:
         Raises:
             TransportError: a peer is gone.
         """
+        self._read_ahead()
         evaluation = self.evaluator.run(cut=self._cut, samples=self._samples)
         assert evaluation.loss is not None, "a validation computes losses"
         return {"val_loss": evaluation.loss, "val_time_s": evaluation.time_s}
@@ -82,5 +89,11 @@ class Validation:
         writer = OutputWriter(
             folder, rank=rank, size=self._size, samples=lambda number: self._samples[number]
         )
+        self._read_ahead()
         self.evaluator.run(take_output=writer.take)
         writer.flush()
+
+    def _read_ahead(self) -> None:
+        if self.reader is not None:
+            order = self.evaluator.executor.microbatches_read()
+            self.reader.expect(order, step=1, repeats=False)
