@@ -10,6 +10,7 @@ from deepopt.config import JobConfig
 from deepopt.convert import build_layers, describe
 from deepopt.datasets.batch_source import build_batch_source
 from deepopt.errors import TransportError
+from deepopt.pipeline.executor import Batches
 from deepopt.pipeline.lone_transport import LoneTransport
 from deepopt.pipeline.step import PipelineStep
 from deepopt.pipeline.transport import PendingGather
@@ -48,7 +49,9 @@ def job_of(*, overlap: bool, **sections: object) -> JobConfig:
     )
 
 
-def make_step(job: JobConfig, transport: LoneTransport) -> PipelineStep:
+def make_step(
+    job: JobConfig, transport: LoneTransport, *, batches: Batches | None = None
+) -> PipelineStep:
     plan = make_plan(job)
     indices = range(len(plan.layer_names))
     layers, loss = build_layers(job, indices, device=torch.device("cpu"))
@@ -60,7 +63,7 @@ def make_step(job: JobConfig, transport: LoneTransport) -> PipelineStep:
         layers=dict(zip(indices, layers, strict=True)),
         loss=loss,
         transport=transport,
-        batches=build_batch_source(job, run_dir=None),
+        batches=batches or build_batch_source(job, run_dir=None),
         device=torch.device("cpu"),
     )
 

@@ -11,10 +11,13 @@ import torch
 
 from deepopt.config import JobConfig
 from deepopt.datasets import read_ahead
+from deepopt.datasets.batch_source import BatchSource, build_batch_source
 from deepopt.datasets.read_ahead import ReadAhead, with_readers
 from deepopt.datasets.reader_messages import Answer, ReaderTask
 from deepopt.datasets.samples import Batch
 from deepopt.errors import InputError
+from deepopt.pipeline.lone_transport import LoneTransport
+from support.lone_step import job_of, make_step
 
 JOB = JobConfig.model_validate({"data": {"prefetch": 2, "readers": 2}})
 
@@ -106,3 +109,20 @@ def test_a_stream_is_not_read_ahead() -> None:
     stream: Any = Source(state={"step": 0})
     with pytest.raises(InputError, match=r"data\.readers is 2, and numbers is a stream"):
         with_readers(stream, job=JOB, run_dir=None)
+
+
+def test_an_executor_says_what_it_will_read_in_which_order() -> None:
+    class Watched:
+        def __init__(self, source: BatchSource) -> None:
+            self._source = source
+            self.asked: list[int] = []
+
+        def batch(self, step: int, microbatch: int) -> Batch:
+            self.asked.append(microbatch)
+            return self._source.batch(step, microbatch)
+
+    job = job_of(overlap=False)
+    batches = Watched(build_batch_source(job, run_dir=None))
+    step = make_step(job, LoneTransport(), batches=batches)
+    step.run(1)
+    assert step.executor.microbatches_read() == batches.asked == [0, 1]

@@ -71,15 +71,16 @@ class _Reader:
 
     def _open(self) -> Any:
         job, run_dir = self._task.job, self._task.run_dir
-        source: Any
         if self._task.of == "data":
-            source = build_batch_source(job, run_dir=run_dir)
+            found: Any = build_batch_source(job, run_dir=run_dir)
+            source = found
         else:
-            source = evaluation_batches(job, run_dir=run_dir)
+            found = evaluation_batches(job, run_dir=run_dir)
+            source = found.source
         begin = getattr(source, "begin_reader", None)
         if callable(begin):
             begin(self._task.number)
-        return source
+        return found
 
 
 def _end_with_worker(descriptor: int) -> None:
