@@ -76,15 +76,20 @@ def test_passes_and_steps_have_the_bits_of_the_model_by_itself(
 
 
 @pytest.mark.parametrize(
-    ("stages", "world_size"),
-    [((0, 1, 2), 3), ((0, 2), 4)],
-    ids=["three stages", "two replicas of two stages"],
+    ("stages", "world_size", "defer_weights"),
+    [((0, 1, 2), 3, True), ((0, 2), 4, False)],
+    ids=["three stages, weights deferred", "two replicas of two stages"],
 )
 def test_tied_weights_routers_and_replicas_have_the_bits_of_one_process(
-    stages: tuple[int, ...], world_size: int, tmp_path: Path
+    stages: tuple[int, ...], world_size: int, defer_weights: bool, tmp_path: Path
 ) -> None:
     whole = tied_loop(0, 1, stages=stages)
-    ranks = run_ranks(partial(tied_loop, stages=stages), world_size=world_size, folder=tmp_path)
+    ranks = run_ranks(
+        partial(tied_loop, stages=stages, defer_weights=defer_weights),
+        world_size=world_size,
+        folder=tmp_path,
+    )
+    assert ranks[0]["defers"] == defer_weights
     seen: set[str] = set()
     for rank in ranks:
         assert rank["losses"] == whole["losses"]

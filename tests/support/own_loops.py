@@ -14,6 +14,7 @@ from deepopt import BiStreamPipeline
 from deepopt.errors import DeepoptError
 from deepopt.models.feed_forward import MoeFeedForward
 from deepopt.moe import ElbRouter
+from deepopt_kernels.weight_grad import DeferringLinear
 from support.forking import fork_context
 
 MICROBATCHES = 5  # the two streams get 2 and 3
@@ -160,13 +161,19 @@ def token_loss(output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return nn.functional.cross_entropy(output.flatten(0, 1), targets.flatten())
 
 
-def tied_loop(rank: int, world_size: int, *, stages: Sequence[int]) -> Outcome:
+def tied_loop(
+    rank: int, world_size: int, *, stages: Sequence[int], defer_weights: bool = False
+) -> Outcome:
     """Whole steps, then two batches for one update by separate passes; in replicas where there are more
     processes than stages."""
     replicas = max(1, world_size // len(stages))
     model = make_tied_experts()
     pipeline = BiStreamPipeline(
-        model, stages, microbatches=TIED_MICROBATCHES // replicas, groups=TIED_GROUPS
+        model,
+        stages,
+        microbatches=TIED_MICROBATCHES // replicas,
+        groups=TIED_GROUPS,
+        defer_weights=defer_weights,
     )
     optimizer = torch.optim.AdamW(pipeline.parameters(), lr=0.05)
 
@@ -201,6 +208,7 @@ def tied_loop(rank: int, world_size: int, *, stages: Sequence[int]) -> Outcome:
         "losses": losses,
         "grads": grads,
         "state": pipeline.state_dict(),
+        "defers": type(model[3]) is DeferringLinear,
         "is_tied": model[3].weight is model[0].weight and model[1].norm is model[2].norm,
     }
 

@@ -66,6 +66,8 @@ class BiStreamPipeline:
             are then added in order; None: one for each direction of each replica.
         example_inputs: of one micro-batch, for a module whose layers must be recorded.
         device: where the held layers are put; None: where they are.
+        defer_weights: let weight gradients of `step` wait for gaps, in layers where a trial in the first
+            pass finds the same bits and a gain; the `nn.Linear`s of those become a subclass of it.
         seed: of random numbers in the layers (dropout), which depend on it, the number of the pass, the
             micro-batch and the layer alone.
 
@@ -83,6 +85,7 @@ class BiStreamPipeline:
         groups: int | None = None,
         example_inputs: Any = None,
         device: torch.device | str | None = None,
+        defer_weights: bool = False,
         seed: int = 0,
     ) -> None:
         if not isinstance(model, DeepModel):
@@ -129,6 +132,7 @@ class BiStreamPipeline:
                 trainable=trainable,
                 seed=seed,
                 device=self._device,
+                defer_weights=defer_weights,
                 kind=OpenStage if index == plan.num_stages - 1 else Stage,
             )
             for index in held
