@@ -106,6 +106,11 @@ def resume(
     saved_plan = Plan.from_json(read_json(run.plan))
     saved_model = ModelSkeleton.from_json(read_json(run.model))
     plan_id = saved_plan.plan_id + 1
+    if workers is None and saved_plan.world_size < (job.worker.count or 0):
+        tell(
+            f"note: the job had shrunk to {saved_plan.world_size} of {job.worker.count} workers, and "
+            f"asks for all of them again; --workers {saved_plan.world_size}: for as many as it had"
+        )
     prepared = None
     if plan is None and run.plan_file.is_file() and not _plans_anew(wanted):
         try:

@@ -7,6 +7,7 @@ import os
 import sys
 import types
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -477,6 +478,27 @@ def test_resume_says_what_of_the_launch_does_not_fit_and_how_to_free_it(
     assert all(change in command for change in freed), refused.stderr
     result = deepopt("resume", *command)
     assert result.exit_code == 0, result.stderr
+    assert json.loads((here / "run/plan.json").read_text())["pipeline_size"] == 3
+
+
+def test_resume_of_a_job_that_had_shrunk_says_how_to_ask_for_fewer(
+    supervision: Supervision, here: Path
+) -> None:
+    supervision.scenario = {"end": "stopped"}
+    assert launch("--workers", 3).exit_code == 0
+    plan = Plan.from_json(json.loads((here / "run/plan.json").read_text()))
+    left = replace(plan, pipeline_size=2, boundaries=plan.boundaries[:2])  # the head's, shrunk
+    (here / "run/plan.json").write_text(json.dumps(left.to_json()))
+    fewer = deepopt("resume", "run", "--workers", 2)
+    assert "shrunk" not in fewer.stderr
+    (here / "run/plan.json").write_text(json.dumps(left.to_json()))
+    result = deepopt("resume", "run", "--workers", 3)
+    assert "shrunk" not in result.stderr  # it is what was asked for
+    (here / "run/plan.json").write_text(json.dumps(left.to_json()))
+    result = deepopt("resume", "run")
+    assert result.exit_code == 0, result.stderr
+    assert "had shrunk to 2 of 3 workers" in result.stderr
+    assert "--workers 2" in result.stderr
     assert json.loads((here / "run/plan.json").read_text())["pipeline_size"] == 3
 
 
