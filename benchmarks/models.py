@@ -228,11 +228,7 @@ def plain_loop(make: Make) -> Trained:
         make: gives the model and its data.
     """
     model, data = made(make)
-    # A pipeline has no cache. Keys and values that went through one lie
-    # otherwise in memory, and T5's gradients get other bits.
-    for module in model.modules():
-        if hasattr(getattr(module, "config", None), "use_cache"):
-            module.config.use_cache = False
+    without_cache(model)
     rows = Rows(data)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     losses = []
@@ -252,6 +248,18 @@ def plain_loop(make: Make) -> Trained:
         optimizer.step()
         losses.append(math.fsum(found) / MICROBATCHES)
     return Trained(losses=tuple(losses), state=_state(model))
+
+
+def without_cache(model: torch.nn.Module) -> None:
+    """Compute without a KV cache, as a pipeline does: keys and values that went through one lie otherwise
+    in memory, and T5's gradients get other bits.
+
+    Args:
+        model: changed in place.
+    """
+    for module in model.modules():
+        if hasattr(getattr(module, "config", None), "use_cache"):
+            module.config.use_cache = False
 
 
 def made(make: Make) -> tuple[torch.nn.Module, Mapping[str, Any]]:
