@@ -294,8 +294,9 @@ class ProcessGroupTransport:
             # It may look formed: with connections that were made in the place of dead peers.
             self._refuse_if_interrupted(what)
         if self._interrupted.is_set():  # while the links were not all known
+            # No error yet: whoever waits for a peer from now on gets one, and a worker that has come as
+            # far as its layers until then takes them along into the next generation.
             self._links.cut()
-            self._refuse_if_interrupted(what)
 
     def _refuse_if_interrupted(self, what: str) -> None:
         if self._interrupted.is_set():
