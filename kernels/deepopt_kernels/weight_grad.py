@@ -229,4 +229,6 @@ class _Linear(torch.autograd.Function):
 
 
 def _as_matrix(x: torch.Tensor) -> torch.Tensor:
-    return x.reshape(-1, x.shape[-1])
+    # A matrix stays as it is: reshape gives one row or column other strides, by which autograd and
+    # then the library of the processor choose their kernels.
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])

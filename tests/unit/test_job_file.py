@@ -121,7 +121,7 @@ def test_anchors_and_merges_work() -> None:
         (
             "precision: {xyzzy: 1}\n",
             "job.yaml:1: precision.xyzzy: unknown key",
-            "known here: dtype",
+            "known here: dtype, fp8, fp8_include, fp8_exclude",
         ),
         (
             "training.steps: 3\n",
