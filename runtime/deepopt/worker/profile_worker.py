@@ -1,9 +1,10 @@
 """`ProfileWorker`: takes a worker's place to measure its device, the layers on it and its links.
 
 It runs where `StageWorker` would: started, watched and ended by the same head, so a device that
-vanishes is noticed as in training. Workers of one host take turns at the layers, since they may share
-cores. What it found lies in `profile/rank-N.json` of the run directory when it has ended; nothing is
-trained.
+vanishes is noticed as in training. Workers of one host take turns at the layers, as many at once as have
+cores: in training, too, the other cores compute, and on processors whose cores share caches or units that
+makes a layer slower. What it found lies in `profile/rank-N.json` of the run directory when it has ended;
+nothing is trained.
 """
 
 from __future__ import annotations
@@ -54,6 +55,22 @@ logger = logging.getLogger(__name__)
 
 REPEATS = 9  # of a layer: the median and the quartiles count
 EXCHANGES = 20
+
+
+def turns_of(position: int, *, count: int, at_once: int) -> frozenset[int]:
+    """The turns in which a worker measures, so that as many as may do so in each.
+
+    Args:
+        position: of the worker among those of its host.
+        count: of these workers.
+        at_once: how many of them may measure in a turn; who fills up the last turn measures again.
+
+    Returns:
+        Numbers of turns, from 0; what is measured in the last one counts.
+    """
+    together = min(at_once, count)
+    own, last = position // together, (count - 1) // together
+    return frozenset({own, last} if position >= count - together else {own})
 
 
 class ProfileStopped(Exception):
@@ -131,8 +148,13 @@ class ProfileWorker:
         result: dict[str, Any] = {"device": identity.to_json(), "links": {}}
         try:
             with cpu_threads(job.worker.threads):
+                mine = turns_of(
+                    hosts[:rank].count(hosts[rank]),
+                    count=hosts.count(hosts[rank]),
+                    at_once=self._workers_with_cores(),
+                )
                 for turn in range(max(hosts.count(host) for host in hosts)):
-                    if turn == hosts[:rank].count(hosts[rank]):
+                    if turn in mine:
                         result |= self._try_layers()
                     self._barrier()
                 result["links"] = self._try_links(hosts)
@@ -327,6 +349,12 @@ class ProfileWorker:
         return median(times)
 
     # Turns. ----------------------------------------------------------------------------------
+
+    def _workers_with_cores(self) -> int:
+        """How many workers of this host compute on CPU cores of their own at the same moment."""
+        if self._device.type != "cpu" or self._job.worker.device == "emulated":
+            return 1
+        return max(1, len(os.sched_getaffinity(0)) // self._job.worker.threads)
 
     def _hosts(self, own: str) -> list[str]:
         """The host of each rank, named by the first rank on it: names may repeat elsewhere."""
