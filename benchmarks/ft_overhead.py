@@ -33,12 +33,15 @@ SETTINGS = {
     ON: ("faults.replicas=peer", f"checkpoint.every={EVERY}"),
     OFF: ("faults.replicas=none", "checkpoint.every=0", "faults.heartbeat_s=3000"),
 }
-# (what it says, further settings of both)
+# What it says, and further settings of both. Emulated layers must take longer than their real
+# arithmetic, or no core is free: the parameters, which are copied, are the same, the micro-batches small.
 KINDS = {
     "busy cores": (),
     "emulated devices": (
         "worker.device=emulated",
-        "emulation={forward_ms: 1, input_ms: 1, weight_ms: 0.5}",
+        "emulation={forward_ms: 10, input_ms: 11, weight_ms: 8}",
+        "data.sequence_length=16",
+        "training.microbatch_size=1",
     ),
 }
 
