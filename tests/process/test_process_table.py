@@ -36,6 +36,34 @@ sys.stdin.readline()
 print(kill_descendants(timeout_s={TIMEOUT_S}), flush=True)
 """
 
+# As a killed process of Ray for a moment: its first thread has ended, another one still forks and writes.
+LATE_WRITER = """
+import ctypes, os, platform, signal, subprocess, sys, threading
+from pathlib import Path
+
+def write():
+    print(subprocess.Popen(["sleep", "100"], stdout=subprocess.DEVNULL).pid, os.getpid(), flush=True)
+    while True:
+        Path(sys.argv[1]).mkdir(exist_ok=True)
+
+signal.alarm(60)  # if nobody kills it
+threading.Thread(target=write).start()
+ctypes.CDLL(None).syscall({"x86_64": 60, "aarch64": 93}[platform.machine()], 0)  # SYS_exit: this thread
+"""
+
+CLOSER = f"""
+import subprocess, sys
+from pathlib import Path
+from deepopt.cluster.local import close_own_ray
+from deepopt.cluster.process_table import become_subreaper, find_process
+become_subreaper()
+writer = subprocess.Popen([sys.executable, "-c", {LATE_WRITER!r}, sys.argv[1]], stdout=subprocess.PIPE)
+pids = [int(word) for word in writer.stdout.readline().split()]
+while Path(f"/proc/{{pids[1]}}/stat").read_text().split(") ")[1][0] != "Z":
+    pass
+print(close_own_ray(Path(sys.argv[1])), [find_process(pid) for pid in pids], flush=True)
+"""
+
 WILLED = """
 import subprocess, sys, time
 from pathlib import Path
@@ -85,6 +113,21 @@ def test_an_owner_ends_its_orphans() -> None:
         owner.stdin.flush()
         assert owner.stdout.readline().strip() == "[]"
         assert not orphan.is_alive()
+
+
+def test_a_folder_stays_away_although_a_dying_process_still_wrote_into_it(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "deepopt-x"
+    ended = subprocess.run(
+        [sys.executable, "-c", CLOSER, str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert (ended.stdout.strip(), ended.stderr) == ("[] [None, None]", "")
+    assert not folder.exists()
 
 
 def test_what_a_killed_owner_leaves_is_ended_and_removed(tmp_path: Path) -> None:

@@ -114,9 +114,10 @@ def close_own_ray(temp_dir: Path) -> list[str]:
     Returns:
         What could not be removed.
     """
-    left = kill_descendants(timeout_s=KILL_TIMEOUT_S)
-    ray_node.remove_temp_dir(temp_dir)
-    return [f"process {process.pid}" for process in left]
+    left = [f"process {process.pid}" for process in kill_descendants(timeout_s=KILL_TIMEOUT_S)]
+    if not ray_node.remove_temp_dir(temp_dir):
+        left.append(str(temp_dir))
+    return left
 
 
 def count_gpus() -> int:

@@ -32,9 +32,9 @@ class Process:
     start_time: int
 
     def is_alive(self) -> bool:
-        """Whether it still runs; a zombie does not."""
+        """Whether any of its threads still runs; of a zombie none does."""
         found = _read_stat(self.pid)
-        return found is not None and found.start_time == self.start_time and found.state != "Z"
+        return found is not None and found.start_time == self.start_time and found.runs
 
     def send(self, number: signal.Signals) -> bool:
         """Send a signal, if it is still the same process.
@@ -56,6 +56,13 @@ class _Stat:
     parent: int
     session: int
     state: str
+    threads: int
+
+    @property
+    def runs(self) -> bool:
+        """Whether a thread is left. The first one is a zombie as soon as it ends, while others, told to end
+        by the same signal, may still be forking or writing a file."""
+        return self.state not in "ZX" or self.threads > 1
 
 
 def _read_stat(pid: int) -> _Stat | None:
@@ -70,6 +77,7 @@ def _read_stat(pid: int) -> _Stat | None:
         parent=int(fields[1]),
         session=int(fields[3]),
         state=fields[0],
+        threads=int(fields[17]),
     )
 
 
@@ -96,14 +104,16 @@ def become_subreaper() -> None:
 
 def descendants(pid: int) -> list[Process]:
     """All living processes below one, parents before their children."""
-    children: dict[int, list[Process]] = defaultdict(list)
-    for process, stat in _living():
-        children[stat.parent].append(process)
+    # Through zombies: a child is handed on only when the last thread of its parent has ended.
+    children: dict[int, list[tuple[Process, bool]]] = defaultdict(list)
+    for process, stat in _all():
+        children[stat.parent].append((process, stat.runs))
     below: list[Process] = []
     queue = [pid]
     while queue:
-        for process in children.pop(queue.pop(), []):
-            below.append(process)
+        for process, runs in children.pop(queue.pop(), []):
+            if runs:
+                below.append(process)
             queue.append(process.pid)
     return below
 
@@ -114,19 +124,22 @@ def session_members(session: int) -> list[Process]:
     Args:
         session: process id of the leader; it need not live any more.
     """
-    return [process for process, stat in _living() if stat.session == session]
+    return [process for process, stat in _all() if stat.session == session and stat.runs]
 
 
-def _living() -> Iterator[tuple[Process, _Stat]]:
+def _all() -> Iterator[tuple[Process, _Stat]]:
     for entry in os.scandir("/proc"):
         if entry.name.isdigit():
             found = _read_stat(int(entry.name))
-            if found is not None and found.state != "Z":
+            if found is not None:
                 yield Process(int(entry.name), found.start_time), found
 
 
 def kill_descendants(*, timeout_s: float) -> list[Process]:
-    """Kill everything below the calling process, again and again until nothing is left.
+    """Kill everything below the calling process, again and again until it has no child.
+
+    A look at `/proc` is no snapshot: one that finds nothing may have missed a child that was handed on
+    meanwhile. The kernel's word that there is no child is one, for who adopts orphans.
 
     Args:
         timeout_s: how long at most.
@@ -139,16 +152,21 @@ def kill_descendants(*, timeout_s: float) -> list[Process]:
         left = descendants(os.getpid())
         for process in left:
             process.send(signal.SIGKILL)
-        _reap()
-        if not left or time.monotonic() > until_s:
+        if not _has_children():
+            return []
+        if time.monotonic() > until_s:
             return left
         time.sleep(_POLL_S)
 
 
-def _reap() -> None:
-    with suppress(ChildProcessError):
+def _has_children() -> bool:
+    """Reap what has ended; whether anything else is left."""
+    try:
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
+    except ChildProcessError:
+        return False
+    return True
 
 
 def wait_until_gone(processes: Iterable[Process], *, timeout_s: float) -> list[Process]:

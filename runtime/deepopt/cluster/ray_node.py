@@ -15,6 +15,7 @@ import os
 import secrets
 import shutil
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from deepopt.errors import ClusterError
 # A socket's path has at most 107 bytes on Linux; Ray puts 73 of its own behind the temp folder.
 LONGEST_TEMP_PATH = 107 - 73
 TEMP_PREFIX = "deepopt-"
+REMOVE_TIMEOUT_S = 5.0  # for others to stop writing into it
+_REMOVE_POLL_S = 0.02
 LOOPBACK = "127.0.0.1"
 MIB = 1 << 20
 
@@ -190,7 +193,25 @@ def _without_dashboard(node: Any) -> Any:
     return QuietNode
 
 
-def remove_temp_dir(path: Path) -> None:
-    """Remove the folder that `make_temp_dir` made, and nothing else."""
-    if path.name.startswith(TEMP_PREFIX):
+def remove_temp_dir(path: Path, *, timeout_s: float = REMOVE_TIMEOUT_S) -> bool:
+    """Remove the folder that `make_temp_dir` made, and nothing else.
+
+    Again and again: a process of Ray that is about to end may put a file into what is being removed.
+
+    Args:
+        path: the folder.
+        timeout_s: how long at most.
+
+    Returns:
+        Whether it is gone, or is none of ours.
+    """
+    if not path.name.startswith(TEMP_PREFIX):
+        return True
+    until_s = time.monotonic() + timeout_s
+    while True:
         shutil.rmtree(path, ignore_errors=True)
+        if not path.exists():
+            return True
+        if time.monotonic() > until_s:
+            return False
+        time.sleep(_REMOVE_POLL_S)

@@ -368,6 +368,7 @@ class RayWorkerGroup:
         self._spares.append(spare)
 
         def is_gone(error: BaseException) -> None:
+            spare.ended = True  # whoever kills one that has no process yet waits for this word
             if spare in self._spares:  # else it is a worker by now
                 logger.warning("a spare is gone: %s", error)
                 self._spares.remove(spare)
@@ -407,6 +408,7 @@ class RayWorkerGroup:
         self._seekers[place] = seeker
 
         def is_gone(error: BaseException) -> None:
+            seeker.ended = True
             if self._seekers.get(place) is seeker:
                 logger.info("nothing at place %d: %s", place, str(error).strip())
                 del self._seekers[place]

@@ -1,0 +1,84 @@
+"""The worker group with actors that are none: what it makes of Ray's words."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.exceptions import ActorDiedError
+
+import ray
+from deepopt.cluster.slots import Slot, Slots
+from deepopt.cluster.worker_group import RayWorkerGroup
+from deepopt.job_file import load_job
+from deepopt.run_directory import RunDirectory
+
+
+class PendingCall:
+    """A call of an actor that nothing has come of yet."""
+
+    def __init__(self) -> None:
+        self.outcome: Future[Any] = Future()
+
+    def future(self) -> Future[Any]:
+        return self.outcome
+
+
+class StartingActor:
+    """An actor whose process does not run yet: no call of it is answered before it is killed."""
+
+    def __init__(self, **_: Any) -> None:
+        self.calls: list[PendingCall] = []
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "remote":
+            return self._call
+        return self
+
+    def _call(self, *_: Any) -> PendingCall:
+        self.calls.append(PendingCall())
+        return self.calls[-1]
+
+    def die(self) -> None:
+        for call in self.calls:
+            call.outcome.set_exception(ActorDiedError())
+
+
+class StartingActors:
+    """A class of such actors."""
+
+    def options(self, **_: Any) -> StartingActors:
+        return self
+
+    remote = StartingActor
+
+
+@pytest.fixture
+def group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RayWorkerGroup:
+    made = RayWorkerGroup(
+        slots=Slots(places=(Slot(host="here"),), use_gpus=False, head_node_id="0"),
+        run=RunDirectory(tmp_path),
+        head=None,
+        tell=lambda event: None,
+        job=load_job(None, ["training.steps=1"]),
+        lease_s=1.0,
+    )
+    monkeypatch.setattr(made, "_actor_class", StartingActors())
+    monkeypatch.setattr(ray, "kill", lambda actor, no_restart: actor.die())
+    return made
+
+
+def test_a_spare_that_is_killed_while_it_starts_is_not_waited_for(
+    group: RayWorkerGroup,
+) -> None:
+    group.keep_spares(1)
+    group.kill_all(timeout_s=1.0)  # raises where one is still there
+
+
+def test_a_process_that_waits_for_a_place_is_not_waited_for_when_it_is_killed_at_its_start(
+    group: RayWorkerGroup,
+) -> None:
+    group.seek([0])
+    group.kill_all(timeout_s=1.0)
