@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+BENCH_STAMP := $(VENV)/.installed-bench
 
 .PHONY: setup run test check format lint types layers bench chaos models clean
 
@@ -13,6 +14,10 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --group dev --editable .
+	touch $@
+
+$(BENCH_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --group bench
 	touch $@
 
 run: setup  ## train the built-in model on the standard library's sources: four workers, the schedule that is best here
@@ -36,7 +41,7 @@ types: setup
 layers: setup
 	$(BIN)/lint-imports
 
-bench: setup  ## every performance claim, one ratio each
+bench: $(BENCH_STAMP)  ## every performance claim, one ratio each
 	for script in benchmarks/*.py; do case $$script in */_*) continue;; esac; echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 models: setup  ## eight models of transformers and PyTorch, trained by DeepTrainer, with the bits of one worker and of PyTorch

@@ -71,6 +71,21 @@ def sharded(job: Path, *, workers: int) -> Contender:
     )
 
 
+def ray_train(job: Path, *, workers: int) -> Contender:
+    """Ray Train's `TorchTrainer`; it also needs `--checkpoints`.
+
+    Args:
+        job: job file.
+        workers: number of processes.
+    """
+    return Contender(
+        command=(
+            *(sys.executable, str(_HERE / "_peer_ray_train.py"), "--job", str(job)),
+            *("--workers", str(workers), "--steps", "{steps}", "--out", "{out}"),
+        )
+    )
+
+
 def plain_loop(job: Path) -> Contender:
     """One Python process without any of deepopt's pipeline.
 

@@ -1,12 +1,14 @@
 """Seconds from a fault to the next step that was not done before, by kind of fault and source of state.
 
-deepopt against `torchrun --max-restarts` of the same model: torch.distributed.pipelining with a file a rank,
-and FSDP2 with torch's distributed checkpoints, a checkpoint every ten steps. In turns, several faults a run.
-Losses are compared with those of an undisturbed run. A lost host is a network, process and mount namespace
-that is switched off (two of them, Ray over ssh; takes root); each such run has one fault.
+deepopt against trainings of the same model that start their workers again: `torchrun --max-restarts` with
+torch.distributed.pipelining and a file a rank, with FSDP2 and torch's distributed checkpoints, and Ray
+Train. In turns, several faults a run. deepopt writes a checkpoint every ten steps; the peers write one after
+each, so that a fault costs them no step but the one in work. Losses are compared with those of an undisturbed
+run. A lost host is a network, process and mount namespace that is switched off (two of them, Ray over ssh;
+takes root); each such run has one fault.
 
 What torch's peers do when a rank hangs is not measured: gloo's timeout, after which it would be noticed, is
-30 minutes by default. Ray Train is a peer where `ray.train` can be imported.
+30 minutes by default. Ray Train is a peer where `ray.train` can be imported; `make bench` sees to that.
 """
 
 from __future__ import annotations
@@ -15,21 +17,30 @@ import argparse
 import json
 import os
 import signal
-import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from _contenders import pipelining, sharded
+from _contenders import pipelining, ray_train, sharded
 from _host_faults import host_fault, why_no_hosts
 from _machine import describe
 from _processes import StartedCommand, end_cleanly_on_signals, started
-from _report import progress, ratio_line, say, table
+from _recovery_cases import (
+    FSDP,
+    PIPELINING,
+    RAY_TRAIN,
+    Case,
+    Fault,
+    chosen,
+    compare,
+    report,
+)
+from _report import progress, say
 
 from deepopt.config import JobConfig
 from deepopt.convert import describe as describe_model
@@ -39,71 +50,10 @@ from deepopt.planner.decide import make_plan
 from deepopt.worker.rehearsal import RankPlan
 
 LOOK_EVERY_S = 0.01
-AIM = 10.0
 WORKERS = 2  # of each side; a mirror of two holds every stage twice
 CHECKPOINT_EVERY = 10
 STEPS_COMPARED = 30
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
-    """A contender and what is done to it.
-
-    Args:
-        kind: `death` (SIGKILL), `hang` (SIGSTOP) or `host`.
-        source: where a new worker's state comes from, and who takes the place.
-        settings: of deepopt's job; empty for a peer.
-        peer: name of a peer; empty for deepopt.
-        aim_s: what 95 of 100 faults shall stay below; None: nothing is wanted.
-    """
-
-    kind: str
-    source: str
-    settings: tuple[str, ...] = ()
-    peer: str = ""
-    aim_s: float | None = None
-
-    @property
-    def name(self) -> str:
-        """For people and `--only`."""
-        return f"{self.kind}: {self.peer or 'deepopt'}, {self.source}"
-
-    @property
-    def spares(self) -> int:
-        """Processes that wait."""
-        return int("faults.spares=1" in self.settings)
-
-
-MIRROR, V, LINE = (f"pipeline.placement={kind}" for kind in ("mirror", "v", "line"))
-SPARE, NO_COPIES = "faults.spares=1", "faults.replicas=none"
-OURS = Case(kind="death", source="mirror, spare", settings=(MIRROR, SPARE), aim_s=2.0)
-PIPELINING, FSDP = "torchrun pipelining", "torchrun FSDP2 + DCP"
-CASES = (
-    OURS,
-    Case(kind="death", source="mirror, new process", settings=(MIRROR,)),
-    Case(kind="death", source="peer's memory, spare", settings=(V, SPARE), aim_s=2.0),
-    Case(kind="death", source="disk, new process", settings=(LINE, NO_COPIES)),
-    Case(kind="hang", source="mirror, spare", settings=(MIRROR, SPARE), aim_s=3.5),
-    Case(kind="hang", source="peer's memory, spare", settings=(V, SPARE), aim_s=3.5),
-    Case(kind="host", source="mirror, spare", settings=(MIRROR, SPARE), aim_s=5.0),
-    Case(kind="death", source="disk", peer=PIPELINING),
-    Case(kind="death", source="disk", peer=FSDP),
-)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fault:
-    """What one fault cost.
-
-    Args:
-        back_s: from the fault to the next step that was not done before.
-        repeated: steps that were done twice.
-        phases_s: seconds by part, as deepopt's head saw them; empty for a peer.
-    """
-
-    back_s: float
-    repeated: int
-    phases_s: dict[str, float]
+SETTLED_STEPS = 8  # of a peer, between its restart and the next fault
 
 
 def main() -> None:
@@ -125,7 +75,7 @@ def main() -> None:
     say(f"job:      {WORKERS} workers, built-in model {job.model.kwargs}")
     say(f"measured: {options.rounds} run(s) each in turns, {options.faults} fault(s) a run\n")
     found: dict[Case, list[Fault]] = {case: [] for case in chosen(options.only)}
-    found, notes = _without_hosts(found)
+    found, notes = _that_can_run(found)
     losses: dict[int, float] = {}
     with tempfile.TemporaryDirectory(prefix="deepopt-bench-") as folder:
         job_file = Path(folder) / "job.yaml"
@@ -145,87 +95,36 @@ def main() -> None:
                     losses |= said
         if losses:
             _check_losses(job, losses)
-    _tell(found, notes, losses)
-    _tell_ratio(found)
-
-
-def chosen(names: Sequence[str]) -> list[Case]:
-    """The cases to measure, in their order.
-
-    Args:
-        names: each a part of the names of those wanted; none: all of them.
-
-    Raises:
-        ValueError: a name is in no case's.
-    """
-    for name in names:
-        if not any(name in case.name for case in CASES):
-            known = ", ".join(f'"{case.name}"' for case in CASES)
-            raise ValueError(f'--only "{name}" is in none of {known}')
-    return [case for case in CASES if not names or any(name in case.name for name in names)]
-
-
-def _without_hosts(
-    found: dict[Case, list[Fault]],
-) -> tuple[dict[Case, list[Fault]], list[str]]:
-    """The cases that can run here, and why others cannot."""
-    notes = [f"Ray Train: not run: {_why_no_ray_train()}"]
-    missing = why_no_hosts() if any(case.kind == "host" for case in found) else None
-    if missing is not None:
-        notes.append(f"host: not run: {missing}")
-        found = {case: faults for case, faults in found.items() if case.kind != "host"}
-    return found, notes
-
-
-def _why_no_ray_train() -> str:
-    try:
-        import ray.train.torch as _  # noqa: F401
-    except ImportError as error:
-        return str(error).splitlines()[0]
-    return "no peer of this benchmark uses it yet"
-
-
-def _tell(
-    found: dict[Case, list[Fault]], notes: Sequence[str], losses: dict[int, float]
-) -> None:
-    header = ("", "faults", "p50 s", "p95 s", "worst s", "aim of p95", "steps repeated")
-    say(table(header, [_row(case, faults) for case, faults in found.items() if faults]))
-    for case, faults in found.items():
-        parts = [part for part in (faults[0].phases_s if faults else ()) if part != "total"]
-        medians = {p: statistics.median(f.phases_s.get(p, 0.0) for f in faults) for p in parts}
-        if medians:
-            say(f"{case.name}: " + ", ".join(f"{p} {s:.2f} s" for p, s in medians.items()))
+    say(report(found))
     say("\n".join(notes))
     if losses:
         count = min(len(losses), STEPS_COMPARED)
         say(f"losses of the first {count} steps: bit-equal to an undisturbed run")
+    if told := compare(found):
+        say(f"\n{told}")
 
 
-def _tell_ratio(found: dict[Case, list[Fault]]) -> None:
-    """The slowest thing that counts: against the faster of the peers."""
-    peers = [
-        statistics.median(fault.back_s for fault in faults)
-        for case, faults in found.items()
-        if case.peer and faults
-    ]
-    if peers and found.get(OURS):
-        ours = statistics.median(fault.back_s for fault in found[OURS])
-        say(f"\nmedians: {OURS.name} {ours:.2f} s, the faster peer {min(peers):.2f} s\n")
-        say(ratio_line(min(peers) / ours, aim=AIM))
+def _that_can_run(
+    found: dict[Case, list[Fault]],
+) -> tuple[dict[Case, list[Fault]], list[str]]:
+    """The cases that can run here, and why others cannot."""
+    reasons: dict[str, str | None] = {}
+    if any(case.kind == "host" for case in found):
+        reasons["host"] = why_no_hosts()
+    if any(case.peer == RAY_TRAIN for case in found):
+        reasons[RAY_TRAIN] = _why_no_ray_train()
+    missing = {name: reason for name, reason in reasons.items() if reason is not None}
+    notes = [f"{name}: not run: {reason}" for name, reason in missing.items()]
+    able = {c: f for c, f in found.items() if c.kind not in missing and c.peer not in missing}
+    return able, notes
 
 
-def _row(case: Case, faults: Sequence[Fault]) -> tuple[str, ...]:
-    times = sorted(fault.back_s for fault in faults)
-    p95_s = times[min(len(times) - 1, int(0.95 * len(times)))]
-    return (
-        case.name,
-        str(len(times)),
-        f"{statistics.median(times):.2f}",
-        f"{p95_s:.2f}",
-        f"{times[-1]:.2f}",
-        "" if case.aim_s is None else f"{case.aim_s:g}",
-        f"{statistics.mean(fault.repeated for fault in faults):.1f}",
-    )
+def _why_no_ray_train() -> str | None:
+    try:
+        import ray.train.torch as _  # noqa: F401
+    except ImportError as error:
+        return str(error).splitlines()[0]
+    return None
 
 
 def _our_run(
@@ -292,27 +191,40 @@ def _peer_run(
 ) -> list[Fault]:
     checkpoints = out.with_suffix(".checkpoints")
     checkpoints.mkdir()
-    if case.peer == PIPELINING:
-        contender = pipelining(job_file, workers=WORKERS, schedule="1f1b")
-    else:
-        contender = sharded(job_file, workers=WORKERS)
-    command = list(contender.arguments(out))
-    command[2:2] = ["--max-restarts", "1000"]
-    command += ["--checkpoints", str(checkpoints), "--every", str(CHECKPOINT_EVERY)]
+    command = _peer_command(job_file, out, case.peer)
+    command += ["--checkpoints", str(checkpoints), "--every", "1"]
     faults, steps = [], StepLines(out)
     with started(command, log=out.with_suffix(".log")) as running:
         for number in range(options.faults):
-            enough = len(steps.look()) + CHECKPOINT_EVERY + 5
+            enough = len(steps.look()) + SETTLED_STEPS
             _await(lambda enough=enough: len(steps.look()) >= enough, running, options)
-            pids = sorted(_ranks(str(out)))
-            faults.append(
-                _strike(pids[number % WORKERS], "death", steps, "restart", running, options)
-            )
+            pid = _peer_pid(out, case.peer, rank=number % WORKERS)
+            faults.append(_strike(pid, "death", steps, "restart", running, options))
     return faults
 
 
+def _peer_command(job_file: Path, out: Path, peer: str) -> list[str]:
+    if peer == RAY_TRAIN:
+        return list(ray_train(job_file, workers=WORKERS).arguments(out))
+    if peer == PIPELINING:
+        contender = pipelining(job_file, workers=WORKERS, schedule="1f1b")
+    else:
+        assert peer == FSDP, peer
+        contender = sharded(job_file, workers=WORKERS)
+    command = list(contender.arguments(out))
+    command[2:2] = ["--max-restarts", "1000"]
+    return command
+
+
+def _peer_pid(out: Path, peer: str, *, rank: int) -> int:
+    """The process of a rank, or of torchrun's as many-th by pid."""
+    if peer == RAY_TRAIN:
+        return int(out.with_suffix(f".rank{rank}").read_text())
+    return sorted(_ranks(str(out)))[rank]
+
+
 def _ranks(mark: str) -> list[int]:
-    """Processes of the peer's ranks: Python on the script, but not torchrun itself."""
+    """Processes of torchrun's ranks: Python on the script, but not torchrun itself."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():

@@ -121,7 +121,7 @@ def test_the_stall_of_a_checkpoint_is_what_the_step_after_it_takes_more(load: An
 
 
 def test_the_95th_percentile_of_recoveries_is_told_beside_its_aim(load: Any) -> None:
-    recovery = load("recovery")
+    recovery = load("_recovery_cases")
     faults = [recovery.Fault(back_s=s / 10, repeated=1, phases_s={}) for s in range(1, 21)]
     name, *cells = recovery._row(recovery.OURS, faults)
     assert name == "death: deepopt, mirror, spare"
@@ -129,15 +129,49 @@ def test_the_95th_percentile_of_recoveries_is_told_beside_its_aim(load: Any) -> 
 
 
 def test_recoveries_of_chosen_contenders_are_measured_in_turns(load: Any) -> None:
-    chosen = load("recovery").chosen
+    chosen = load("_recovery_cases").chosen
     assert [
         case.name for case in chosen(["torchrun pipelining", "death: deepopt, mirror, spare"])
     ] == [
         "death: deepopt, mirror, spare",
         "death: torchrun pipelining, disk",
     ]
-    assert len(chosen([])) == 9
+    assert len(chosen([])) == 10
     with pytest.raises(
         ValueError, match='"deth" is in none of "death: deepopt, mirror, spare"'
     ):
         chosen(["deth"])
+
+
+def recoveries(load: Any, medians_s: dict[str, float]) -> Any:
+    """Told by `recovery.py` when each case has a fault of so many seconds."""
+    cases = load("_recovery_cases")
+    found = {
+        case: [cases.Fault(back_s=medians_s[case.name], repeated=0, phases_s={})]
+        for case in cases.CASES
+        if case.name in medians_s
+    }
+    return cases.compare(found)
+
+
+def test_recoveries_are_compared_with_the_faster_of_the_two_peers_of_the_aim(load: Any) -> None:
+    told = recoveries(
+        load,
+        {
+            "death: deepopt, mirror, spare": 0.5,
+            "hang: deepopt, mirror, spare": 1.5,
+            "death: torchrun pipelining, disk": 4.0,
+            "death: torchrun FSDP2 + DCP, disk": 6.0,
+            "death: Ray Train, disk": 7.0,
+        },
+    )
+    assert "death: torchrun pipelining, disk 4.00 s: 8.00 times" in told
+    assert "the ratio is against torchrun FSDP2 + DCP" in told
+    assert told.splitlines()[-1] == "ratio: 12.00 (aim 10.00)"
+
+
+def test_no_aim_is_said_of_recoveries_beside_other_peers_alone(load: Any) -> None:
+    peer = {"death: torchrun pipelining, disk": 4.0}
+    told = recoveries(load, {"death: deepopt, mirror, spare": 0.5} | peer)
+    assert told.splitlines()[-1] == "ratio: 8.00"
+    assert recoveries(load, peer) == ""
