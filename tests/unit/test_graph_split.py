@@ -7,7 +7,7 @@ import weakref
 import torch
 from torch import nn
 
-from deepopt.pipeline.graph_split import SplitBackward, leaves_of
+from deepopt.pipeline.graph_split import SplitBackward, has_leaf
 from support.weight_layers import WIDTH, ConvBlock, CustomFunction
 
 
@@ -94,11 +94,11 @@ def test_what_the_graph_saved_is_free_after_the_second_part() -> None:
     assert not alive
 
 
-def test_leaves_are_found_up_to_a_stop() -> None:
+def test_a_leaf_behind_the_stop_does_not_count() -> None:
     a, b = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
     middle = a.sin()
-    end = middle * b
     assert middle.grad_fn is not None
-    assert end.grad_fn is not None
-    assert [leaf is b for leaf in leaves_of([end.grad_fn], stop=middle.grad_fn)] == [True]
-    assert len(leaves_of([end.grad_fn])) == 2
+    for end, expected in ((middle * 2, False), (middle * b, True), (middle.exp() * a, True)):
+        assert end.grad_fn is not None
+        assert has_leaf(end.grad_fn, stop=middle.grad_fn) is expected
+    assert not has_leaf(middle.grad_fn, stop=middle.grad_fn)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from deepopt.errors import TrainingError
 from deepopt.pipeline.gradients import StageGradients
 from deepopt.pipeline.stage import Layer, Loss, Stage, Tensors
 from deepopt.pipeline.weight_ways import Verdict, Way
@@ -343,6 +344,44 @@ def test_a_loss_with_weights_of_its_own_gives_them_their_gradients() -> None:
 
     assert_same_bits(train_loss(_linear_layers(), make()), plainly(_linear_layers(), make()))
     assert torch.equal(gains[0].grad, gains[1].grad)  # type: ignore[arg-type]
+
+
+class _InPlace(torch.autograd.Function):
+    """Doubles; its backward writes to what it gets."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return grad.mul_(2)
+
+
+class _Doubled(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = _InPlace.apply(x)  # type: ignore[no-untyped-call]
+        return out
+
+
+def test_a_backward_that_writes_to_the_loss_gradient_leaves_the_next_micro_batch_alone() -> (
+    None
+):
+    def loss(output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return output.view(())  # its backward hands on the tensor that it gets
+
+    def modules() -> list[nn.Module]:
+        torch.manual_seed(0)
+        return [nn.Flatten(0), nn.Linear(6 * WIDTH * 2, 1), _Doubled()]
+
+    assert_same_bits(train_loss(modules(), loss), plainly(modules(), loss))
+
+
+def test_a_loss_that_is_not_one_number_is_refused_with_its_shape() -> None:
+    stage = make_stage(_linear_layers(), loss=lambda output, targets: output.mean(-1))
+    inputs: Tensors = (torch.randn(2, 6, WIDTH, requires_grad=True),)
+    with pytest.raises(TrainingError, match=r"\[2, 6\].*one number"):
+        stage.forward(0, inputs, torch.zeros(2, 6))
 
 
 def test_between_f_and_b_only_the_gradient_of_the_loss_is_held() -> None:

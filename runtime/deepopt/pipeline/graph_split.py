@@ -117,14 +117,26 @@ class _Plan:
     refused: dict[torch.Tensor, str]
 
 
-def leaves_of(roots: Sequence[Node], *, stop: Node | None = None) -> list[torch.Tensor]:
-    """The leaves into which a backward from some nodes adds gradients.
+def has_leaf(root: Node, *, stop: Node) -> bool:
+    """Whether a backward from a node adds to any leaf without passing another node.
 
     Args:
-        roots: nodes of the graph.
+        root: node of the graph.
         stop: do not look behind this node.
     """
-    return [_variable(n) for n in _children_first(roots, stop=stop) if _is_leaf(n)]
+    # Each look at a node makes a Python object of it, at every micro-batch anew: no more looks than needed.
+    seen = {root, stop}
+    stack = [root] if root is not stop else []
+    while stack:
+        node = stack.pop()
+        children = node.next_functions
+        if not children and _is_leaf(node):
+            return True
+        for child, _ in children:
+            if child is not None and child not in seen:
+                seen.add(child)
+                stack.append(child)
+    return False
 
 
 def _plan(roots: Sequence[Node], *, inputs: set[int], weights: set[int]) -> _Plan:
@@ -219,9 +231,7 @@ def _merge(masks: Sequence[int]) -> list[int]:
     return joined
 
 
-def _children_first(
-    roots: Sequence[Node], *, stop: Node | None = None
-) -> dict[Node, list[Node]]:
+def _children_first(roots: Sequence[Node]) -> dict[Node, list[Node]]:
     """Every node behind the roots with its children, each after all of its children."""
     order: dict[Node, list[Node]] = {}
     seen: set[Node] = set()
@@ -230,7 +240,7 @@ def _children_first(
         node, children = stack.pop()
         if children is not None:
             order[node] = children
-        elif node not in seen and node is not stop:
+        elif node not in seen:
             seen.add(node)
             children = [child for child, _ in node.next_functions if child is not None]
             stack.append((node, children))

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from deepopt.errors import TrainingError
+from deepopt.pipeline.backward import add_gradients, gradient_at
 from deepopt.pipeline.boundary import as_leaves, enter
 from deepopt.pipeline.gradients import StageGradients
-from deepopt.pipeline.graph_split import SplitBackward, leaves_of
+from deepopt.pipeline.graph_split import SplitBackward, has_leaf
 from deepopt.pipeline.randomness import mix, seed_generators
 from deepopt.pipeline.stage_experts import StageExperts
 from deepopt.pipeline.weight_probe import probe
@@ -161,6 +163,7 @@ class Stage:
                 if layer.name in known_ways:
                     self._arrange(layer, known_ways[layer.name])
         self._runs = self._cut_into_runs()
+        self._known_loss_grad: torch.Tensor | None = None
         self._is_evaluating = False
         self._take_output: Callable[[int, Any], None] | None = None
         self._cut: Cut | None = None
@@ -333,7 +336,7 @@ class Stage:
                 divided.append(backward)
                 backward.run_inputs(grads)
             elif roots:
-                torch.autograd.backward(roots, grads or None)
+                add_gradients(roots, grads)
             grads = [torch.zeros_like(t) if t.grad is None else t.grad for t in leaves]
         self.gradients.collect()
         return tuple(g for g in grads if g is not None)
@@ -376,18 +379,35 @@ class Stage:
         version = output._version if isinstance(output, torch.Tensor) else None
         loss = self._loss(output, segment.targets)
         self.losses[microbatch] = loss.detach()
-        scaled = loss / self._num_microbatches
+        if not loss.requires_grad:
+            segment.roots = []
+            return
+        grad = self._loss_grad(loss)
+        segment.roots, segment.grads = [loss], [grad]
         if (
             version is None
             or output.grad_fn is None
-            or scaled.grad_fn is None
+            or loss.grad_fn is None
             or output._version != version
-            or leaves_of([scaled.grad_fn], stop=output.grad_fn)
+            or has_leaf(loss.grad_fn, stop=output.grad_fn)
         ):
-            segment.roots = [scaled] if scaled.requires_grad else []
             return
-        segment.grads = list(torch.autograd.grad(scaled, output))
-        segment.roots = [get_gradient_edge(output)]  # the output itself is not needed
+        # The output itself is not needed, nor is anything of the loss.
+        segment.grads = [gradient_at(loss, output, grad=grad)]
+        segment.roots = [get_gradient_edge(output)]
+
+    def _loss_grad(self, loss: torch.Tensor) -> torch.Tensor:
+        """What a micro-batch's loss adds to the loss of the step; the same for each of them."""
+        known = self._known_loss_grad
+        if known is None or known.dtype != loss.dtype or known.shape != loss.shape:
+            if loss.numel() != 1:
+                raise TrainingError(
+                    f"the loss has the shape {list(loss.shape)}, and should be one number",
+                    remedy="let the loss return the mean over the samples of a micro-batch",
+                )
+            known = self._known_loss_grad = torch.ones_like(loss) / self._num_microbatches
+        # A copy: a backward may write to what it gets, or hand it on as a gradient.
+        return known.clone()
 
     def _run_without_graph(self, segment: _Segment, microbatch: int) -> Tensors:
         key = segment.layers[0].index
