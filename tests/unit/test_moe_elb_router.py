@@ -9,7 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from deepopt.errors import CheckpointError, InputError, TrainingError
-from deepopt.moe import ElbRouter, balancer
+from deepopt.moe import ElbRouter, balancer, in_step
 from deepopt.moe.elb_router import LOGITS_SHARE
 from deepopt.moe.step_totals import gate_masses
 
@@ -403,3 +403,28 @@ def test_training_compiles_as_one_graph_with_equal_bits(
         plain.update()
         other.update()
         assert same(state_of(plain), state_of(other))
+
+
+@pytest.mark.parametrize(
+    ("options", "chunks"), [({}, 5), ({"devices": 4}, 16), ({"level": "expert"}, 16)]
+)
+def test_the_warm_up_alone_cuts_a_sequence_only_where_it_sets_the_bias_anew(
+    options: dict[str, Any], chunks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    router = make(**options)
+    router.train()
+    x_TD = torch.randn(64, router.weight.shape[1], generator=torch.Generator().manual_seed(0))
+    router(x_TD, sequence_length=64)
+    router.update()
+    router.elb_drift.fill_(1.0)  # scores have moved away since
+    router.begin_step()
+    choices: list[int] = []
+
+    def counted(u_TE: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        choices.append(len(u_TE))
+        return select(u_TE, *args, **kwargs)
+
+    select = in_step.elb_select
+    monkeypatch.setattr(in_step, "elb_select", counted)
+    router(x_TD, sequence_length=64)
+    assert len(choices) == chunks

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepopt.moe import balancer
-from deepopt.moe.in_step import Feedback, chunk_edges, select_in_chunks
+from deepopt.moe import balancer, in_step
+from deepopt.moe.in_step import Feedback, chunk_edges, doubling_edges, select_in_chunks
 
 EXPERTS, TOP_K, LENGTH, SEQUENCES = 64, 4, 256, 4
 
@@ -31,8 +32,26 @@ def test_the_last_chunks_are_short() -> None:
     assert sizes[-1] < sizes[0] / 5
 
 
+@given(length=st.integers(1, 4096), chunks=st.integers(1, 64))
+def test_chunks_that_double_cover_the_sequence(length: int, chunks: int) -> None:
+    edges = doubling_edges(length, chunks=chunks)
+    assert (edges[0], edges[-1]) == (0, length)
+    assert edges == sorted(set(edges))
+    assert len(edges) <= math.ceil(math.log2(chunks)) + 2
+
+
+def test_chunks_double_where_a_bias_is_set_anew() -> None:
+    assert doubling_edges(128, chunks=16) == [0, 8, 16, 32, 64, 128]
+
+
 def loads(
-    *, devices: int, alpha: float = 0.3, padding: int = 0, share_E: torch.Tensor | None = None
+    *,
+    devices: int,
+    alpha: float = 0.3,
+    padding: int = 0,
+    share_E: torch.Tensor | None = None,
+    solves: bool = False,
+    doubles: bool = False,
 ) -> torch.Tensor:
     """Of a micro-batch whose tokens prefer some experts by more than any bias knows."""
     generator = torch.Generator().manual_seed(0)
@@ -59,6 +78,8 @@ def loads(
             blocks=balancer.device_blocks(EXPERTS, devices),
             slope_E=torch.full((EXPERTS,), 0.5),
             share_E=torch.full((EXPERTS,), 1 / EXPERTS) if share_E is None else share_E,
+            solves=solves,
+            doubles=doubles,
         ),
     )
     return stats[-(EXPERTS + 2) : -2].double()
@@ -89,3 +110,21 @@ def test_shares_that_are_not_equal_are_met() -> None:
     share_E /= share_E.sum()
     found = loads(devices=EXPERTS, share_E=share_E)
     assert ((found / found.sum()) / share_E - 1).abs().max() < 0.2
+
+
+def test_a_warm_up_that_nobody_asked_more_of_takes_few_choices_and_leaves_loads_nearly_even(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[int] = []
+
+    def counted(u_TE: torch.Tensor, *args: object, **kwargs: object) -> object:
+        calls.append(len(u_TE))
+        return select(u_TE, *args, **kwargs)  # type: ignore[arg-type]
+
+    select = in_step.elb_select
+    monkeypatch.setattr(in_step, "elb_select", counted)
+    without = balancer.max_violation(loads(devices=1).numpy())
+    calls.clear()
+    found = loads(devices=EXPERTS, solves=True, doubles=True)
+    assert calls == [64, 64, 128, 256, 512]
+    assert balancer.max_violation(found.numpy()) < 0.5 < without - 1.0

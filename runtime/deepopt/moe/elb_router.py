@@ -208,6 +208,7 @@ class ElbRouter(LearnedBias):
         if elb.mode != "elb" or elb.chunks == 1 or length < 2 or self.top_k >= self.num_experts:
             return None
         warms_up = self._still_warms_up()
+        asked = elb.level == "expert" or self.num_devices > 1
         by_expert = elb.level == "expert" or warms_up
         devices = self.num_experts if by_expert else self.num_devices
         if devices == 1:
@@ -225,6 +226,7 @@ class ElbRouter(LearnedBias):
             slope_E=self.elb_slope,
             share_E=share_E,
             solves=warms_up and not elb.target_share,
+            doubles=warms_up and not elb.target_share and not asked,
         )
 
     def _attach_losses(

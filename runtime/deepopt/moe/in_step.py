@@ -6,7 +6,9 @@ device (or expert) tells two things: how long its queue is, which the load formu
 asks for it than its share, which is taken away at once, so that queues need not grow before anything is
 done. The last half of the chunks become shorter and shorter: nothing makes good what the last one does. In
 the warm-up, where the step's bias may fit nothing, what the first 1, 2, 4, 8 ... chunks needed becomes the
-bias of those after them. No token sees a later one, and none sees another micro-batch.
+bias of those after them. Where only the warm-up asks for feedback, chunks end where a bias is set anew and
+nowhere else, for each costs as much as the whole choice does without them. No token sees a later one, and
+none sees another micro-batch.
 
 Shapes: B sequences, S positions, T = B x S tokens, E experts, K choices a token, N blocks of experts.
 """
@@ -25,6 +27,7 @@ from deepopt.moe.warmup import solve_bias
 from deepopt_kernels.elb_select import elb_select
 
 _ROUNDS = 4  # of solving: from the bias of half as many chunks
+_FEW_ROUNDS = 2  # where nobody asked for more than loads as even as those of a settled bias
 _MOST_DEMAND = math.log(
     8.0
 )  # that is taken away: a block that got nothing yet may still be asked for
@@ -41,6 +44,8 @@ class Feedback:
         slope_E: change of the bias that multiplies an expert's load by e.
         share_E: target share of each expert; sums to 1.
         solves: set the bias anew from what earlier chunks needed; for equal shares.
+        doubles: chunks end after 1, 2, 4, 8 ... of the `chunks` parts of a sequence only: a third of the
+            time, and loads as even as with a bias that fits, no more.
     """
 
     alpha: float
@@ -49,6 +54,7 @@ class Feedback:
     slope_E: torch.Tensor
     share_E: torch.Tensor
     solves: bool = False
+    doubles: bool = False
 
 
 def select_in_chunks(
@@ -83,15 +89,18 @@ def select_in_chunks(
     num_experts = u_TE.shape[1]
     u_BSE = u_TE.view(-1, sequence_length, num_experts)
     counted_BS = None if counted_T is None else counted_T.view(-1, sequence_length)
-    edges = chunk_edges(sequence_length, chunks=feedback.chunks)
+    cut = doubling_edges if feedback.doubles else chunk_edges
+    edges = cut(sequence_length, chunks=feedback.chunks)
     ids_BSK = torch.empty(*u_BSE.shape[:2], top_k, dtype=torch.int64, device=u_TE.device)
     queues = _Queues(feedback, num_experts=num_experts, top_k=top_k, device=u_TE.device)
     total: torch.Tensor | None = None
     for chunk, (start, end) in enumerate(itertools.pairwise(edges)):
-        if feedback.solves and chunk.bit_count() == 1:  # after 1, 2, 4, 8 ... chunks
+        # After 1, 2, 4, 8 ... chunks: each of those that double.
+        if feedback.solves and chunk and (feedback.doubles or chunk.bit_count() == 1):
             seen_TE = u_BSE[:, :start].reshape(-1, num_experts)
             counted = None if counted_BS is None else counted_BS[:, :start].reshape(-1)
-            bias_E = _solved(seen_TE, bias_E, counted, top_k=top_k)
+            rounds = _FEW_ROUNDS if feedback.doubles else _ROUNDS
+            bias_E = _solved(seen_TE, bias_E, counted, top_k=top_k, rounds=rounds)
             queues.forget_demand()
         push_E = queues.push(num_tokens=u_BSE.shape[0] * (end - start))
         u_cE = u_BSE[:, start:end].reshape(-1, num_experts)
@@ -126,6 +135,20 @@ def chunk_edges(sequence_length: int, *, chunks: int) -> list[int]:
     weights = [min(1.0, 2 * (chunks - chunk) / chunks) for chunk in range(chunks)]
     ends = itertools.accumulate(weights)
     return sorted({0, *(round(sequence_length * end / sum(weights)) for end in ends)})
+
+
+def doubling_edges(sequence_length: int, *, chunks: int) -> list[int]:
+    """Where chunks end that have 1, 1, 2, 4 ... of so many equal parts of a sequence.
+
+    Args:
+        sequence_length: S, at least 1.
+        chunks: parts; the last chunk takes what is left of them.
+    """
+    chunks = min(chunks, sequence_length)
+    parts = itertools.takewhile(lambda part: part < chunks, (1 << n for n in itertools.count()))
+    return sorted(
+        {0, *(round(sequence_length * part / chunks) for part in parts), sequence_length}
+    )
 
 
 class _Queues:
@@ -190,11 +213,12 @@ def _solved(
     counted_T: torch.Tensor | None,
     *,
     top_k: int,
+    rounds: int,
 ) -> torch.Tensor:
     """[E] the bias that would have evened out the tokens so far."""
     own_TE = seen_TE if counted_T is None else seen_TE[counted_T]
     own_TE = own_TE[own_TE.isfinite().all(-1)] + bias_E
-    return bias_E + solve_bias(own_TE, top_k=top_k, rounds=_ROUNDS)
+    return bias_E + solve_bias(own_TE, top_k=top_k, rounds=rounds)
 
 
 def _membership(
