@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,11 +35,11 @@ Open = Callable[..., HeadUnderTest]
 def open_head(tmp_path: Path) -> Iterator[Open]:
     opened: list[HeadUnderTest] = []
 
-    def open_head(**faults: object) -> HeadUnderTest:
+    def open_head(*, plan: Plan = MIRROR, **faults: object) -> HeadUnderTest:
         job = JobConfig.model_validate(
             {"training": {"steps": 6}, "checkpoint": {"every": 2}, "faults": faults}
         )
-        opened.append(HeadUnderTest(tmp_path / "run", job=job, plan=MIRROR))
+        opened.append(HeadUnderTest(tmp_path / "run", job=job, plan=plan))
         return opened[-1]
 
     yield open_head
@@ -112,6 +113,42 @@ def test_a_worker_that_does_not_leave_its_group_is_replaced_as_well(open_head: O
     assert head.group.assignments[0].in_place is None
     warnings = [event["message"] for event in head.events("warning")]
     assert any("rank 0 has not left its group 2.0 s after" in message for message in warnings)
+
+
+def lose_a_stage(head: HeadUnderTest, *, copied: int, damage: int | None = None) -> None:
+    """A line's second worker dies after step 5; the first has a copy of it, and its own of then."""
+    head.start().ready().steps(1, 2).checkpoint(2).steps(3, 4).checkpoint(4).steps(5, 5)
+    if damage is not None:
+        (file,) = head.run.checkpoints.glob(f"step-*{damage}/*embed*")
+        file.write_bytes(b"")
+    head.dies(1)
+    stands = Standing(
+        version=5,
+        ready=False,
+        layers=LAYERS[:2],
+        replicas={copied: LAYERS[2:]},
+        held=(copied,),
+    )
+    head.fails(0, "peer", standing=stands)
+    head.controller.tick()
+
+
+@pytest.mark.parametrize(
+    ("copied", "damage", "source", "step"),
+    [
+        pytest.param(5, None, "replicas", 5, id="newer-copy"),
+        pytest.param(3, None, "checkpoint", 4, id="newer-checkpoint"),
+        pytest.param(3, 4, "replicas", 3, id="damaged-checkpoint"),
+    ],
+)
+def test_a_lost_stage_comes_from_the_newer_of_a_peers_memory_and_the_disk(
+    open_head: Open, copied: int, damage: int | None, source: str, step: int
+) -> None:
+    head = open_head(plan=replace(MIRROR, placement=PlacementKind.LINE, schedule="1f1b"))
+    lose_a_stage(head, copied=copied, damage=damage)
+    formed = head.events("generation")[-1]
+    assert (formed["source"], formed["start_step"]) == (source, step)
+    assert [a.start_step for a in head.group.assignments] == [step, step]
 
 
 def stand_still(head: HeadUnderTest, duration_s: float, actions: dict[int, str]) -> None:

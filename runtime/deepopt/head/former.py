@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from deepopt.checkpoint import folders
 from deepopt.checkpoint.store import CheckpointStore
+from deepopt.checkpoint.verification import Found
 from deepopt.errors import RunDirectoryError
 from deepopt.head.closing_report import shared_cores
 from deepopt.head.commits import Committer, Origin
@@ -214,9 +215,14 @@ class Former:
     def _find_start(self, standings: Mapping[int, Standing]) -> Start:
         """Where the next generation goes on: from what survivors have, else from a checkpoint."""
         restoration = restore(self._record.plan, survivors=standings)
+        progress = self._record.progress
         if restoration is None:
-            return self._find_checkpoint()
-        step, progress = restoration.step, self._record.progress
+            return self._start_from(self._find_checkpoint())
+        step = restoration.step
+        if step < progress.checkpoint_step:  # of copies in memory; the disk has a newer one
+            found = self._find_checkpoint()
+            if found is not None and found.manifest.step > step:
+                return self._start_from(found)
         due = is_checkpoint_due(
             step, job=self._record.job, last_step=self._record.identity.last_step
         )
@@ -235,7 +241,7 @@ class Former:
         progress.step = step
         return start
 
-    def _find_checkpoint(self) -> Start:
+    def _find_checkpoint(self) -> Found | None:
         """The newest verified checkpoint; those that were passed over are named."""
         found = self._store.newest_verified(self._record.skeleton.fingerprint())
         for rejected in () if found is None else found.rejected:
@@ -245,6 +251,10 @@ class Former:
                     step=0 if folder is None else folder.step, reason=rejected.reason
                 )
             )
+        return found
+
+    def _start_from(self, found: Found | None) -> Start:
+        """From a checkpoint; None: from the seed."""
         start = choose_start(
             found, plan=self._record.plan, last_step=self._record.identity.last_step
         )

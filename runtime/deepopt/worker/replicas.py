@@ -19,6 +19,7 @@ import torch
 from deepopt.errors import TransportError
 from deepopt.pipeline.transport import Channel, Kind, Store, Transport
 from deepopt.planner.plan import Plan
+from deepopt.worker.copy_pace import CopyPace
 from deepopt.worker.flat_state import FlatState, Layout, State
 
 logger = logging.getLogger(__name__)
@@ -83,9 +84,8 @@ class ReplicaKeeper:
         self._export = export
         self._sent = tuple(sent)
         self._device = device
-        self._share = share
+        self._pace = CopyPace(share=share)
         self._clock = clock
-        self._rests_until_s = 0.0
         rank, world_size = transport.rank, transport.world_size
         # Far away in the order of ranks, which is that of hosts: a host's death leaves one of two.
         shift = max(1, world_size // 2)
@@ -107,7 +107,7 @@ class ReplicaKeeper:
     @property
     def busy(self) -> bool:
         """Whether the next copy has to wait: for the one before, or for its share of the time."""
-        return self._busy or self._clock() < self._rests_until_s
+        return self._busy or self._pace.rests(now_s=self._clock())
 
     @property
     def held(self) -> tuple[int, ...]:
@@ -219,8 +219,10 @@ class ReplicaKeeper:
                 if self._device.type == "cuda":
                     torch.cuda.synchronize(self._device)
                 self._own[step] = own
+                filled_s = self._clock()
                 self._mark(copying=False)
-                self._exchange(step, own)
+                link_s = self._exchange(step, own)
+                self._pace.made(took_s=filled_s - began_s + link_s, now_s=self._clock())
             except TransportError as error:  # the training thread hears of it as well
                 logger.info("the copy of step %d was not exchanged: %s", step, error.message)
             except (
@@ -229,18 +231,25 @@ class ReplicaKeeper:
                 logger.exception("copying the layers after step %d failed", step)
             finally:
                 del states
-                took_s = self._clock() - began_s
-                self._rests_until_s = self._clock() + took_s * (1 / self._share - 1)
                 self._mark(copying=False, busy=False)
 
-    def _exchange(self, step: int, own: FlatState) -> None:
+    def _exchange(self, step: int, own: FlatState) -> float:
+        """Send a copy and take the peer's.
+
+        Returns:
+            Seconds that the link was needed for: at the pace of the piece that waited least.
+
+        Raises:
+            TransportError: the peer is gone.
+        """
         ward = self._slot(self._ward, step, self._ward_layout)
         if step not in self._ward:
             self._whole.discard(step)
             self._ward[step] = ward
         out, into = own.memory[: self._sent_bytes], ward.memory
-        for first in range(0, max(len(out), len(into)), _PIECE_BYTES):
-            pending = []
+        size, s_per_byte = max(len(out), len(into)), float("inf")
+        for first in range(0, size, _PIECE_BYTES):
+            began_s, pending = self._clock(), []
             if first < len(into):
                 piece = into[first : first + _PIECE_BYTES]
                 pending.append(self._transport.receive_into(self._in, 0, piece))
@@ -249,7 +258,10 @@ class ReplicaKeeper:
                 pending.append(self._transport.send_apart(self._out, 0, piece))
             for one in pending:
                 one.wait()
+            took_s = self._clock() - began_s
+            s_per_byte = min(s_per_byte, took_s / min(_PIECE_BYTES, size - first))
         self._whole.add(step)
+        return size * s_per_byte if size else 0.0
 
     def _slot(self, kept: dict[int, FlatState], step: int, layout: Layout) -> FlatState:
         """Memory for a copy: that of the same step, of the oldest, or new."""
