@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import pytest
 from ray.exceptions import ActorDiedError
 
 import ray
+from deepopt.cluster.group import HeadEvent, WorkerGone
 from deepopt.cluster.slots import Slot, Slots
 from deepopt.cluster.worker_group import RayWorkerGroup
 from deepopt.job_file import load_job
 from deepopt.run_directory import RunDirectory
+from deepopt.worker.messages import Assignment
 
 
 class PendingCall:
@@ -29,8 +31,11 @@ class PendingCall:
 class StartingActor:
     """An actor whose process does not run yet: no call of it is answered before it is killed."""
 
+    made: ClassVar[list[StartingActor]] = []
+
     def __init__(self, **_: Any) -> None:
         self.calls: list[PendingCall] = []
+        StartingActor.made.append(self)
 
     def __getattr__(self, name: str) -> Any:
         if name == "remote":
@@ -56,15 +61,24 @@ class StartingActors:
 
 
 @pytest.fixture
-def group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RayWorkerGroup:
+def told() -> list[HeadEvent]:
+    """What the group has said."""
+    return []
+
+
+@pytest.fixture
+def group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: list[HeadEvent]
+) -> RayWorkerGroup:
     made = RayWorkerGroup(
         slots=Slots(places=(Slot(host="here"),), use_gpus=False, head_node_id="0"),
         run=RunDirectory(tmp_path),
         head=None,
-        tell=lambda event: None,
+        tell=told.append,
         job=load_job(None, ["training.steps=1"]),
         lease_s=1.0,
     )
+    monkeypatch.setattr(StartingActor, "made", [])
     monkeypatch.setattr(made, "_actor_class", StartingActors())
     monkeypatch.setattr(ray, "kill", lambda actor, no_restart: actor.die())
     return made
@@ -82,3 +96,18 @@ def test_a_process_that_waits_for_a_place_is_not_waited_for_when_it_is_killed_at
 ) -> None:
     group.seek([0])
     group.kill_all(timeout_s=1.0)
+
+
+@pytest.mark.parametrize("agent_first", [False, True])
+def test_the_end_of_a_worker_that_once_was_a_spare_is_told(
+    group: RayWorkerGroup, told: list[HeadEvent], agent_first: bool
+) -> None:
+    group.keep_spares(1)
+    group.prepare(1, places=[0])
+    spare = StartingActor.made[0]
+    group.launch(cast("list[Assignment]", [None]))
+    if agent_first:
+        group.confirm_exit(0, how="killed by SIGKILL")
+    spare.die()
+    gone = [event for event in told if isinstance(event, WorkerGone)]
+    assert [(event.generation, event.rank) for event in gone] == [(1, 0)]

@@ -68,6 +68,7 @@ class _Worker:
     agent: Any = None
     ended: bool = False  # its actor is gone, says Ray
     warm: bool = False  # of a spare: it has everything ready
+    waits: bool = False  # for a place; its end is then nobody's loss
 
 
 @dataclass(slots=True, kw_only=True)
@@ -364,12 +365,15 @@ class RayWorkerGroup:
                 stage_worker=self._stage_worker,
             ),
             log_size=0,
+            waits=True,
         )
         self._spares.append(spare)
 
         def is_gone(error: BaseException) -> None:
+            if not spare.waits:
+                return  # it is a worker by now: its work tells of its end
             spare.ended = True  # whoever kills one that has no process yet waits for this word
-            if spare in self._spares:  # else it is a worker by now
+            if spare in self._spares:
                 logger.warning("a spare is gone: %s", error)
                 self._spares.remove(spare)
                 if spare.warm:  # one that cannot even start is not tried again and again
@@ -404,10 +408,13 @@ class RayWorkerGroup:
             ),
             log_size=0,
             place=place,
+            waits=True,
         )
         self._seekers[place] = seeker
 
         def is_gone(error: BaseException) -> None:
+            if not seeker.waits:
+                return
             seeker.ended = True
             if self._seekers.get(place) is seeker:
                 logger.info("nothing at place %d: %s", place, str(error).strip())
@@ -434,6 +441,7 @@ class RayWorkerGroup:
         seeker = self._seekers.get(place)
         if seeker is None or not seeker.pid:
             return None
+        seeker.waits = False
         del self._seekers[place]
         seeker.log_size = self._log_size(rank)
         return seeker
@@ -444,6 +452,7 @@ class RayWorkerGroup:
         for spare in sorted(self._spares, key=lambda s: (not s.warm, not s.pid)):
             near = host is None or spare.node_id == host
             if near or not self._slots.use_gpus:
+                spare.waits = False
                 self._spares.remove(spare)
                 spare.log_size, spare.place = self._log_size(rank), place
                 if gpus := self._gpus.get(place):
