@@ -1,9 +1,10 @@
 """`ProfileWorker`: takes a worker's place to measure its device, the layers on it and its links.
 
 It runs where `StageWorker` would: started, watched and ended by the same head, so a device that
-vanishes is noticed as in training. Workers of one host take turns at the layers, as many at once as have
-cores: in training, too, the other cores compute, and on processors whose cores share caches or units that
-makes a layer slower. What it found lies in `profile/rank-N.json` of the run directory when it has ended;
+vanishes is noticed as in training. CPU workers of one host that are timed by the CPU time of their thread
+measure all at once, as they will train: each finds its caches and its core as busy with others then. Where
+wall time counts they take turns, as many at once as have cores. What it found lies in
+`profile/rank-N.json` of the run directory when it has ended;
 nothing is trained.
 """
 
@@ -71,6 +72,22 @@ def turns_of(position: int, *, count: int, at_once: int) -> frozenset[int]:
     together = min(at_once, count)
     own, last = position // together, (count - 1) // together
     return frozenset({own, last} if position >= count - together else {own})
+
+
+def workers_at_once(count: int, *, cores: int, threads: int) -> int:
+    """How many CPU workers of a host measure at the same moment.
+
+    A worker with one thread takes the CPU time of that thread, in which others do not count but for the
+    caches and units that they use: all measure together, as they train. CPU time of an operation in 4 workers
+    on 2 cores was 1.1 times that in 2, and 1.3 times that in one alone. With more threads wall time
+    counts, so each has its cores.
+
+    Args:
+        count: workers of the host.
+        cores: of the host.
+        threads: of one worker.
+    """
+    return count if threads == 1 else max(1, cores // threads)
 
 
 class ProfileStopped(Exception):
@@ -151,7 +168,7 @@ class ProfileWorker:
                 mine = turns_of(
                     hosts[:rank].count(hosts[rank]),
                     count=hosts.count(hosts[rank]),
-                    at_once=self._workers_with_cores(),
+                    at_once=self._workers_at_once(hosts.count(hosts[rank])),
                 )
                 for turn in range(max(hosts.count(host) for host in hosts)):
                     if turn in mine:
@@ -350,11 +367,12 @@ class ProfileWorker:
 
     # Turns. ----------------------------------------------------------------------------------
 
-    def _workers_with_cores(self) -> int:
-        """How many workers of this host compute on CPU cores of their own at the same moment."""
+    def _workers_at_once(self, count: int) -> int:
+        """How many of this host's workers measure at the same moment."""
         if self._device.type != "cpu" or self._job.worker.device == "emulated":
             return 1
-        return max(1, len(os.sched_getaffinity(0)) // self._job.worker.threads)
+        cores = len(os.sched_getaffinity(0))
+        return workers_at_once(count, cores=cores, threads=self._job.worker.threads)
 
     def _hosts(self, own: str) -> list[str]:
         """The host of each rank, named by the first rank on it: names may repeat elsewhere."""
