@@ -59,7 +59,7 @@ class FakeStageWorker:
         self._interrupted = False
 
     @staticmethod
-    def warm(job: JobConfig, run_dir: Path) -> None:
+    def warm(job: JobConfig, run_dir: Path, *, builds: bool) -> None:
         """Nothing takes long here."""
 
     def interrupt(self, generation: int) -> None:

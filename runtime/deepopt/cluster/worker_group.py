@@ -392,9 +392,7 @@ class RayWorkerGroup:
         # An idle process that dies is told of by nothing but a call that is pending with it.
         self._watch(self._members, spare.actor.stay.remote(), lambda _: None, is_gone)
 
-        self._watch(
-            self._members, spare.actor.wait_as_spare.remote(self._job), is_warm, is_gone
-        )
+        self._watch(self._members, self._wait(spare.actor), is_warm, is_gone)
 
     def _start_seeker(self, place: int) -> None:
         number = self._num_spares_made
@@ -432,9 +430,11 @@ class RayWorkerGroup:
                 self._tell(PlaceFound(place=place, is_there=True))
 
         self._watch(self._members, seeker.actor.whereabouts.remote(), is_up, is_gone)
-        self._watch(
-            self._members, seeker.actor.wait_as_spare.remote(self._job), is_warm, is_gone
-        )
+        self._watch(self._members, self._wait(seeker.actor), is_warm, is_gone)
+
+    def _wait(self, actor: Any) -> Any:
+        """Have a process get ready; with layers where it will need no device for them."""
+        return actor.wait_as_spare.remote(self._job, self._head, not self._slots.use_gpus)
 
     def _take_seeker(self, place: int, rank: int) -> _Worker | None:
         """The process that waits at a place; None while it has no device."""

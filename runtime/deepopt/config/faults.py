@@ -79,7 +79,9 @@ class FaultsConfig(Section):
     )
     spares: Index = Field(
         default=0,
-        description="Processes that wait, with everything imported, to take a lost worker's place.",
+        description="Processes that wait, with everything imported, to take a lost worker's place. On CPUs "
+        "they have layers built, too: those of the whole model where that is no more memory than a worker "
+        "takes in training (four times its weights), else none.",
     )
     shrink: Literal["auto", "never"] = Field(
         default="auto",

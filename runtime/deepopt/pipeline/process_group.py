@@ -44,7 +44,8 @@ from deepopt.pipeline.transport import (
 
 _TENSORS_PER_MESSAGE = 64  # the lowest six bits of the tag
 _FIRST_PAUSE_S = 0.0005  # between two looks for a key; doubled each time up to the longest
-_LONGEST_PAUSE_S = 0.02
+_LONGEST_PAUSE_S = 0.004  # of a few workers; a thousand, who all ask one store, pause 24 ms
+_PAUSE_PER_WORKER_S = 20e-6
 
 
 class ProcessGroupTransport:
@@ -352,13 +353,14 @@ class ProcessGroupTransport:
         """Wait for a key of the store; unlike the store's own wait, an interrupt ends it."""
         until_s = time.monotonic() + timeout_s
         pause_s = _FIRST_PAUSE_S
+        longest_s = _LONGEST_PAUSE_S + _PAUSE_PER_WORKER_S * self._world_size
         with as_transport_error(what):
             while not self._store.check([key]):
                 if self._interrupted.wait(pause_s):
                     raise TransportError(f"{what} was interrupted")
                 if time.monotonic() > until_s:
                     raise TransportError(f"{what} failed: no {key} after {timeout_s:g} s")
-                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+                pause_s = min(2 * pause_s, longest_s)
 
 
 def _world() -> dist.ProcessGroup:

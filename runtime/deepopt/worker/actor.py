@@ -99,14 +99,18 @@ class WorkerActor:
         except Exception:  # said again, and reported, by `work`
             logger.exception("importing %s failed", self._stage_worker)
 
-    def wait_as_spare(self, job: JobConfig) -> None:
+    def wait_as_spare(self, job: JobConfig, head: Any, builds: bool) -> None:
         """Get everything ready that does not depend on the rank.
 
         Args:
             job: the resolved job.
+            head: as for `work`; a first call of it takes longer than those after it.
+            builds: as for `StageWorker.warm`.
         """
         try:
-            self._warmth = self._load_class().warm(job, self._run.root)
+            self._mailbox = Mailbox(head.tell.remote, wait=_wait, was_taken=_was_taken)
+            _was_taken(head.alive.remote())
+            self._warmth = self._load_class().warm(job, self._run.root, builds=builds)
         except Exception:  # said again, and reported, by `work`
             logger.exception("getting ready failed")
 

@@ -15,7 +15,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +30,7 @@ from deepopt.datasets.batch_source import BatchSource, build_batch_source
 from deepopt.datasets.evaluation import evaluation_batches
 from deepopt.datasets.read_ahead import ReadAhead, with_readers
 from deepopt.errors import TransportError
+from deepopt.pipeline.stage import Layer, Loss
 from deepopt.pipeline.step import PipelineStep
 from deepopt.pipeline.step_result import Agreement, Wish
 from deepopt.pipeline.transport import Transport
@@ -62,6 +63,7 @@ from deepopt.worker.messages import (
     WorkerReady,
 )
 from deepopt.worker.predictions import generation_folder
+from deepopt.worker.ready_layers import ReadyLayers, build_ahead
 from deepopt.worker.replicas import ReplicaKeeper, keeps_replicas, layers_without_copy
 from deepopt.worker.state_transfer import transfer
 from deepopt.worker.step_reports import StepReports
@@ -81,10 +83,12 @@ class Warmth:
     Args:
         skeleton: the model.
         batches: the data.
+        layers: that it has built; None where it has built none.
     """
 
     skeleton: ModelSkeleton
     batches: BatchSource
+    layers: ReadyLayers | None = None
 
 
 class StageWorker:
@@ -142,12 +146,13 @@ class StageWorker:
         self._fault_script = FaultScript((), rank=self._sender.rank, generation=0)
 
     @staticmethod
-    def warm(job: JobConfig, run_dir: Path) -> Warmth:
+    def warm(job: JobConfig, run_dir: Path, *, builds: bool = False) -> Warmth:
         """Do what does not depend on the rank: for a spare.
 
         Args:
             job: the resolved job.
             run_dir: the run directory.
+            builds: whether to build layers, too, in host memory.
 
         Raises:
             InputError: model or data cannot be built here.
@@ -156,8 +161,11 @@ class StageWorker:
         out = torch.ones(8, 8, requires_grad=True) @ torch.ones(8, 8)
         # With gradients given, as in a step: the first such call imports sympy, for 0.4 s and more.
         torch.autograd.backward([out], [torch.ones(8, 8)])
+        skeleton = describe(job)
         warmth = Warmth(
-            skeleton=describe(job), batches=build_batch_source(job, run_dir=run_dir)
+            skeleton=skeleton,
+            batches=build_batch_source(job, run_dir=run_dir),
+            layers=build_ahead(job, skeleton, run_dir=run_dir) if builds else None,
         )
         # What is imported stays. A collection that looks at all of it, a few hundred thousand objects,
         # takes 0.1 s and more, and would come while a replacement builds its layers.
@@ -212,7 +220,10 @@ class StageWorker:
             elif ready is not None and isinstance(ready.batches, ReadAhead):
                 ready.batches.close()
             indices = [i for stage in stages for i in plan.stage_layers(stage)]
-            layers, loss = build_layers(job, indices, device=self._device)
+            layers, loss = self._take_layers(indices) or build_layers(
+                job, indices, device=self._device
+            )
+            self._warmth = None  # what it has and nobody takes shall hold no memory
         with _timed(times, "rendezvous"):
             self._transport.join(
                 rendezvous.open_store(assignment), generation=self._sender.generation
@@ -260,6 +271,11 @@ class StageWorker:
             data_fingerprint=None if self._batches is None else self._batches.fingerprint,
         )
         return self._ready
+
+    def _take_layers(self, indices: Sequence[int]) -> tuple[list[Layer], Loss] | None:
+        """Layers that were built while this process waited; None where they are not there."""
+        ready = None if self._warmth is None else self._warmth.layers
+        return None if ready is None or self._device.type != "cpu" else ready.take(indices)
 
     def reassign(self, assignment: Assignment) -> None:
         """Take a place in a later generation: same plan, same rank. `rejoin` comes next.
