@@ -100,11 +100,15 @@ def plain_loop(job: Path) -> Contender:
     )
 
 
-def parse_slices(description: str | None) -> argparse.Namespace:
+def parse_slices(
+    description: str | None, *, parts: str = "", only: Sequence[str] = ()
+) -> argparse.Namespace:
     """The options of benchmarks that measure in time slices.
 
     Args:
         description: of the benchmark; its first line is shown.
+        parts: what `--parts` measures in addition; empty: there is no such option.
+        only: what `--only` may name; empty: there is no such option.
     """
     parser = argparse.ArgumentParser(description=(description or "").split("\n")[0])
     parser.add_argument("--warm-up", type=int, default=3, help="first steps, not counted [3]")
@@ -112,6 +116,10 @@ def parse_slices(description: str | None) -> argparse.Namespace:
     parser.add_argument("--slice-s", type=float, help="length of a slice [4, quick: 1]")
     parser.add_argument("--timeout-s", type=float, default=180.0, help="longest step [180]")
     parser.add_argument("--quick", action="store_true", help="small and short: does it run?")
+    if parts:
+        parser.add_argument("--parts", action="store_true", help=f"measure {parts}")
+    if only:
+        parser.add_argument("--only", choices=only, help="one of them [all]")
     arguments = parser.parse_args()
     arguments.cycles = arguments.cycles or (2 if arguments.quick else 8)
     arguments.slice_s = arguments.slice_s or (1.0 if arguments.quick else 4.0)

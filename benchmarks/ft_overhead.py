@@ -29,9 +29,18 @@ STALL_AIM = 0.01  # of the time of the ten steps between two checkpoints
 EVERY = 10
 WORKERS = 2
 ON, OFF = "all on", "all off"
+COPIES, CHECKPOINTS = "faults.replicas=peer", f"checkpoint.every={EVERY}"
+NO_COPIES, NO_CHECKPOINTS = "faults.replicas=none", "checkpoint.every=0"
+NO_HEARTBEATS = "faults.heartbeat_s=3000"
 SETTINGS = {
-    ON: ("faults.replicas=peer", f"checkpoint.every={EVERY}"),
-    OFF: ("faults.replicas=none", "checkpoint.every=0", "faults.heartbeat_s=3000"),
+    ON: (COPIES, CHECKPOINTS),
+    OFF: (NO_COPIES, NO_CHECKPOINTS, NO_HEARTBEATS),
+}
+# With `--parts`, to see what costs how much: one of them on, the others off.
+PARTS = {
+    "copies": (COPIES, NO_CHECKPOINTS, NO_HEARTBEATS),
+    "checkpoints": (NO_COPIES, CHECKPOINTS, NO_HEARTBEATS),
+    "heartbeats": (NO_COPIES, NO_CHECKPOINTS),
 }
 # What it says, and further settings of both. Emulated layers must take longer than their real
 # arithmetic, or no core is free: the parameters, which are copied, are the same, the micro-batches small.
@@ -48,11 +57,12 @@ KINDS = {
 
 def main() -> None:
     """Measure both kinds of devices and print tables, shares and the ratio."""
-    options = parse_slices(__doc__)
+    options = parse_slices(__doc__, parts="each part alone as well", only=tuple(KINDS))
     end_cleanly_on_signals()
     say("\n".join(describe()))
-    ratios = {kind: _measure(kind, options) for kind in KINDS}
-    say(ratio_line(ratios["busy cores"], aim=AIM))
+    kinds = [options.only] if options.only else list(KINDS)
+    ratios = [_measure(kind, options) for kind in kinds]
+    say(ratio_line(min(ratios), aim=AIM))
 
 
 def _measure(kind: str, options: argparse.Namespace) -> float:
@@ -66,22 +76,30 @@ def _measure(kind: str, options: argparse.Namespace) -> float:
         job_file.write_text(dump_job(job))
         contenders = {
             name: deepopt(job_file, workers=WORKERS, settings=settings)
-            for name, settings in SETTINGS.items()
+            for name, settings in (SETTINGS | (PARTS if options.parts else {})).items()
         }
         measured = measure_slices(contenders, job=job, options=options)
     say("\n" + slice_table(measured, job=job) + "\n")
     on, off = measured[ON], measured[OFF]
-    wall, cpu = (
-        (getattr(on, name) / on.steps) / (getattr(off, name) / off.steps)
-        for name in ("wall_s", "cpu_s")
-    )
-    medians = [statistics.median(one.step_times_s.values()) for one in (on, off)]
-    say(
-        f"{kind}: on takes {_percent(wall)} of the wall time of off, {_percent(cpu)} of its CPU time; "
-        f"median step {_percent(medians[0] / medians[1])}"
-    )
+    for name in [name for name in measured if name != OFF]:
+        say(f"{kind}: {_cost(name, measured[name], beside=off)}")
     say(f"{kind}: {_stall(on)}")
-    return 1 / wall
+    return (off.wall_s / off.steps) / (on.wall_s / on.steps)
+
+
+def _cost(name: str, measured: Measured, *, beside: Measured) -> str:
+    """What a contender's steps take of the time of another's."""
+    wall, cpu = (
+        (getattr(measured, field) / measured.steps) / (getattr(beside, field) / beside.steps)
+        for field in ("wall_s", "cpu_s")
+    )
+    median = statistics.median(measured.step_times_s.values()) / statistics.median(
+        beside.step_times_s.values()
+    )
+    return (
+        f"{name} takes {_percent(wall)} of the wall time of {OFF}, {_percent(cpu)} of its CPU time; "
+        f"median step {_percent(median)}"
+    )
 
 
 def _stall(on: Measured) -> str:
