@@ -54,9 +54,15 @@ def predicted_lines(plan_file: PlanFile) -> list[str]:
     gap = "" if found.gap is None else f", {human_percent(found.gap)} above the lower bound"
     shared = plan_file.hardware.shared_cores
     cores = f", workers share {shared} cores" if shared else ""
-    return [
+    lines = [
         f"predicted   step {found.step_ms:.1f} ms{likely}, bubble {human_percent(found.bubble)}{gap}{cores}"
     ]
+    if found.warm_up_ms:
+        lines.append(
+            f"warm-up     up to {found.warm_up_ms:.1f} ms more while routers of experts warm up, at most "
+            "the first elb.monitor_freq steps"
+        )
+    return lines
 
 
 def source_words(plan_file: PlanFile) -> str:

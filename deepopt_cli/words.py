@@ -255,7 +255,7 @@ def report_lines(report: Mapping[str, Any]) -> list[str]:
         words = f"measured {_milliseconds(measured)}"
         predicted = report.get("predicted_step_s")
         if predicted and (off := report.get("prediction_error")) is not None:
-            words += f", predicted {_milliseconds(predicted)} ({100 * off:+.1f} %)"
+            words += f", predicted {_predicted(report, predicted)} ({100 * off:+.1f} %)"
         elif simulated:
             error = 100 * (simulated / measured - 1)
             words += f", simulated {_milliseconds(simulated)} ({error:+.1f} %)"
@@ -277,6 +277,17 @@ def report_lines(report: Mapping[str, Any]) -> list[str]:
             f"{_milliseconds(emulated['late_s'])} in all"
         )
     return lines
+
+
+def _predicted(report: Mapping[str, Any], step_s: float) -> str:
+    """The predicted step, and what it has on top while routers of experts warm up."""
+    more_s, steps = report.get("predicted_warm_up_s"), report.get("warm_up_steps")
+    if not more_s or not steps:
+        return _milliseconds(step_s)
+    return (
+        f"{_milliseconds(step_s)} and up to {_milliseconds(more_s)} more in the {steps} steps in which "
+        "routers warmed up"
+    )
 
 
 def _cause_lines(report: Mapping[str, Any]) -> list[str]:

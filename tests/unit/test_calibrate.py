@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from deepopt.config import JobConfig
 from deepopt.convert import describe
 from deepopt.datasets.batch_source import build_batch_source
+from deepopt.moe import in_step
 from deepopt.pipeline.stage_experts import StageExperts, count_routers, layers_with_routers
 from deepopt.planner.alpha_beta import AlphaBeta
 from deepopt.planner.emulated_costs import emulated_costs
@@ -105,6 +107,34 @@ def test_the_update_of_a_layer_includes_that_of_its_routers(
     assert sorted(routers) == [0, 0, 0, 1]
     assert layers_with_routers(describe(job)) == (routers.index(1),)
     assert [s >= update_s for s in found.update_s] == list(map(bool, routers))
+
+
+@pytest.mark.parametrize("warmup", [True, False])
+def test_what_routers_take_on_top_while_they_warm_up_is_tried_apart(
+    warmup: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Counting:
+        """A clock that goes by the chunks of a choice: there are none once a bias fits."""
+
+        def measure(self, what: str, work: Callable[[], Any]) -> tuple[float, Any]:
+            before = len(chunks)
+            result = work()
+            return float(len(chunks) - before), result
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        chunks.append(1)
+        return select(*args, **kwargs)
+
+    chunks: list[int] = []
+    select = in_step.elb_select
+    monkeypatch.setattr(in_step, "elb_select", counted)
+    job = tiny_job(model={"kwargs": {**TINY_MODEL, "num_blocks": 2}}, elb={"warmup": warmup})
+    batches = build_batch_source(job, run_dir=None)
+    found = calibrate(job, describe(job), batches=batches, device=CPU, clock=Counting())
+    assert found is not None
+    assert not any(found.forward_s)
+    routers = [count_routers(layer.buffers) for layer in describe(job).layers]
+    assert found.warm_up_s == tuple(5.0 * number * warmup for number in routers)
 
 
 def test_every_layer_gets_times_and_sizes_and_threads_are_as_before() -> None:

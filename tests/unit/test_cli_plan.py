@@ -57,6 +57,23 @@ def test_a_plan_is_shown_and_drawn(tmp_path: Path) -> None:
     assert "blocks.1 .. head" in page
 
 
+def test_a_plan_says_what_the_warm_up_of_routers_takes_on_top(tmp_path: Path) -> None:
+    file = plan_file()
+    layers = [
+        layer
+        if layer.times_ms is None
+        else layer.model_copy(
+            update={"times_ms": layer.times_ms.model_copy(update={"warm_up": 7})}
+        )
+        for layer in file.layers
+    ]
+    file = file.model_copy(update={"layers": tuple(layers)})
+    (tmp_path / "warm.yaml").write_text(write_plan_file(file))
+    assert "warm_up: 7" in (tmp_path / "warm.yaml").read_text()
+    assert "warm-up     up to" in deepopt("plan", "show", "warm.yaml").stdout
+    assert "warm-up" not in deepopt("plan", "show", "hand.yaml").stdout
+
+
 def test_an_edited_plan_is_predicted_anew(tmp_path: Path) -> None:
     before = json.loads(deepopt("plan", "show", "hand.yaml", "--json").stdout)
     text = (tmp_path / "hand.yaml").read_text()

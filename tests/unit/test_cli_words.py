@@ -127,6 +127,28 @@ def test_a_finished_job_says_where_the_weights_are() -> None:
     ]
 
 
+def test_a_prediction_says_what_the_warm_up_of_routers_takes_on_top() -> None:
+    report = {
+        "measured_step_s": 0.3,
+        "predicted_step_s": 0.2,
+        "prediction_error": 0.04,
+        "predicted_warm_up_s": 0.09,
+        "warm_up_steps": 3,
+    }
+    ended = status(state="finished", step=5, checkpoint_step=5)
+    text = "\n".join(words.closing_lines(ended, report=report, run_dir=Path("runs/a")))
+    assert (
+        "measured 300.0 ms, predicted 200.0 ms and up to 90.0 ms more in the 3 steps in which routers "
+        "warmed up (+4.0 %)" in text
+    )
+    text = "\n".join(
+        words.closing_lines(
+            ended, report={**report, "warm_up_steps": 0}, run_dir=Path("runs/a")
+        )
+    )
+    assert "predicted 200.0 ms (+4.0 %)" in text
+
+
 def test_a_stopped_job_says_how_to_go_on() -> None:
     lines = words.closing_lines(status(state="stopped"), report={}, run_dir=Path("runs/a"))
     assert lines[-1] == "  go on       deepopt resume runs/a"

@@ -12,6 +12,7 @@ from deepopt.errors import CheckpointError, InputError, TrainingError
 from deepopt.moe import ElbRouter, balancer, in_step
 from deepopt.moe.elb_router import LOGITS_SHARE
 from deepopt.moe.step_totals import gate_masses
+from deepopt.pipeline.stage_experts import RouterFigures, summarise
 
 MODES = ["elb", "formula", "sign", "quantile", "aux", "none"]
 
@@ -403,6 +404,26 @@ def test_training_compiles_as_one_graph_with_equal_bits(
         plain.update()
         other.update()
         assert same(state_of(plain), state_of(other))
+
+
+def test_a_router_warms_up_in_step_1_and_until_its_bias_fits_and_can_be_told_to() -> None:
+    router = make()
+    assert router.warms_up()
+    train(router, 6)
+    assert not router.warms_up()
+    assert router.hold_warm_up()
+    assert router.warms_up()
+    router.update()
+    assert not router.warms_up()
+    settled = make(warmup=False)
+    assert not settled.warms_up()
+    assert not settled.hold_warm_up()
+
+
+def test_the_share_of_routers_that_warm_up_is_a_figure_of_the_step() -> None:
+    names = RouterFigures.__slots__
+    rows = [[float(name == "warm_up") * on for name in names] for on in (1.0, 0.0, 1.0, 1.0)]
+    assert summarise(rows)["warm_up_share"] == 0.75
 
 
 @pytest.mark.parametrize(

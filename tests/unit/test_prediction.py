@@ -232,6 +232,38 @@ def test_the_error_is_that_of_the_median_step_without_the_first() -> None:
     assert prediction_error(None, steps) is None
 
 
+WARM = replace(COSTS, warm_up_s=(0.0, 2.0, 2.0, 0.0))
+
+
+def test_a_step_of_the_warm_up_is_longer_by_what_routers_then_take_and_the_prediction_is_without() -> (
+    None
+):
+    prediction, settled = predicted(WARM), predicted()
+    assert prediction.step_s == settled.step_s
+    # Each stage has one such layer: F 4 instead of 2, (4 + 1) times on the way through.
+    assert prediction.warm_up_s == pytest.approx(5 * 2.0)
+    assert Prediction.from_json(prediction.to_json()).warm_up_s == prediction.warm_up_s
+    assert settled.warm_up_s == 0.0
+
+
+def test_each_step_is_compared_with_what_is_predicted_for_as_many_routers_in_warm_up() -> None:
+    prediction = predicted(WARM)
+    shares = [1.0, 1.0, 1.0, 0.5, 0.0]
+    steps = [1.1 * (prediction.step_s + share * prediction.warm_up_s) for share in shares]
+    assert prediction_error(prediction, steps, warm_up=shares) == pytest.approx(0.1)
+    assert prediction_error(prediction, steps) > 0.25
+
+
+def test_the_warm_up_of_routers_is_no_cause_that_a_run_is_put_down_to() -> None:
+    prediction = predicted(WARM)
+    warm = predicted(WARM.warming_up(1.0))
+    run = replace(measured(warm), warm_up=1.0)
+    assert all(
+        abs(cause.share) < 1e-9
+        for cause in causes(prediction, run, plan=PLAN, schedule=SCHEDULE)
+    )
+
+
 def test_what_the_host_did_beside_its_workers_is_others() -> None:
     parts = [{"own_cpu_s": 1.0, "host_cpu_s": 2.5}, {"own_cpu_s": 1.0, "host_cpu_s": 2.5}]
     assert [own["others_cpu_s"] for own in with_others(parts, ["a", "a"])] == [0.5, 0.5]

@@ -42,8 +42,11 @@ class Account:
         progress.step = progress.reported = report.step
         progress.report, progress.figures = report, figures
         progress.prediction_error = prediction_error(
-            self._record.prediction, self._record.pace.step_s
+            self._record.prediction,
+            self._record.pace.step_s,
+            warm_up=self._record.pace.warm_up,
         )
+        progress.warm_up_share = self._record.pace.warm_up[-1]
         progress.time_left_s = self._record.pace.time_left_s(
             self._record.identity.last_step - report.step
         )

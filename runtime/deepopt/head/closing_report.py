@@ -186,6 +186,7 @@ def make_report(record: JobRecord) -> dict[str, Any]:
         plan=record.plan,
         run=record.run,
         step_s=pace.step_s,
+        warm_up=pace.warm_up,
         hosts=[word.host for word in ready],
         op_times_s=[word.op_times_s for word in ended],
         parts_s=[word.parts_s for word in ended],

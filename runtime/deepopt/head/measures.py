@@ -97,17 +97,20 @@ class Pace:
         update_s: the shortest update of any worker in each step; the others' include waiting.
         reduce_s: the same of gradient sums.
         figures: of each step.
+        warm_up: of each step, the share of routers that warmed up in it; 0 for a model without any.
     """
 
     step_s: list[float] = field(default_factory=list)
     update_s: list[float] = field(default_factory=list)
     reduce_s: list[float] = field(default_factory=list)
     figures: list[StepFigures] = field(default_factory=list)
+    warm_up: list[float] = field(default_factory=list)
 
     def add(self, report: StepReport, figures: StepFigures) -> None:
         """Take one step."""
         self.figures.append(figures)
         self.step_s.append(report.step_time_s)
+        self.warm_up.append(float(report.scalars.get("warm_up_share", 0.0)))
         if report.workers:
             self.update_s.append(min(times.update_s for times in report.workers))
             self.reduce_s.append(min(times.reduce_s for times in report.workers))

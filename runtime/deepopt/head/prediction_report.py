@@ -34,17 +34,25 @@ def load_prediction(run: RunDirectory, plan: Plan) -> Prediction | None:
         return None
 
 
-def prediction_error(prediction: Prediction | None, step_s: Sequence[float]) -> float | None:
-    """Measured / predicted - 1 of the median step; None before there is one.
+def prediction_error(
+    prediction: Prediction | None, step_s: Sequence[float], *, warm_up: Sequence[float] = ()
+) -> float | None:
+    """The median of measured / predicted - 1 over the steps; None before there is one.
+
+    A step in which routers warm up is compared with what was predicted for as many of them: of a short
+    training all steps may be such.
 
     Args:
         prediction: of the step.
         step_s: of each step of this launch.
+        warm_up: of each step, the share of routers that warmed up in it; none: 0.
     """
     steady = step_s[WARM_UP_STEPS:]
     if prediction is None or not steady or prediction.step_s <= 0:
         return None
-    return median(steady) / prediction.step_s - 1
+    shares = [*warm_up, *[0.0] * (len(step_s) - len(warm_up))][WARM_UP_STEPS:]
+    rows = zip(steady, shares, strict=True)
+    return median(own / prediction.in_warm_up(share) for own, share in rows) - 1
 
 
 def prediction_fields(
@@ -53,6 +61,7 @@ def prediction_fields(
     plan: Plan,
     run: RunDirectory,
     step_s: Sequence[float],
+    warm_up: Sequence[float],
     hosts: Sequence[str],
     op_times_s: Sequence[Mapping[str, float]],
     parts_s: Sequence[Mapping[str, float]],
@@ -65,17 +74,19 @@ def prediction_fields(
         plan: what ran.
         run: the run directory, for searched orders.
         step_s: of each step of this launch.
+        warm_up: of each step, the share of routers that warmed up in it.
         hosts: of each worker.
         op_times_s: of each worker, seconds by `STAGE OP`.
         parts_s: of each worker, seconds of a step by part.
         late_s: of each emulated device, by how much its operations overran, in all steps.
     """
-    error = prediction_error(prediction, step_s)
+    error = prediction_error(prediction, step_s, warm_up=warm_up)
     if prediction is None or error is None:
         return {}
     measured = MeasuredRun(
         step_s=median(step_s[WARM_UP_STEPS:]),
         mean_step_s=fmean(step_s[WARM_UP_STEPS:]),
+        warm_up=median(warm_up[WARM_UP_STEPS:]) if warm_up[WARM_UP_STEPS:] else 0.0,
         op_times_s=op_times_s,
         parts_s=with_others(parts_s, hosts),
         late_s=max(late_s, default=0.0) / len(step_s),
@@ -84,6 +95,9 @@ def prediction_fields(
     found = causes(prediction, measured, plan=plan, schedule=schedule)
     return {
         "predicted_step_s": prediction.step_s,
+        "predicted_warm_up_s": prediction.warm_up_s,
+        "warm_up_steps": sum(share > 0 for share in warm_up),
+        "warm_up_share": measured.warm_up,
         "predicted_bubble": prediction.bubble,
         "predicted_memory_bytes": list(prediction.memory_bytes),
         "prediction_error": error,

@@ -27,8 +27,10 @@ class Progress:
         report: the last step's report; None before the first of this launch.
         figures: its figures.
         time_left_s: predicted seconds to the last step.
-        prediction_error: measured / predicted - 1 of the median step; None where nothing was
+        prediction_error: median of measured / predicted - 1 over the steps; None where nothing was
             predicted.
+        warm_up_share: of the routers, those that warmed up in the last step; steps are compared with what is
+            predicted for as many.
         restarts: generations formed after a loss, in this launch.
     """
 
@@ -40,6 +42,7 @@ class Progress:
     figures: StepFigures | None = None
     time_left_s: float | None = None
     prediction_error: float | None = None
+    warm_up_share: float | None = None
     restarts: int = 0
 
 
@@ -108,6 +111,7 @@ def status_of(
         "mfu": None if figures is None else figures.mfu,
         "eta_s": progress.time_left_s,
         "prediction_error": progress.prediction_error,
+        "warm_up_share": progress.warm_up_share,
         "stage_busy": {}
         if figures is None
         else {str(rank): busy for rank, busy in enumerate(figures.stage_busy)},

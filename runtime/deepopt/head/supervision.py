@@ -44,6 +44,7 @@ _EMPTY_STATUS: dict[str, Any] = {
     "mfu": None,
     "eta_s": None,
     "prediction_error": None,
+    "warm_up_share": None,
     "stage_busy": {},
     "bubble": None,
     "restarts": 0,

@@ -118,6 +118,22 @@ class LearnedBias(torch.nn.Module):
         """
         self._memory.begin_pass(key)
 
+    def warms_up(self) -> bool:
+        """Whether forwards of this step solve for a bias of their own, which takes longer: in step 1, and
+        while scores outrun the bias of the step before."""
+        return self._starts_cold() or self._still_warms_up()
+
+    def hold_warm_up(self) -> bool:
+        """Route as in the warm-up until the next update, whatever the state says: for trials.
+
+        Returns:
+            Whether the settings have a warm-up; nothing happens where they have none.
+        """
+        has_one = self.elb.warmup and self.elb.mode == "elb"
+        if has_one:
+            self._is_cold, self._is_unsettled = False, True
+        return has_one
+
     def discard_counts(self) -> None:
         """Forget what was counted since the last update: those forwards were not training."""
         if self._counts is not None:

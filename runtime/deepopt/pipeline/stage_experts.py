@@ -26,7 +26,7 @@ from deepopt.planner.skeleton import ModelSkeleton
 
 logger = logging.getLogger(__name__)
 
-NUM_FIGURES = 9  # of one router in the exchange at the end of a step
+NUM_FIGURES = 10  # of one router in the exchange at the end of a step
 
 
 class _Layer(Protocol):
@@ -54,6 +54,7 @@ class RouterFigures:
         dead: experts without a token in the step.
         shrunk: experts whose gradients were shrunk.
         bad: tokens whose scores are not finite.
+        warm_up: 1 where the router warmed up in the step, else 0.
     """
 
     max_vio: float
@@ -65,6 +66,7 @@ class RouterFigures:
     dead: float
     shrunk: float
     bad: float
+    warm_up: float
 
     def row(self) -> list[float]:
         """As numbers for the exchange."""
@@ -179,6 +181,10 @@ class StageExperts:
                 for part in parts:
                     part.mul_(factor_E.unsqueeze(1))
 
+    def hold_warm_up(self) -> bool:
+        """Let all routers route as in their warm-up until the next update, for trials; whether any does."""
+        return any([place.router.hold_warm_up() for place in self._places])
+
     def update(self) -> None:
         """Apply the step's counts to the routers' states."""
         for place in self._places:
@@ -237,6 +243,7 @@ def summarise(rows: Sequence[Sequence[float]]) -> dict[str, float]:
         "gate_mass_lost": 1.0 - chosen / best if best else 0.0,
         "dead_experts": math.fsum(f.dead for f in figures),
         "shrunk_experts": math.fsum(f.shrunk for f in figures),
+        "warm_up_share": math.fsum(f.warm_up for f in figures) / len(figures),
     }
 
 
@@ -258,6 +265,7 @@ def _figures(place: _Place, totals: np.ndarray[Any, np.dtype[Any]]) -> RouterFig
         dead=float((load == 0).sum()) if load.any() else 0.0,
         shrunk=float(place.shrunk),
         bad=float(bad_tokens(totals)),
+        warm_up=float(router.warms_up()),
     )
 
 

@@ -22,6 +22,7 @@ _PER_LAYER = (
     "weight_s",
     "prepare_s",
     "update_s",
+    "warm_up_s",
     "activation_bytes",
     "input_bytes",
     "output_bytes",
@@ -45,6 +46,7 @@ class LayerCosts:
         weight_s: W of each layer; 0 where it is computed in I.
         prepare_s: R of each layer, 0 of one that is not recomputed; empty where none is.
         update_s: optimizer update of each layer, once a step, by each of its holders.
+        warm_up_s: of each layer, by how much F is longer while its routers warm up; no part of `forward_s`.
         activation_bytes: of each layer, held for a micro-batch from F to the end of W; with
             recompute, from R on.
         input_bytes: of each layer, held for a micro-batch from F to R where it is recomputed.
@@ -78,6 +80,7 @@ class LayerCosts:
     weight_s: tuple[float, ...]
     prepare_s: tuple[float, ...] = ()
     update_s: tuple[float, ...] = ()
+    warm_up_s: tuple[float, ...] = ()
     activation_bytes: tuple[float, ...] = ()
     input_bytes: tuple[float, ...] = ()
     output_bytes: tuple[float, ...] = ()
@@ -175,6 +178,17 @@ class LayerCosts:
             again if index in layers else 0.0 for index, again in enumerate(self.prepare_s)
         )
         return replace(self, prepare_s=prepare_s if any(prepare_s) else ())
+
+    def warming_up(self, share: float) -> LayerCosts:
+        """The same chain in a step in which some of its routers warm up; which of them is not told apart.
+
+        Args:
+            share: of the routers, 0 to 1.
+        """
+        if not share or not self.warm_up_s:
+            return self
+        rows = zip(self.forward_s, self.warm_up_s, strict=True)
+        return replace(self, forward_s=tuple(own + share * more for own, more in rows))
 
     def on_ranks(self, order: Sequence[int]) -> LayerCosts:
         """The same layers with the ranks in another order.
@@ -305,7 +319,7 @@ class LayerCosts:
             factor: multiplies the seconds of every op and update.
             source: where the figures are from now.
         """
-        seconds = ("forward_s", "input_s", "weight_s", "prepare_s", "update_s")
+        seconds = ("forward_s", "input_s", "weight_s", "prepare_s", "update_s", "warm_up_s")
         changed: dict[str, Any] = {
             name: tuple(time * factor for time in getattr(self, name)) for name in seconds
         }

@@ -117,6 +117,7 @@ class PlanFile(Section):
             weight_s=seconds("weight"),
             prepare_s=seconds("prepare") if recomputes else (),
             update_s=seconds("update"),
+            warm_up_s=seconds("warm_up") if any(own.warm_up for own in times) else (),
             activation_bytes=num_bytes("activation"),
             input_bytes=num_bytes("input") if recomputes else (),
             output_bytes=num_bytes("output"),

@@ -140,6 +140,7 @@ def predicted(plan_file: PlanFile) -> PlanFile:
         return max(step_of(own, table, cores=cores, overlap=False) for own in schedules)
 
     step_s, bubble = step(costs)
+    warm_s, _ = step(costs.warming_up(1.0))
     gap = None
     if cores is None:
         bound = lower_bound_s(
@@ -154,6 +155,7 @@ def predicted(plan_file: PlanFile) -> PlanFile:
             round(step(_scaled(costs, [max(0.0, 1 - share) for share in shares]))[0] * 1e3, 4),
             round(step(_scaled(costs, [1 + share for share in shares]))[0] * 1e3, 4),
         ),
+        warm_up_ms=round(max(0.0, warm_s - step_s) * 1e3, 4),
         bubble=round(bubble, 4),
         gap=gap,
         stage_ms=tuple(

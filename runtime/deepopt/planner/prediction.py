@@ -42,6 +42,7 @@ class Prediction:
         costs: that it was made from.
         cores: that all workers share; None where each has a device of its own.
         overlap: whether steps overlap.
+        warm_up_s: by how much a step is longer in which all routers warm up.
     """
 
     step_s: float
@@ -51,6 +52,15 @@ class Prediction:
     costs: LayerCosts
     cores: int | None
     overlap: bool
+    warm_up_s: float = 0.0
+
+    def in_warm_up(self, share: float) -> float:
+        """Seconds of a step in which a share of the routers warms up.
+
+        Args:
+            share: 0 to 1.
+        """
+        return self.step_s + share * self.warm_up_s
 
     def to_json(self) -> dict[str, Any]:
         """As JSON-ready data."""
@@ -67,6 +77,7 @@ class Prediction:
             costs=LayerCosts.from_json(fields["costs"]),
             cores=fields["cores"],
             overlap=fields["overlap"],
+            warm_up_s=fields.get("warm_up_s", 0.0),
         )
 
 
@@ -94,10 +105,15 @@ def predict(
         return None
     table = plan.stage_costs(costs)
     per_replica = cores_of_replica(cores, plan)
-    slowest = max(
-        (step_of(own, table, cores=per_replica, overlap=overlap) for own in schedules),
-        key=lambda found: found[0],
-    )
+
+    def slowest_of(own_costs: LayerCosts) -> tuple[float, float]:
+        own_table = plan.stage_costs(own_costs)
+        return max(
+            (step_of(own, own_table, cores=per_replica, overlap=overlap) for own in schedules),
+            key=lambda found: found[0],
+        )
+
+    slowest = slowest_of(costs)
     prepare = table.prepare_s or (0.0,) * plan.num_stages
     return Prediction(
         step_s=slowest[0],
@@ -112,6 +128,7 @@ def predict(
         costs=costs,
         cores=cores,
         overlap=overlap,
+        warm_up_s=max(0.0, slowest_of(costs.warming_up(1.0))[0] - slowest[0]),
     )
 
 
@@ -134,6 +151,8 @@ class MeasuredRun:
         op_times_s: of each worker, seconds by `STAGE OP`.
         parts_s: of each worker, seconds of a step by part (`worker.step_parts`).
         late_s: by how much the operations of the latest emulated device overran in a step.
+        warm_up: median share of the routers that warmed up in these steps; they are compared with what is
+            predicted for as many.
         mean_step_s: of the same steps, since what other processes used is a mean; None: as `step_s`.
     """
 
@@ -141,6 +160,7 @@ class MeasuredRun:
     op_times_s: Sequence[Mapping[str, float]]
     parts_s: Sequence[Mapping[str, float]]
     late_s: float = 0.0
+    warm_up: float = 0.0
     mean_step_s: float | None = None
 
 
@@ -170,6 +190,11 @@ def causes(
     """
     if not run.parts_s or prediction.step_s <= 0:
         return ()
+    prediction = replace(
+        prediction,
+        step_s=prediction.in_warm_up(run.warm_up),
+        costs=prediction.costs.warming_up(run.warm_up),
+    )
     cores = cores_of_replica(prediction.cores, plan)
     found = []
     before = prediction.step_s

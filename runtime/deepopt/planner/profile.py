@@ -105,6 +105,9 @@ class LayerTimes(Section):
     weight: Figure
     prepare: Figure = 0.0
     update: Figure = 0.0
+    warm_up: Figure = Field(
+        default=0.0, description="By how much F is longer while the layer's routers warm up."
+    )
     spread: Figure = Field(
         default=0.0, description="Distance of the quartiles of the measurements, in medians."
     )
@@ -147,6 +150,9 @@ class PredictedSection(Section):
     step_ms: Figure | None = Field(description="None where the costs are no seconds.")
     range_ms: tuple[Figure, Figure] | None = Field(
         default=None, description="With all layers at the quartiles of their measurements."
+    )
+    warm_up_ms: Figure = Field(
+        default=0.0, description="By how much it is longer while all routers warm up."
     )
     bubble: Annotated[float, Strict(), Field(ge=0, le=1)]
     gap: Figure | None = Field(default=None, description="How far above the lower bound.")

@@ -176,6 +176,7 @@ def layer_sections(
                     weight=_rounded(middle("weight_s")),
                     prepare=_rounded(forward) if job.pipeline.recompute != "none" else 0.0,
                     update=_rounded(middle("update_s")),
+                    warm_up=_rounded(_warm_up_ms(trials, speeds)),
                     spread=round(_spread(trials[0]), 3),
                 ),
                 sizes_mb=_sizes(layer, trials[0], stated=stated, index=index),
@@ -209,6 +210,12 @@ def _total_s(result: Result) -> float:
     return float(
         sum(median(result["trials"][str(like)][op]) for like in result["like"] for op in _OPS)
     )
+
+
+def _warm_up_ms(trials: Sequence[Result], speeds: Sequence[float]) -> float:
+    """By how much F is longer while routers warm up."""
+    own = zip(trials, speeds, strict=True)
+    return float(_MS * median(trial.get("warm_up_s", 0.0) / speed for trial, speed in own))
 
 
 def _spread(trial: Result) -> float:

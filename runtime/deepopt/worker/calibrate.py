@@ -196,6 +196,7 @@ def _calibrate(
         weight_s=tuple(median(trial.weight_s) for trial in found),
         prepare_s=forward_s if job.pipeline.recompute != "none" else (),
         update_s=tuple(median(trial.update_s) for trial in found),
+        warm_up_s=tuple(trial.longer_s for trial in found),
         activation_bytes=tuple(trial.activation_bytes for trial in found),
         input_bytes=tuple(sizes) if job.pipeline.recompute != "none" else (),
         output_bytes=tuple(num_bytes(trial.outputs) for trial in found),

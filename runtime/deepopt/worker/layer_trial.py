@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from statistics import median
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -131,6 +132,7 @@ class LayerTrial:
         input_s: I.
         weight_s: W.
         update_s: norms, clipping, the optimizer's step and the zeroing of gradients.
+        warm_up_s: F while the layer's routers warm up; empty where it has none that do.
         activation_bytes: what autograd kept for a micro-batch, weights left out.
         outputs: to feed the next layer; empty for the last one.
     """
@@ -139,8 +141,16 @@ class LayerTrial:
     input_s: tuple[float, ...]
     weight_s: tuple[float, ...]
     update_s: tuple[float, ...]
+    warm_up_s: tuple[float, ...]
     activation_bytes: float
     outputs: Tensors
+
+    @property
+    def longer_s(self) -> float:
+        """By how much F is longer while routers warm up."""
+        if not self.warm_up_s:
+            return 0.0
+        return max(0.0, median(self.warm_up_s) - median(self.forward_s))
 
 
 def try_layer(
@@ -171,7 +181,7 @@ def try_layer(
         0,
         [layer],
         gradients=gradients,
-        group_of=dict.fromkeys(range(repeats + 2), 0),
+        group_of=dict.fromkeys(range(2 * repeats + 2), 0),
         seed=job.training.seed,
         device=device,
         num_microbatches=job.training.microbatches,
@@ -207,11 +217,19 @@ def try_layer(
         update = partial(_update, stage, optimizer)
         times[3].append(clock.measure("update", update)[0])
     forward_s, input_s, weight_s, update_s = (tuple(own[2:]) for own in times)
+    warm_up_s: list[float] = []
+    # On one and the same micro-batch, as here, routers settle at once; in a training they may take long.
+    if stage.experts.hold_warm_up():
+        for repeat in range(repeats + 2, 2 * repeats + 2):
+            forward = partial(stage.forward, repeat, inputs, targets)
+            warm_up_s.append(clock.measure("F", forward)[0])
+            stage.abandon()
     return LayerTrial(
         forward_s=forward_s,
         input_s=input_s,
         weight_s=weight_s,
         update_s=update_s,
+        warm_up_s=tuple(warm_up_s),
         activation_bytes=activation_bytes,
         outputs=outputs,
     )

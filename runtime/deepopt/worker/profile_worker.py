@@ -287,6 +287,7 @@ class ProfileWorker:
                     "input_s": trial.input_s,
                     "weight_s": trial.weight_s,
                     "update_s": trial.update_s,
+                    "warm_up_s": trial.longer_s,
                     "activation_bytes": trial.activation_bytes,
                     "input_bytes": input_bytes,
                     "output_bytes": num_bytes(trial.outputs),
