@@ -109,8 +109,8 @@ class FaultsConfig(Section):
     )
     replica_share: Annotated[float, Strict(), Field(gt=0, le=1)] = Field(
         default=0.02,
-        description="Share of the time that such copies may take of memory and network; what was done "
-        "since the last one is repeated after a fault.",
+        description="Share of the time in which such copies may be made and sent; what was done since "
+        "the last one is repeated after a fault.",
     )
     bad_step: Literal["fail", "skip", "recompute"] = Field(
         default="fail",

@@ -219,10 +219,10 @@ class ReplicaKeeper:
                 if self._device.type == "cuda":
                     torch.cuda.synchronize(self._device)
                 self._own[step] = own
-                filled_s = self._clock()
                 self._mark(copying=False)
-                link_s = self._exchange(step, own)
-                self._pace.made(took_s=filled_s - began_s + link_s, now_s=self._clock())
+                self._exchange(step, own)
+                ended_s = self._clock()
+                self._pace.made(took_s=ended_s - began_s, now_s=ended_s)
             except TransportError as error:  # the training thread hears of it as well
                 logger.info("the copy of step %d was not exchanged: %s", step, error.message)
             except (
@@ -233,11 +233,8 @@ class ReplicaKeeper:
                 del states
                 self._mark(copying=False, busy=False)
 
-    def _exchange(self, step: int, own: FlatState) -> float:
+    def _exchange(self, step: int, own: FlatState) -> None:
         """Send a copy and take the peer's.
-
-        Returns:
-            Seconds that the link was needed for: at the pace of the piece that waited least.
 
         Raises:
             TransportError: the peer is gone.
@@ -247,9 +244,8 @@ class ReplicaKeeper:
             self._whole.discard(step)
             self._ward[step] = ward
         out, into = own.memory[: self._sent_bytes], ward.memory
-        size, s_per_byte = max(len(out), len(into)), float("inf")
-        for first in range(0, size, _PIECE_BYTES):
-            began_s, pending = self._clock(), []
+        for first in range(0, max(len(out), len(into)), _PIECE_BYTES):
+            pending = []
             if first < len(into):
                 piece = into[first : first + _PIECE_BYTES]
                 pending.append(self._transport.receive_into(self._in, 0, piece))
@@ -258,10 +254,7 @@ class ReplicaKeeper:
                 pending.append(self._transport.send_apart(self._out, 0, piece))
             for one in pending:
                 one.wait()
-            took_s = self._clock() - began_s
-            s_per_byte = min(s_per_byte, took_s / min(_PIECE_BYTES, size - first))
         self._whole.add(step)
-        return size * s_per_byte if size else 0.0
 
     def _slot(self, kept: dict[int, FlatState], step: int, layout: Layout) -> FlatState:
         """Memory for a copy: that of the same step, of the oldest, or new."""
