@@ -1,5 +1,6 @@
 """The controller with a fake worker group: what it decides, journals, asks for and shows."""
 
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -535,11 +536,37 @@ def test_a_fault_is_reported_with_its_times_and_what_it_cost(open_head: Open) ->
     assert (fault["outcome"], fault["replayed_steps"]) == ("recovered", [3, 3])
     assert fault["source"] == "checkpoint"
     times = fault["times_s"]
-    assert (times["detect"], times["decide"], times["restore"]) == (0.25, 0.5, 0.75)
-    assert (times["rendezvous"], times["replay"], times["total"]) == (1.25, 1.5, 4.25)
+    assert (times["detect"], times["decide"], times["restore"]) == (0.0, 0.5, 0.75)
+    assert (times["rendezvous"], times["replay"], times["total"]) == (1.25, 1.5, 4.0)
     assert [e["fault"]["outcome"] for e in head.events("recovered")] == ["recovered"]
     kinds = [kind for kind in head.journaled() if kind in ("fault", "generation", "recovered")]
     assert kinds == ["generation", "fault", "generation", "recovered"]
+
+
+@pytest.mark.parametrize("before", [(), ("peer",), ("ray",), ("peer", "ray")])
+def test_a_death_is_detected_from_the_moment_in_which_the_agent_saw_it(
+    before: tuple[str, ...], open_head: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: "alpha")
+    head = open_head().start().ready().steps(1, 3)
+    head.clock.now_s += 0.25  # since the last heartbeat
+    died_s = head.clock.now_s
+    for word in before:
+        head.clock.now_s += 0.125
+        if word == "peer":
+            head.fails(0, "peer")
+        else:
+            head.dies(1, "its process is gone")
+    noticed_s = died_s + (0.125 if before else 0.03125)
+    head.clock.now_s = max(head.clock.now_s, noticed_s)
+    head.controller.handle(
+        ProcessEnded(host="alpha", pid=101, how="killed by SIGKILL", at_s=died_s)
+    )
+    if "ray" not in before:  # the agent's word has the group tell of it
+        head.dies(1, "its process was killed by SIGKILL")
+    head.wait(0.5)
+    (fault,) = head.status["faults"]
+    assert fault["times_s"]["detect"] == pytest.approx(noticed_s - died_s, abs=1e-3)
 
 
 def test_a_fault_during_recovery_is_the_next_fault(open_head: Open) -> None:

@@ -11,6 +11,7 @@ import pytest
 from deepopt.cluster.process_look import ProcessLook
 from deepopt.config import JobConfig
 from deepopt.head.head_watch import TIMEOUT_S, HeadWatch
+from deepopt.head.journal import replay
 from deepopt.pipeline.weight_ways import Verdict, Way
 from deepopt.worker.adopted import Adopted, Whereabouts
 from deepopt.worker.messages import Assignment, RunEnded, WeightWork, WorkerReady
@@ -187,6 +188,28 @@ def test_a_budget_counts_over_heads(open_head: Open) -> None:
     head.dies(1)
     head.wait(10.0)
     assert (head.status["state"], head.status["exit_code"]) == ("failed", 4)
+
+
+def test_a_place_that_lost_its_device_is_known_to_the_next_head_and_not_to_a_resume(
+    open_head: Open,
+) -> None:
+    old = open_head().start().ready().steps(1, 3)
+    old.fails(1, "device", message="CUDA error: uncorrectable ECC error")
+    old.wait(10.0)
+    old.ready().steps(1, 4)
+    head = open_head()
+    take_over(head, all_of(old))
+    head.fails(1, "device", message="CUDA error: uncorrectable ECC error")
+    head.wait(10.0)
+    assert [a.sender.rank for a in head.group.assignments] == [0]
+    assert head.status["faults"][-1]["next"].endswith(
+        "shrank to 1 worker(s): no device that works for rank 1"
+    )
+    assert {
+        p: len(times) for p, times in replay(head.journal.entries).lost_devices.items()
+    } == {1: 2}
+    head.journal.append("job", job_id="j")
+    assert replay(head.journal.entries).lost_devices == {}
 
 
 class FakeProcess:

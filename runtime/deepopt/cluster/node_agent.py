@@ -54,11 +54,13 @@ class ProcessEnded:
         host: host name.
         pid: its process id.
         how: signal or exit code, for people; empty when the kernel does not say.
+        at_s: when the agent saw it, on its host's monotonic clock; None: not told.
     """
 
     host: str
     pid: int
     how: str
+    at_s: float | None = field(default=None, compare=False)
 
 
 Tell = Callable[[AgentWord | ProcessEnded], bool]
@@ -145,13 +147,13 @@ class NodeAgent:
         while not self._closed:
             now_s = time.monotonic()
             ready = self._poll.poll(max(0.0, looked_s + self._look_s - now_s))
-            self._take_ends({descriptor for descriptor, _ in ready})
+            self._take_ends({descriptor for descriptor, _ in ready}, at_s=time.monotonic())
             now_s = time.monotonic()
             if now_s - looked_s >= self._look_s:
                 self._look(elapsed_s=now_s - looked_s)
                 looked_s = now_s
 
-    def _take_ends(self, ready: set[int]) -> None:
+    def _take_ends(self, ready: set[int], *, at_s: float) -> None:
         with self._lock:
             ended = [(pid, pidfd) for pid, pidfd in self._pidfds.items() if pidfd in ready]
         for pid, pidfd in ended:
@@ -165,7 +167,7 @@ class NodeAgent:
                 del self._pidfds[pid]
                 self._looks.pop(pid, None)
             os.close(pidfd)
-            self._tell(ProcessEnded(host=self._host, pid=pid, how=how))
+            self._tell(ProcessEnded(host=self._host, pid=pid, how=how, at_s=at_s))
 
     def _look(self, *, elapsed_s: float) -> None:
         with self._lock:

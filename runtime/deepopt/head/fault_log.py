@@ -30,7 +30,8 @@ class FaultRecord:
         number: 1-based, over all launches of the job.
         generation: the worker group that it hit.
         step_done: the last step that all had done.
-        since_s: the culprit's last good sign, or when the failure was noticed.
+        since_s: the first sign of it: when a process ended, its agent says; the last good sign of one that
+            was silent or stuck; else when the failure was noticed.
         noticed_s: when the first failure came, or a worker was given up.
         time: date and time for people.
         blame: culprit and victims; None until the verdict.
@@ -73,16 +74,20 @@ class FaultRecord:
         """Whether it is known whose fault it was."""
         return self.blame is not None or self.cause == Cause.HEAD
 
-    def name_exit(self, pid: int, *, host: str, words: str) -> None:
+    def name_exit(self, pid: int, *, host: str, words: str, at_s: float) -> None:
         """Take an agent's word on how a process ended that was judged before it came.
 
         Args:
             pid: of the process.
             host: where it was.
             words: `process_look.exit_words`.
+            at_s: when the agent saw it.
         """
         if self.blame is None:
             return
+        culprit = self.blame.culprit
+        if culprit.kind == "death" and (culprit.pid, culprit.host) == (pid, host):
+            self.since_s = min(self.since_s, at_s)
 
         def named(failure: Failure) -> Failure:
             is_it = (failure.pid, failure.host) == (pid, host)
@@ -94,7 +99,7 @@ class FaultRecord:
         )
 
     def times_s(self) -> dict[str, float]:
-        """Seconds by part, those that are over; `total` from the last good sign to the end."""
+        """Seconds by part, those that are over; `total` from the first sign to the end."""
         times = {"detect": self.noticed_s - self.since_s}
         marks = [("decide", self.decided_s), ("fence", self.fenced_s)]
         last_s = self.noticed_s
@@ -172,13 +177,14 @@ class FaultLog:
         Args:
             generation: the worker group that it hit.
             step_done: the last step that all had done.
-            since_s: last good sign of the worker.
+            since_s: the first sign of it.
             now_s: the time.
             plan: tells the stages of the ranks.
         """
         record = self.open
         same = record is not None and record.generation == generation
         if record is not None and same and record.cause != Cause.HEAD:
+            record.since_s = min(record.since_s, since_s)
             return record
         if record is not None:  # it came before the one before was over
             step_done = max(step_done, record.step_done)

@@ -27,6 +27,7 @@ class Member:
         failure: why it is lost.
         preempted: whether it got SIGTERM.
         exit_words: how its process ended, its host's agent says; empty before.
+        gone_s: when its agent saw that, on the head's monotonic clock; None before.
     """
 
     sender: Sender
@@ -38,6 +39,7 @@ class Member:
     failure: Failure | None = None
     preempted: bool = False
     exit_words: str = ""
+    gone_s: float | None = None
 
     def state(self, *, suspect: bool) -> str:
         """`starting`, `running`, `suspect`, `ended` or `lost`, for people."""
@@ -125,10 +127,16 @@ class Generation:
                 return member.sender.rank
         return None
 
-    def note_exit(self, rank: int, words: str) -> None:
-        """Take an agent's word on how a process ended, also into what was said of it before."""
+    def note_exit(self, rank: int, words: str, *, at_s: float) -> None:
+        """Take an agent's word on how a process ended, also into what was said of it before.
+
+        Args:
+            rank: the worker.
+            words: `process_look.exit_words`.
+            at_s: when the agent saw it, on the head's monotonic clock.
+        """
         member = self.members[rank]
-        member.exit_words = words
+        member.exit_words, member.gone_s = words, at_s
         before = member.failure
         if before is None:
             return

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 from deepopt.cluster.group import WorkerGone, WorkerMessage
 from deepopt.cluster.node_agent import AgentWord, ProcessEnded
 from deepopt.errors import InputError
@@ -61,13 +63,17 @@ class Hearing:
     def take_agent(self, generation: Generation, event: AgentWord | ProcessEnded) -> None:
         """Take what a host's agent says of the workers there."""
         if isinstance(event, ProcessEnded):
+            at_s, fault = self._moment_of(event), self._record.faults.open
             rank = generation.rank_of(event.pid, host=event.host)
             if rank is not None:
-                generation.note_exit(rank, event.how)
+                generation.note_exit(rank, event.how, at_s=at_s)
                 self._record.group.confirm_exit(rank, how=event.how)
-            elif (fault := self._record.faults.open) is not None:
+                failure = generation.members[rank].failure
+                if fault is not None and failure is not None and failure.kind == "death":
+                    fault.since_s = min(fault.since_s, at_s)  # told of by Ray before
+            elif fault is not None:
                 # Ray's word came first, and recovery did not wait for this one.
-                fault.name_exit(event.pid, host=event.host, words=event.how)
+                fault.name_exit(event.pid, host=event.host, words=event.how, at_s=at_s)
             return
         ranks = {
             pid: rank
@@ -79,6 +85,13 @@ class Hearing:
             looks={rank: event.looks[pid] for pid, rank in ranks.items()},
             now_s=self._record.clock.monotonic_s(),
         )
+
+    def _moment_of(self, event: ProcessEnded) -> float:
+        """When an agent saw a process end, on the head's clock: it has one with agents of its host."""
+        now_s = self._record.clock.monotonic_s()
+        if event.at_s is None or event.host != socket.gethostname():
+            return now_s
+        return min(event.at_s, now_s)
 
     def take(self, generation: Generation, message: WorkerMessage) -> None:
         """Take what a worker of the generation says."""

@@ -28,7 +28,7 @@ class Entry:
         seq: 1-based position in the journal.
         time: date and time for people.
         kind: `job`, `plan`, `generation`, `checkpoint`, `state`, `stop`, `fault`,
-            `recovered` or `head`.
+            `recovered`, `device_lost` or `head`.
         fields: what was decided.
     """
 
@@ -178,6 +178,7 @@ class History:
         plan: the plan of the newest generation; None: not told.
         places: index of the place of each rank of that plan; empty: each rank's own.
         shrunk: when the job shrank since the last launch or resume, as `Entry.time`.
+        lost_devices: when each place lost its device since then, as `Entry.time`.
         state: the last state; empty before the first.
         checkpoint_step: step of the newest checkpoint announced; 0 for none.
         checkpoint_path: its folder; None for none.
@@ -192,6 +193,7 @@ class History:
     plan: Mapping[str, Any] | None = None
     places: tuple[int, ...] = ()
     shrunk: tuple[str, ...] = ()
+    lost_devices: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
     state: str = ""
     checkpoint_step: int = 0
     checkpoint_path: str | None = None
@@ -210,11 +212,13 @@ def replay(entries: Iterable[Entry]) -> History:
     plans: dict[int, Mapping[str, Any]] = {}  # fields of their entries
     of_generation = wanted_id = 0
     shrunk: list[str] = []
+    lost_devices: dict[int, tuple[str, ...]] = {}
     for entry in entries:
         if entry.kind == "job":
             job_id = entry.fields["job_id"]
             counting.clear()
             shrunk.clear()
+            lost_devices.clear()
             wanted_id = 0
         elif entry.kind == "generation":
             generation = entry.fields["generation"]
@@ -225,6 +229,9 @@ def replay(entries: Iterable[Entry]) -> History:
             wanted_id = wanted_id or plan_id
             if entry.fields.get("shrunk"):
                 shrunk.append(entry.time)
+        elif entry.kind == "device_lost":
+            place = entry.fields["place"]
+            lost_devices[place] = (*lost_devices.get(place, ()), entry.time)
         elif entry.kind == "state":
             state = entry.fields["state"]
         elif entry.kind == "checkpoint":
@@ -243,6 +250,7 @@ def replay(entries: Iterable[Entry]) -> History:
         plan=plans.get(of_generation, {}).get("plan"),
         places=tuple(plans.get(of_generation, {}).get("places") or ()),
         shrunk=tuple(shrunk),
+        lost_devices=lost_devices,
         state=state,
         checkpoint_step=checkpoint_step,
         checkpoint_path=checkpoint_path,

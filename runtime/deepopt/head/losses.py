@@ -176,7 +176,8 @@ class Losses:
         Args:
             generation: its group.
             failure: why.
-            since_s: its last good sign; None: its last heartbeat.
+            since_s: the last good sign of one that was silent or stuck; None: its word is the first sign,
+                or the end of its process.
         """
         member = generation.members[failure.sender.rank]
         if member.failure is not None:
@@ -188,11 +189,9 @@ class Losses:
             return
         now_s = self._record.clock.monotonic_s()
         if failure.kind == "device":
-            place = self._record.places[failure.sender.rank]
-            self._record.lost_devices_s.setdefault(place, []).append(now_s)
+            self._record.lose_device(self._record.places[failure.sender.rank])
         if since_s is None:
-            age_s = generation.liveness.age_s(failure.sender.rank, now_s=now_s)
-            since_s = now_s - (age_s or 0.0)
+            since_s = now_s if member.gone_s is None else member.gone_s
         fault = self._record.faults.notice(
             generation=generation.number,
             step_done=self._record.progress.step,
@@ -252,7 +251,7 @@ class Losses:
                 step_done=self._record.progress.step,
                 cause=str(cause),
             )
-            self.add(generation, failure)
+            self.add(generation, failure, since_s=now_s - (silence_s or 0.0))
         if generation.called_off is not None:
             self._name_who_hangs(generation, finding=generation.called_off)
             if not generation.failures:  # it came to its end meanwhile

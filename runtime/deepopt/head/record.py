@@ -6,6 +6,7 @@ it themselves; it decides nothing.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -159,8 +160,13 @@ class JobRecord:
         self.pace = Pace()
         self.prediction = load_prediction(self.run, plan)
 
+    def lose_device(self, place: int) -> None:
+        """Take note, for later heads too, that a place has lost its device."""
+        self.lost_devices_s.setdefault(place, []).append(self.clock.monotonic_s())
+        self.note("device_lost", place=place)
+
     def recall_size(self) -> None:
-        """Take the plan and the size that the job had under the head before this one."""
+        """Take the plan, the size and the bad places that the job had under the head before this one."""
         history = replay(self.journal.entries)
         if history.wanted is not None:
             self.wanted = Plan.from_json(history.wanted)
@@ -168,10 +174,15 @@ class JobRecord:
             plan = Plan.from_json(history.plan)
             self.take_plan(plan, places=history.places or tuple(range(plan.world_size)))
         now, now_s = datetime.now(tz=UTC), self.clock.monotonic_s()
-        self.shrunk_s = [
-            now_s - max(0.0, (now - datetime.fromisoformat(time)).total_seconds())
-            for time in history.shrunk
-        ]
+
+        def here_s(times: Iterable[str]) -> list[float]:
+            ages = [now - datetime.fromisoformat(time) for time in times]
+            return [now_s - max(0.0, age.total_seconds()) for age in ages]
+
+        self.shrunk_s = here_s(history.shrunk)
+        self.lost_devices_s = {
+            place: here_s(times) for place, times in history.lost_devices.items()
+        }
 
     def close_fault(self, outcome: str) -> None:
         """Write down how the open fault ended, if there is one."""
