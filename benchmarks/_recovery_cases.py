@@ -67,11 +67,13 @@ class Fault:
         back_s: from the fault to the next step that was not done before.
         repeated: steps that were done twice.
         phases_s: seconds by part, as deepopt's head saw them; empty for a peer.
+        step_s: median of the ten steps before, checkpoints that they waited for included; 0: not known.
     """
 
     back_s: float
     repeated: int
     phases_s: dict[str, float]
+    step_s: float = 0.0
 
 
 def chosen(names: Sequence[str]) -> list[Case]:
@@ -96,7 +98,10 @@ def report(found: Mapping[Case, Sequence[Fault]]) -> str:
     Args:
         found: what each case's faults cost; a case without any has no row.
     """
-    header = ("", "faults", "p50 s", "p95 s", "worst s", "aim of p95", "steps repeated")
+    header = (
+        *("", "faults", "p50 s", "p95 s", "worst s", "aim of p95", "steps repeated"),
+        "step s before",
+    )
     lines = [table(header, [_row(case, faults) for case, faults in found.items() if faults])]
     for case, faults in found.items():
         parts = [part for part in (faults[0].phases_s if faults else ()) if part != "total"]
@@ -139,6 +144,7 @@ def compare(found: Mapping[Case, Sequence[Fault]]) -> str:
 def _row(case: Case, faults: Sequence[Fault]) -> tuple[str, ...]:
     times = sorted(fault.back_s for fault in faults)
     p95_s = times[min(len(times) - 1, int(0.95 * len(times)))]
+    step_s = statistics.median(fault.step_s for fault in faults)
     return (
         case.name,
         str(len(times)),
@@ -147,4 +153,5 @@ def _row(case: Case, faults: Sequence[Fault]) -> tuple[str, ...]:
         f"{times[-1]:.2f}",
         "" if case.aim_s is None else f"{case.aim_s:g}",
         f"{statistics.mean(fault.repeated for fault in faults):.1f}",
+        f"{step_s:.2f}" if step_s else "",
     )

@@ -3,9 +3,9 @@
 deepopt against trainings of the same model that start their workers again: `torchrun --max-restarts` with
 torch.distributed.pipelining and a file a rank, with FSDP2 and torch's distributed checkpoints, and Ray
 Train. In turns, several faults a run. deepopt writes a checkpoint every ten steps; the peers write one after
-each, so that a fault costs them no step but the one in work. Losses are compared with those of an undisturbed
-run. A lost host is a network, process and mount namespace that is switched off (two of them, Ray over ssh;
-takes root); each such run has one fault.
+each, so that a fault costs them no step but the one in work, or as `--peers-every` says. Losses are
+compared with those of an undisturbed run. A lost host is a network, process and mount namespace that is
+switched off (two of them, Ray over ssh; takes root); each such run has one fault.
 
 What torch's peers do when a rank hangs is not measured: gloo's timeout, after which it would be noticed, is
 30 minutes by default. Ray Train is a peer where `ray.train` can be imported; `make bench` sees to that.
@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import signal
+import statistics
 import sys
 import tempfile
 import time
@@ -73,7 +74,10 @@ def main() -> None:
         ],
     )
     say(f"job:      {WORKERS} workers, built-in model {job.model.kwargs}")
-    say(f"measured: {options.rounds} run(s) each in turns, {options.faults} fault(s) a run\n")
+    say(f"measured: {options.rounds} run(s) each in turns, {options.faults} fault(s) a run")
+    say(
+        f"written:  a checkpoint every {CHECKPOINT_EVERY} steps, peers every {options.peers_every}\n"
+    )
     found: dict[Case, list[Fault]] = {case: [] for case in chosen(options.only)}
     found, notes = _that_can_run(found)
     losses: dict[int, float] = {}
@@ -192,7 +196,7 @@ def _peer_run(
     checkpoints = out.with_suffix(".checkpoints")
     checkpoints.mkdir()
     command = _peer_command(job_file, out, case.peer)
-    command += ["--checkpoints", str(checkpoints), "--every", "1"]
+    command += ["--checkpoints", str(checkpoints), "--every", str(options.peers_every)]
     faults, steps = [], StepLines(out)
     with started(command, log=out.with_suffix(".log")) as running:
         for number in range(options.faults):
@@ -261,7 +265,8 @@ def _strike(
     progress(f"  {back_s:.2f} s")
     all_steps = [line["step"] for line in lines[len(before) - 1 :]]
     repeated = len(all_steps) - len(set(all_steps))
-    return Fault(back_s=back_s, repeated=repeated, phases_s={})
+    usual_s = statistics.median(line["step_time_s"] for line in before[-CHECKPOINT_EVERY:])
+    return Fault(back_s=back_s, repeated=repeated, phases_s={}, step_s=usual_s)
 
 
 def _await(
@@ -320,6 +325,9 @@ def _parse() -> argparse.Namespace:
         action="append",
         default=[],
         help="contenders with this in their name; several times: more of them, in turns [all]",
+    )
+    parser.add_argument(
+        "--peers-every", type=int, default=1, help="steps between checkpoints of the peers [1]"
     )
     parser.add_argument("--timeout-s", type=float, default=180.0, help="longest wait [180]")
     parser.add_argument("--quick", action="store_true", help="short: does it run?")

@@ -122,10 +122,12 @@ def test_the_stall_of_a_checkpoint_is_what_the_step_after_it_takes_more(load: An
 
 def test_the_95th_percentile_of_recoveries_is_told_beside_its_aim(load: Any) -> None:
     recovery = load("_recovery_cases")
-    faults = [recovery.Fault(back_s=s / 10, repeated=1, phases_s={}) for s in range(1, 21)]
+    faults = [
+        recovery.Fault(back_s=s / 10, repeated=1, phases_s={}, step_s=0.3) for s in range(1, 21)
+    ]
     name, *cells = recovery._row(recovery.OURS, faults)
     assert name == "death: deepopt, mirror, spare"
-    assert cells == ["20", "1.05", "2.00", "2.00", "2", "1.0"]
+    assert cells == ["20", "1.05", "2.00", "2.00", "2", "1.0", "0.30"]
 
 
 def test_recoveries_of_chosen_contenders_are_measured_in_turns(load: Any) -> None:
