@@ -9,6 +9,7 @@ import torch
 
 from deepopt.errors import TrainingError
 from deepopt.pipeline.lone_transport import LoneTransport
+from deepopt.pipeline.stage_experts import RouterFigures, count_bad_scores
 from deepopt.pipeline.step import PipelineStep
 from support.lone_step import Cut, job_of, make_step, state_of
 
@@ -100,3 +101,9 @@ def test_a_norm_above_the_limit_is_bad() -> None:
     assert result.skipped
     assert result.bad is not None
     assert "above faults.norm_limit (0.001)" in result.bad.what
+
+
+def test_scores_that_are_not_finite_are_counted_and_no_other_figure_of_a_router() -> None:
+    figures = dict.fromkeys(RouterFigures.__slots__, 7.0)
+    rows = [RouterFigures(**{**figures, "bad": bad}).row() for bad in (0.0, 3.0)]
+    assert count_bad_scores(rows) == 3

@@ -16,7 +16,7 @@ from deepopt.pipeline.optimizer import clip_coefficient
 from deepopt.pipeline.reporters import RoutersByReporter, TrainableParameters
 from deepopt.pipeline.spans import Span, Totals
 from deepopt.pipeline.stage import Stage
-from deepopt.pipeline.stage_experts import summarise
+from deepopt.pipeline.stage_experts import count_bad_scores, summarise
 from deepopt.pipeline.step_result import BadNumbers, RankTimes, StepResult, Wish
 from deepopt.planner.plan import Plan
 
@@ -141,7 +141,7 @@ class Exchange:
         limit = self._norm_limit
         bad = None
         figures = self._routers.read(rows, first=7 + num_losses + self._trainable.most_norms)
-        num_bad_scores = sum(int(figure[-1]) for figure in figures)
+        num_bad_scores = count_bad_scores(figures)
         if not math.isfinite(loss + grad_norm) or (limit is not None and grad_norm > limit):
             places = {int(row[-1]): rank for rank, row in enumerate(rows) if row[-1] >= 0}
             first = min(places, default=None)

@@ -222,15 +222,27 @@ def layers_with_routers(skeleton: ModelSkeleton) -> tuple[int, ...]:
     return tuple(i for i, layer in enumerate(skeleton.layers) if count_routers(layer.buffers))
 
 
+def count_bad_scores(rows: Sequence[Sequence[float]]) -> int:
+    """Tokens whose scores are not finite, over all routers.
+
+    Args:
+        rows: figures of each router, as `RouterFigures.row` gave them.
+    """
+    return sum(int(figures.bad) for figures in _figures_of(rows))
+
+
+def _figures_of(rows: Sequence[Sequence[float]]) -> list[RouterFigures]:
+    names = RouterFigures.__slots__
+    return [RouterFigures(**dict(zip(names, row, strict=True))) for row in rows]
+
+
 def summarise(rows: Sequence[Sequence[float]]) -> dict[str, float]:
     """The figures of a step, from those of all routers in the order of the layers.
 
     Args:
         rows: as `RouterFigures.row` gave them.
     """
-    figures = [
-        RouterFigures(**dict(zip(RouterFigures.__slots__, r, strict=True))) for r in rows
-    ]
+    figures = _figures_of(rows)
     if not figures:
         return {}
     best = math.fsum(f.best_mass for f in figures)
