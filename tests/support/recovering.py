@@ -267,7 +267,7 @@ class Drama:
             self._commit(message)
         if isinstance(message, WeightWork):
             told = {name: replace(way, reason=TOLD) for name, way in message.ways.items()}
-            self._ways.setdefault(message.device, {}).update(told)
+            self._ways.setdefault(message.conditions, {}).update(told)
         if isinstance(message, StepReport):
             self.story.losses.setdefault(message.step, set()).add(message.loss)
             coming = self._resizes.get(self._generation + 1)

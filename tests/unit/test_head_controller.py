@@ -192,13 +192,30 @@ def test_what_is_known_of_weight_gradients_is_told_to_the_next_group_and_is_no_e
     for rank, layer in enumerate(("embed", "head")):
         ways = {layer: Verdict(way=Way.DEFERRED)}
         sender = head.sender(rank)
-        head.controller.handle(WeightWork(sender=sender, notes=(), device="CPU X", ways=ways))
+        head.controller.handle(
+            WeightWork(sender=sender, notes=(), conditions="CPU X", ways=ways)
+        )
     assert head.events("weight_work") == []
+    head.controller.handle(WeightWork(sender=sender, notes=(), conditions="CPU X", ways=ways))
+    assert head.journaled().count("weight_work") == 2  # what is known is not written again
     head.dies(1)
     head.wait(0.75)
     assert [dict(a.known_ways) for a in head.group.assignments] == 2 * [
         {"CPU X": {name: Verdict(way=Way.DEFERRED) for name in ("embed", "head")}}
     ]
+
+
+def test_a_later_launch_knows_what_workers_found_of_weight_gradients(open_head: Open) -> None:
+    ways = {"embed": Verdict(way=Way.SPLIT, split=frozenset({"weight"}), code="c")}
+    head = open_head().start().ready().steps(1, 2)
+    head.controller.handle(
+        WeightWork(sender=head.sender(0), notes=(), conditions="CPU X", ways=ways)
+    )
+    head.journal.append("job", job_id="j")
+    assert replay(head.journal.entries).weight_ways == {"CPU X": ways}
+    head.close()
+    later = open_head().start()
+    assert [dict(a.known_ways) for a in later.group.assignments] == 2 * [{"CPU X": ways}]
 
 
 def test_a_job_whose_last_checkpoint_failed_does_not_call_itself_finished(

@@ -77,7 +77,7 @@ def test_a_new_head_learns_what_workers_found_of_weight_gradients_and_tells_the_
     old = open_head().start().ready().steps(1, 3)
     ways = {"embed": Verdict(way=Way.DEFERRED)}
     found = all_of(old)
-    said = WeightWork(sender=old.sender(0), notes=(), device="CPU X", ways=ways)
+    said = WeightWork(sender=old.sender(0), notes=(), conditions="CPU X", ways=ways)
     found[0] = replace(found[0], weight_work=said)
     head = open_head()
     take_over(head, found)

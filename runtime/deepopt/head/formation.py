@@ -11,7 +11,7 @@ from deepopt.errors import InputError
 from deepopt.head.commits import Committer, Origin
 from deepopt.head.generation import Generation, make_members
 from deepopt.head.liveness import Liveness, deadlines_of
-from deepopt.pipeline.weight_ways import WaysByDevice
+from deepopt.pipeline.weight_ways import WaysByConditions
 from deepopt.planner.plan import Plan
 from deepopt.worker.messages import Assignment, InPlace
 
@@ -140,7 +140,7 @@ def make_assignments(
     run_dir: str,
     store_address: tuple[str, int],
     last_step: int,
-    known_ways: WaysByDevice,
+    known_ways: WaysByConditions,
 ) -> Sequence[Assignment]:
     """What each worker of a generation is told, in the order of ranks.
 

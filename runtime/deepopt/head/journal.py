@@ -17,6 +17,7 @@ from typing import Any, Self
 
 from deepopt.clock import utc_now
 from deepopt.errors import RunDirectoryError
+from deepopt.pipeline.weight_ways import Verdict, WaysByConditions
 from deepopt.telemetry.files import fsync_directory
 
 
@@ -28,7 +29,7 @@ class Entry:
         seq: 1-based position in the journal.
         time: date and time for people.
         kind: `job`, `plan`, `generation`, `checkpoint`, `state`, `stop`, `fault`,
-            `recovered`, `device_lost` or `head`.
+            `recovered`, `device_lost`, `weight_work` or `head`.
         fields: what was decided.
     """
 
@@ -184,6 +185,7 @@ class History:
         checkpoint_path: its folder; None for none.
         faults: the last word on each fault, by its number.
         counting: numbers of the faults since the last launch or resume: those that count.
+        weight_ways: how weight gradients are computed, as workers of all launches found it out.
     """
 
     job_id: str | None = None
@@ -199,6 +201,7 @@ class History:
     checkpoint_path: str | None = None
     faults: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
     counting: frozenset[int] = frozenset()
+    weight_ways: WaysByConditions = field(default_factory=dict)
 
 
 def replay(entries: Iterable[Entry]) -> History:
@@ -213,6 +216,7 @@ def replay(entries: Iterable[Entry]) -> History:
     of_generation = wanted_id = 0
     shrunk: list[str] = []
     lost_devices: dict[int, tuple[str, ...]] = {}
+    weight_ways: dict[str, dict[str, Verdict]] = {}
     for entry in entries:
         if entry.kind == "job":
             job_id = entry.fields["job_id"]
@@ -232,6 +236,9 @@ def replay(entries: Iterable[Entry]) -> History:
         elif entry.kind == "device_lost":
             place = entry.fields["place"]
             lost_devices[place] = (*lost_devices.get(place, ()), entry.time)
+        elif entry.kind == "weight_work":
+            known = weight_ways.setdefault(entry.fields["conditions"], {})
+            known |= {n: Verdict.from_json(v) for n, v in entry.fields["ways"].items()}
         elif entry.kind == "state":
             state = entry.fields["state"]
         elif entry.kind == "checkpoint":
@@ -256,4 +263,5 @@ def replay(entries: Iterable[Entry]) -> History:
         checkpoint_path=checkpoint_path,
         faults=faults,
         counting=frozenset(counting),
+        weight_ways=weight_ways,
     )

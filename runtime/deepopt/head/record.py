@@ -26,7 +26,6 @@ from deepopt.head.prediction_report import load_prediction
 from deepopt.head.resize import bad_places
 from deepopt.head.state import JobState, advance
 from deepopt.head.status import Identity, Progress, status_of
-from deepopt.pipeline.weight_ways import Verdict
 from deepopt.planner.plan import Plan
 from deepopt.planner.skeleton import ModelSkeleton
 from deepopt.run_directory import RunDirectory
@@ -71,7 +70,8 @@ class JobRecord:
         last_plan_id: of the newest plan.
         shrunk_s: when the job shrank, on the head's monotonic clock.
         lost_devices_s: when each place lost its device, on that clock.
-        weight_ways: how weight gradients are computed, as workers found it out.
+        weight_ways: how weight gradients are computed, as workers found it out, by the conditions of their
+            trials and by the layer's name.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class JobRecord:
         self.error: dict[str, Any] | None = None
         self.tokens_seen: dict[int, int | None] = {0: 0}
         self.data_fingerprint: str | None = None
-        self.weight_ways: dict[str, dict[str, Verdict]] = {}
+        self.weight_ways = {c: dict(ways) for c, ways in history.weight_ways.items()}
 
     @property
     def next_generation(self) -> int:
@@ -145,8 +145,14 @@ class JobRecord:
         return self.faults.open is not None or bool(self.shrunk_s)
 
     def learn_ways(self, message: WeightWork) -> None:
-        """Keep what a worker found out of weight gradients, for those that take places later."""
-        self.weight_ways.setdefault(message.device, {}).update(message.ways)
+        """Keep what a worker found out of weight gradients, for those that take places later, in a later
+        launch too."""
+        known = self.weight_ways.setdefault(message.conditions, {})
+        news = {name: v for name, v in message.ways.items() if known.get(name) != v}
+        if news:
+            known.update(news)
+            told = {name: verdict.to_json() for name, verdict in news.items()}
+            self.note("weight_work", conditions=message.conditions, ways=told)
 
     def take_plan(self, plan: Plan, *, places: tuple[int, ...]) -> None:
         """Go on by another plan: what was measured and predicted of the one before is of no use.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Self
 
 
 class Way(enum.StrEnum):
@@ -31,12 +32,33 @@ class Verdict:
         way: the choice.
         reason: why none better, or which weights do not wait; empty when there is nothing to say.
         split: names of the weights that wait by a split graph.
+        code: hash of the layer's source files; empty where there are none.
     """
 
     way: Way
     reason: str = ""
     split: frozenset[str] = frozenset()
+    code: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON-ready data."""
+        return {
+            "way": str(self.way),
+            "reason": self.reason,
+            "split": sorted(self.split),
+            "code": self.code,
+        }
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Self:
+        """From what `to_json` gave."""
+        return cls(
+            way=Way(content["way"]),
+            reason=content["reason"],
+            split=frozenset(content["split"]),
+            code=content["code"],
+        )
 
 
-WaysByDevice = Mapping[str, Mapping[str, Verdict]]
-"""Verdicts by product name of the device that the trial ran on, and by the layer's name."""
+WaysByConditions = Mapping[str, Mapping[str, Verdict]]
+"""Verdicts by the conditions of the trial (device, versions, inputs), and by the layer's name."""

@@ -12,7 +12,7 @@ from typing import Any
 from deepopt.checkpoint.manifest import ShardEntry
 from deepopt.config import JobConfig
 from deepopt.pipeline.emulated_clock import Overruns
-from deepopt.pipeline.weight_ways import Verdict, WaysByDevice
+from deepopt.pipeline.weight_ways import Verdict, WaysByConditions
 from deepopt.planner.plan import Plan
 
 
@@ -120,7 +120,7 @@ class Assignment:
     last_step: int
     node_ip: str = "127.0.0.1"
     in_place: InPlace | None = None
-    known_ways: WaysByDevice = field(default_factory=dict)
+    known_ways: WaysByConditions = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,13 +206,13 @@ class WeightWork:
     Args:
         notes: a line for each layer where they do not all simply wait: which way, for which
             weights, why.
-        device: product name of the device that it was tried on.
+        conditions: what the trial depended on but for the layers' code: device, versions, inputs.
         ways: of all layers, by name: whoever takes the worker's place need not try again.
     """
 
     sender: Sender
     notes: tuple[str, ...]
-    device: str = ""
+    conditions: str = ""
     ways: Mapping[str, Verdict] = field(default_factory=dict)
 
 

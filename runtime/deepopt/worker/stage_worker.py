@@ -47,6 +47,7 @@ from deepopt.worker.failure_description import describe_failure
 from deepopt.worker.fault_script import FaultScript
 from deepopt.worker.flat_state import State
 from deepopt.worker.layer_checkpoint import LayerCheckpointer
+from deepopt.worker.layer_ways import LayerWays
 from deepopt.worker.messages import (
     Assignment,
     BadStep,
@@ -202,7 +203,6 @@ class StageWorker:
         with _timed(times, "build"):
             pin_gpu(job, rank=rank)
             self._device = choose_device(job)
-            self._reports.device = product = product_name(self._device)
             self._transport = rendezvous.make_transport(assignment, device=self._device)
             if self._ended_generation:  # that word came before there was a transport
                 self._transport.interrupt(self._ended_generation)
@@ -224,6 +224,9 @@ class StageWorker:
                 job, indices, device=self._device
             )
             self._warmth = None  # what it has and nobody takes shall hold no memory
+            self._reports.layer_ways = ways = LayerWays(
+                job, product=product_name(self._device), layers=layers
+            )
         with _timed(times, "rendezvous"):
             self._transport.join(
                 rendezvous.open_store(assignment), generation=self._sender.generation
@@ -244,7 +247,7 @@ class StageWorker:
                     data_index=rank // plan.pipeline_size,
                     folder=self._run_directory.schedules,
                 ),
-                known_ways=assignment.known_ways.get(product),
+                known_ways=ways.fitting(assignment.known_ways),
             )
             if keeps_replicas(plan, job.faults.replicas):
                 self._keeper = ReplicaKeeper(

@@ -17,6 +17,7 @@ from deepopt.pipeline.step_result import StepResult
 from deepopt.run_directory import RunDirectory
 from deepopt.schedule.ir import COMPUTE_OPS
 from deepopt.telemetry.trace import write_trace
+from deepopt.worker.layer_ways import LayerWays
 from deepopt.worker.load_window import LoadWindow
 from deepopt.worker.messages import (
     BadStep,
@@ -45,7 +46,7 @@ class StepReports:
         start_step: the step after which it begins.
 
     Attributes:
-        device: product name of the worker's device; set when it is chosen.
+        layer_ways: of the worker's layers; set when they are built.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class StepReports:
         self._parts = StepParts()
         self._busy_s: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=_TIMES_KEPT))
         self._told_weight_work = False
-        self.device = ""
+        self.layer_ways: LayerWays | None = None
         self._load_window = LoadWindow(job.elb.monitor_freq)
 
     def begin(self, sender: Sender, *, start_step: int) -> None:
@@ -200,9 +201,13 @@ class StepReports:
         for note in notes:
             logger.info("weight gradients of %s", note)
         if ways:
+            assert self.layer_ways is not None, "ways of layers before they are built"
             self._report(
                 WeightWork(
-                    sender=self._sender, notes=tuple(notes), device=self.device, ways=ways
+                    sender=self._sender,
+                    notes=tuple(notes),
+                    conditions=self.layer_ways.conditions,
+                    ways=self.layer_ways.signed(ways),
                 )
             )
 
