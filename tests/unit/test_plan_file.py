@@ -22,6 +22,7 @@ from deepopt.planner.profile import (
     LayerSizes,
     LayerTimes,
     LinkSection,
+    TieSection,
 )
 from deepopt.planner.skeleton import LayerSkeleton, ModelSkeleton, ParameterSkeleton
 from support.plan_files import LAYERS, plan_file
@@ -98,6 +99,17 @@ def test_a_prediction_and_searched_orders_are_read_back_too() -> None:
     assert again.predicted is not None
     assert again.predicted.step_ms == pytest.approx(4 * 10.5 + 7.0 + 0.1 + 0.75, rel=0.05)
     assert len(again.plan(plan_id=3).orders) == 1
+
+
+def test_tied_weights_are_read_back_and_priced() -> None:
+    tie = TieSection(layers=("embed", "head"), mb=2.5)
+    model = plan_file().model.model_copy(update={"ties": (tie,)})
+    plan = read_plan_file(write_plan_file(plan_file(model=model)), source="plan.yaml")
+    assert plan.costs().ties == ((0, 4, 2.5e6),)
+    other = tie.model_copy(update={"layers": ("embed", "tail")})
+    model = model.model_copy(update={"ties": (other,)})
+    with pytest.raises(PlanError, match=r"model\.ties names layer tail"):
+        plan_file(model=model).costs()
 
 
 def test_layers_that_are_like_another_have_its_figures_or_their_own() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepopt.worker.profile_worker import turns_of, workers_at_once
+from deepopt.worker.company import workers_at_once
+from deepopt.worker.profile_worker import turns_of
 
 
 @given(count=st.integers(1, 40), at_once=st.integers(1, 40))

@@ -56,6 +56,7 @@ def with_microbatches(
     from deepopt.convert import describe
     from deepopt.datasets.batch_source import build_batch_source
     from deepopt.worker.calibrate import calibrate, with_messages
+    from deepopt.worker.company import company, num_companions
     from deepopt.worker.device import choose_device
     from deepopt.worker.device_identity import identify
 
@@ -72,7 +73,11 @@ def with_microbatches(
             found = replace(found, memory_bytes=(memory,) * (num_workers // job.parallel.data))
         return with_messages(found, job=sized, num_workers=num_workers, cores=cores)
 
-    return choose_count(job, skeleton, num_workers=num_workers, cores=cores, costs_of=costs_of)
+    others = num_companions(num_workers, threads=job.worker.threads)
+    with company(others if device.type == "cpu" else 0):
+        return choose_count(
+            job, skeleton, num_workers=num_workers, cores=cores, costs_of=costs_of
+        )
 
 
 def _count_of(path: Path, *, batch_size: int) -> int:

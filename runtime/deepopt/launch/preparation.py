@@ -344,14 +344,15 @@ def _known_costs(
         return None
     from deepopt.datasets.batch_source import build_batch_source
     from deepopt.worker.calibrate import calibrate
+    from deepopt.worker.company import company, num_companions
     from deepopt.worker.device import choose_device
 
-    found = calibrate(
-        job,
-        skeleton,
-        batches=build_batch_source(job, run_dir=None),
-        device=choose_device(job),
-    )
+    device = choose_device(job)
+    others = num_companions(num_workers, threads=job.worker.threads)
+    with company(others if device.type == "cpu" else 0):
+        found = calibrate(
+            job, skeleton, batches=build_batch_source(job, run_dir=None), device=device
+        )
     return None if found is None else _with_messages(found, job=job, num_workers=num_workers)
 
 

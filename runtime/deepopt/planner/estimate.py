@@ -51,7 +51,7 @@ def estimated_costs(job: JobConfig, skeleton: ModelSkeleton) -> LayerCosts:
     if job.worker.device == "emulated":
         stated = emulated_costs(job, num_layers=len(skeleton.layers))
         # The job states no size for what tied weights exchange: it takes a latency.
-        ties = tuple((first, second, 0.0) for first, second, _ in _ties(skeleton))
+        ties = tuple((first, second, 0.0) for first, second, _ in tied_layers(skeleton))
         return replace(stated, ties=ties)
     tokens = job.training.microbatch_size * job.data.sequence_length
     forward = tuple(cost * tokens / ESTIMATED_FLOPS for cost in relative_costs(skeleton))
@@ -67,13 +67,17 @@ def estimated_costs(job: JobConfig, skeleton: ModelSkeleton) -> LayerCosts:
             float(_STATE_BYTES * sum(p.numel for p in layer.parameters))
             for layer in skeleton.layers
         ),
-        ties=_ties(skeleton),
+        ties=tied_layers(skeleton),
         source="estimated",
     )
 
 
-def _ties(skeleton: ModelSkeleton) -> tuple[tuple[int, int, float], ...]:
-    """Both layers of each pair of tied weights, and the bytes of their gradient."""
+def tied_layers(skeleton: ModelSkeleton) -> tuple[tuple[int, int, float], ...]:
+    """Both layers of each pair of tied weights, and the bytes of their gradient.
+
+    Args:
+        skeleton: the model.
+    """
     holder = {
         p.name: index for index, layer in enumerate(skeleton.layers) for p in layer.parameters
     }

@@ -128,6 +128,7 @@ class PlanFile(Section):
             counted=tuple(
                 i for i, one in enumerate(self.layers) if one.name in self.model.routers
             ),
+            ties=self._ties(),
             source=self.source,
             **links,
         )
@@ -135,6 +136,20 @@ class PlanFile(Section):
             return costs
         chosen = set(self.pipeline.recompute)
         return costs.recomputing([i for i, one in enumerate(self.layers) if one.name in chosen])
+
+    def _ties(self) -> tuple[tuple[int, int, float], ...]:
+        index = {layer.name: i for i, layer in enumerate(self.layers)}
+        for tie in self.model.ties:
+            for name in tie.layers:
+                if name not in index:
+                    raise PlanError(
+                        f"model.ties names layer {name}, which the plan does not have",
+                        remedy="name layers of the plan",
+                    )
+        return tuple(
+            (index[tie.layers[0]], index[tie.layers[1]], tie.mb * MEGABYTE)
+            for tie in self.model.ties
+        )
 
     def plan(self, *, plan_id: int) -> Plan:
         """Who holds which layers.

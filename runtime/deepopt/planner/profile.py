@@ -19,6 +19,13 @@ SAME_SPEED = 0.05
 """Devices whose factors differ by less count as equally fast: thread clocks scatter as much."""
 
 
+class TieSection(Section):
+    """Weights with two uses."""
+
+    layers: tuple[Text, Text] = Field(description="The layers of both.")
+    mb: Figure = Field(description="10^6 bytes of the gradient of one use.")
+
+
 class ModelSection(Section):
     """Which model and which micro-batch the figures are of."""
 
@@ -35,6 +42,9 @@ class ModelSection(Section):
     threads: Count = Field(description="CPU threads of a worker.")
     routers: tuple[Text, ...] = Field(
         default=(), description="Layers with routers, whose counts copies sum once a step."
+    )
+    ties: tuple[TieSection, ...] = Field(
+        default=(), description="Tied weights: holders of both uses sum their gradients."
     )
 
 

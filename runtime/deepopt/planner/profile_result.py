@@ -14,6 +14,7 @@ from typing import Any
 from deepopt.config import JobConfig
 from deepopt.errors import ClusterError
 from deepopt.planner.emulated_costs import emulated_costs
+from deepopt.planner.estimate import tied_layers
 from deepopt.planner.layer_costs import LayerCosts
 from deepopt.planner.profile import (
     MEGABYTE,
@@ -25,6 +26,7 @@ from deepopt.planner.profile import (
     LayerTimes,
     LinkSection,
     ModelSection,
+    TieSection,
     hardware_fingerprint,
 )
 from deepopt.planner.skeleton import LayerSkeleton, ModelSkeleton
@@ -57,6 +59,14 @@ def model_section(
         sequence_length=job.data.sequence_length,
         threads=job.worker.threads,
         routers=tuple(skeleton.layers[index].name for index in routers),
+        ties=tuple(
+            # A job that states the sizes of emulated layers states none for what they share.
+            TieSection(
+                layers=(skeleton.layers[first].name, skeleton.layers[second].name),
+                mb=0.0 if job.worker.device == "emulated" else _megabytes(size),
+            )
+            for first, second, size in tied_layers(skeleton)
+        ),
     )
 
 

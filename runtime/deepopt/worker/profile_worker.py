@@ -38,6 +38,7 @@ from deepopt.run_directory import RunDirectory
 from deepopt.telemetry.files import write_json_atomic
 from deepopt.worker import rendezvous
 from deepopt.worker.calibrate import layer_kinds
+from deepopt.worker.company import workers_at_once
 from deepopt.worker.device import choose_device
 from deepopt.worker.device_identity import identify
 from deepopt.worker.layer_trial import (
@@ -72,22 +73,6 @@ def turns_of(position: int, *, count: int, at_once: int) -> frozenset[int]:
     together = min(at_once, count)
     own, last = position // together, (count - 1) // together
     return frozenset({own, last} if position >= count - together else {own})
-
-
-def workers_at_once(count: int, *, cores: int, threads: int) -> int:
-    """How many CPU workers of a host measure at the same moment.
-
-    A worker with one thread takes the CPU time of that thread, in which others do not count but for the
-    caches and units that they use: all measure together, as they train. CPU time of an operation in 4 workers
-    on 2 cores was 1.1 times that in 2, and 1.3 times that in one alone. With more threads wall time
-    counts, so each has its cores.
-
-    Args:
-        count: workers of the host.
-        cores: of the host.
-        threads: of one worker.
-    """
-    return count if threads == 1 else max(1, cores // threads)
 
 
 class ProfileStopped(Exception):
