@@ -14,36 +14,47 @@ from deepopt.pipeline.stage import Layer
 CONFIG = OptimizerConfig(learning_rate=1e-2, warmup_steps=2, weight_decay=0.1)
 
 
-def make_layer(dtype: torch.dtype = torch.float32, seed: int = 0) -> Layer:
+def make_layer(
+    dtype: torch.dtype = torch.float32, seed: int = 0, *, size: tuple[int, int] = (5, 3)
+) -> Layer:
     torch.manual_seed(seed)
-    module = torch.nn.Linear(5, 3).to(dtype)
+    module = torch.nn.Linear(*size).to(dtype)
     parameters = {f"layer.{name}": p for name, p in module.named_parameters()}
     return Layer(index=0, name="layer", module=module, parameters=parameters)
 
 
-def make_grads(step: int) -> dict[str, torch.Tensor]:
+def make_grads(step: int, *, size: tuple[int, int] = (5, 3)) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(step)
     return {
-        "layer.weight": torch.randn(3, 5, generator=generator),
-        "layer.bias": torch.randn(3, generator=generator),
+        "layer.weight": torch.randn(*reversed(size), generator=generator),
+        "layer.bias": torch.randn(size[1], generator=generator),
     }
 
 
-def test_updates_have_the_bits_of_torch_adamw() -> None:
-    layer, twin = make_layer(), make_layer()
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+@pytest.mark.parametrize("size", [(5, 3), (64, 129)], ids=str)
+def test_updates_have_the_bits_of_torch_adamw(size: tuple[int, int], layout: str) -> None:
+    """Of the fused one where memory allows it, whatever the layout of the gradients."""
+    layer, twin = make_layer(size=size), make_layer(size=size)
+    if layout == "columns":
+        for one in (layer, twin):
+            weight = one.parameters["layer.weight"]
+            weight.data = weight.data.t().contiguous().t()
     ours = AdamWOptimizer(layer, CONFIG)
+    weight, bias = twin.parameters["layer.weight"], twin.parameters["layer.bias"]
     theirs = torch.optim.AdamW(
         [
-            {"params": [twin.parameters["layer.weight"]], "weight_decay": 0.1},
-            {"params": [twin.parameters["layer.bias"]], "weight_decay": 0.0},
+            {"params": [weight], "weight_decay": 0.1, "fused": layout == "rows"},
+            {"params": [bias], "weight_decay": 0.0, "fused": True},
         ],
         lr=1.0,
         betas=CONFIG.betas,
         eps=CONFIG.eps,
     )
     for step in range(1, 6):
-        grads = make_grads(step)
-        ours.step(grads, learning_rate(step, CONFIG))
+        grads = make_grads(step, size=size)
+        given = {name: grad.t().contiguous().t() for name, grad in grads.items()}
+        ours.step(given, learning_rate(step, CONFIG))
         for name, parameter in twin.parameters.items():
             parameter.grad = grads[name].clone()
         for group in theirs.param_groups:

@@ -7,6 +7,7 @@ which worker, stage or placement it came from.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -122,7 +123,10 @@ class AdamWOptimizer(LayerOptimizer):
     """AdamW with decoupled decay (arXiv:1711.05101).
 
     The arithmetic is torch's functional `adamw`; its `Optimizer` class would import torch's
-    compiler into every worker.
+    compiler into every worker. On CPU it is the fused one, which goes through memory once. It knows
+    no strides: masters that are not contiguous go through torch's loop of operations, as on GPUs.
+    Which one a parameter gets depends on nothing but the parameter, or its bits would depend on
+    the placement.
 
     Args:
         layer: as for `LayerOptimizer`.
@@ -140,6 +144,12 @@ class AdamWOptimizer(LayerOptimizer):
             }
             for name, master in self._masters.items()
         }
+        self._alike: dict[tuple[bool, bool], list[str]] = defaultdict(list)  # (decays, fused)
+        for name, master in self._masters.items():
+            # Decay acts on matrices; gains, biases and other vectors are left alone.
+            decays = master.dim() >= 2
+            fused = master.device.type == "cpu" and master.is_contiguous()
+            self._alike[decays, fused].append(name)
 
     def step(self, grads: Mapping[str, torch.Tensor], learning_rate: float) -> None:
         """Update the layer.
@@ -148,12 +158,15 @@ class AdamWOptimizer(LayerOptimizer):
             grads: fp32, by parameter name, already clipped.
             learning_rate: of this step.
         """
-        # Decay acts on matrices; gains, biases and other vectors are left alone.
-        decayed = [name for name, master in self._masters.items() if master.dim() >= 2]
-        others = [name for name, master in self._masters.items() if master.dim() < 2]
         with torch.no_grad():
-            self._adamw(decayed, grads, learning_rate, self._config.weight_decay)
-            self._adamw(others, grads, learning_rate, 0.0)
+            for (decays, fused), names in self._alike.items():
+                self._adamw(
+                    names,
+                    grads,
+                    learning_rate,
+                    weight_decay=self._config.weight_decay if decays else 0.0,
+                    fused=fused,
+                )
         self._copy_masters()
 
     def _moments(self) -> dict[str, dict[str, torch.Tensor]]:
@@ -169,21 +182,21 @@ class AdamWOptimizer(LayerOptimizer):
         names: Sequence[str],
         grads: Mapping[str, torch.Tensor],
         learning_rate: float,
+        *,
         weight_decay: float,
+        fused: bool,
     ) -> None:
-        if not names:
-            return
         moments = [self._own[name] for name in names]
         beta1, beta2 = self._config.betas
         adamw(
             [self._masters[name] for name in names],
-            [grads[name] for name in names],
+            [grads[name].contiguous() if fused else grads[name] for name in names],
             [m["exp_avg"] for m in moments],
             [m["exp_avg_sq"] for m in moments],
             [],
             [m["step"] for m in moments],
-            foreach=False,  # one implementation everywhere: others differ in the last bit
-            fused=False,
+            foreach=False,  # others differ in the last bit
+            fused=fused,
             capturable=False,
             amsgrad=False,
             maximize=False,
