@@ -114,9 +114,10 @@ class StageGradients:
         """Complete the groups when the last backward of a step is done: where a parameter got no
         gradient, it has zeros."""
         for i, parameter in enumerate(self._parameters):
-            terms = [sums[i] for sums in self._sums]
+            # Not `None in terms`, which asks each tensor whether it equals None: 10 us each.
+            missing = [sums[i] is None for sums in self._sums]
             in_rows = self._views[0][i] is not None
-            if None not in terms or not (in_rows or any(t is not None for t in terms)):
+            if not any(missing) or (all(missing) and not in_rows):
                 continue
             for sums, views in zip(self._sums, self._views, strict=True):
                 if sums[i] is None:
