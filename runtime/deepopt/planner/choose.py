@@ -27,7 +27,7 @@ LAUNCH_EFFORT = 200_000
 
 _FINALISTS = 2  # placements that are searched a second time, longer
 _TRIAL_SHARE = 20  # of the effort goes into the trial of each cut, where there are several
-_SEARCH_VERSION = 7  # +1 when the same inputs may give another order
+_SEARCH_VERSION = 8  # +1 when the same inputs may give another order
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,10 +1,10 @@
 """Find an order for the costs, hops and memory at hand.
 
-A portfolio of the classical orders, the list scheduler under many rules in the real costs, then a
-local search on the best. The result is verified, never slower than the best classical order under
-the simulator, and comes with a bound that no order can beat. Deterministic: the same inputs and
-seed give the same order; effort is counted in actions, not in seconds. The placement is given;
-choosing it is the planner's affair.
+A portfolio of the classical orders, the list scheduler under many rules in the real costs, then the best
+of those rebuilt from both ends in turns, and a local search on what that gives. The result is
+verified, never slower than the best classical order under the simulator, and comes with a bound that
+no order can beat. Deterministic: the same inputs and seed give the same order; effort is counted in
+actions, not in seconds. The placement is given; choosing it is the planner's affair.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from deepopt.errors import ScheduleError
 from deepopt.schedule.bound import lower_bound_s
 from deepopt.schedule.builders import BUILDERS, build, misfit
 from deepopt.schedule.coding import CodedProblem, Rows
+from deepopt.schedule.forward_backward import ACTIONS_PER_ROUND, rebuild
 from deepopt.schedule.ir import Direction, Placement, Schedule
 from deepopt.schedule.list_scheduler import Order, fuse_first_stage
 from deepopt.schedule.local_search import improve
@@ -28,7 +29,9 @@ from deepopt.schedule.verify import peak_activations, verify
 DEFAULT_EFFORT = 1_000_000  # actions to schedule: about two seconds on one core
 _EVALUATED_PER_SCHEDULED = 6
 """Actions that the local search evaluates while the list scheduler schedules one: 0.3 us against 2 us."""
-_NUM_STARTS = 4  # orders that the local search starts from
+_NUM_STARTS = 4  # orders that each improvement starts from
+_NUM_FOUND = 8  # orders that are simulated: shared cores and full routes may choose another than the first
+_FEWEST_ROUNDS = 3  # of rebuilding; fewer than that are not begun
 _FEWEST_EVALUATIONS = (
     50  # fewer than that improve no order: the list scheduler's stay as they are
 )
@@ -87,8 +90,8 @@ def search(
         overlap: whether each rank begins the next step when it has ended this one
             (pipeline.overlap_steps): then step times, and the bound, are those of a step among
             others.
-        effort: actions to schedule, one microsecond or two each; half of the time goes into the local
-            search, which evaluates more actions in it.
+        effort: actions to schedule, about two microseconds each: a quarter under rules, half in orders
+            rebuilt, and for as long as another quarter takes the local search.
         seed: of the random choices.
 
     Raises:
@@ -166,50 +169,52 @@ def _found(
     coded = []
     for schedule in classical:
         rows = problem.encode(schedule)
-        ends = problem.ends(rows)
-        assert ends is not None, "builders make orders that run"
-        coded.append((step_end.seconds(rows, ends), rows))
+        coded.append((_seconds(problem, step_end, rows), rows))
     coded.sort(key=lambda entry: entry[0])
     if coded and coded[0][0] <= bound_s * (1 + 1e-9):
         return [coded[0][1]]  # with R ahead of its gradient, a builder's order is the best
     try:
         listed = search_rules(
-            problem, effort=effort // 2, seed=seed, bound_s=order_bound_s, keep=_NUM_STARTS
+            problem, effort=effort // 4, seed=seed, bound_s=order_bound_s, keep=_NUM_STARTS
         )
     except ScheduleError:
         listed = []  # the memory does not hold one micro-batch of each stream; no rule helps
-    for entry in listed:
-        ends = problem.ends(entry.rows)
-        assert ends is not None, "the list scheduler makes orders that run"
-        coded.append((step_end.seconds(entry.rows, ends), entry.rows))
-    coded.sort(key=lambda entry: entry[0])
-    starts = [rows for _, rows in coded[:_NUM_STARTS]]
-    # A while for each, then as long as for all of them for the best: many a start leads nowhere.
-    share = effort // 2 * _EVALUATED_PER_SCHEDULED // 2
-    fewest = _FEWEST_EVALUATIONS * problem.num_actions
-    if not starts or share < fewest:
-        return starts
-    tried = starts if share // len(starts) >= fewest else starts[:1]
-    improved: list[tuple[float, Rows]] = []
-    for turn in range(len(tried) + 1):
-        if turn < len(tried):
-            rows, own_share = tried[turn], share // len(tried)
-        else:
-            rows, own_share = min(improved, key=lambda entry: entry[0])[1], share
-        better = improve(
-            problem,
-            rows,
-            effort=own_share,
-            seed=seed + turn,
-            target_s=bound_s,
-            step_end=step_end,
-        )
-        ends = problem.ends(better)
-        assert ends is not None, "the local search keeps to orders that run"
-        improved.append((step_end.seconds(better, ends), better))
-        if improved[-1][0] <= bound_s * (1 + 1e-9):
-            break
-    return [*starts, *(rows for _, rows in improved)]
+    coded += [(_seconds(problem, step_end, entry.rows), entry.rows) for entry in listed]
+    for improve_one, share, fewest in (
+        (rebuild, effort // 2, _FEWEST_ROUNDS * ACTIONS_PER_ROUND),
+        (improve, effort // 4 * _EVALUATED_PER_SCHEDULED, _FEWEST_EVALUATIONS),
+    ):
+        coded.sort(key=lambda entry: entry[0])
+        starts = [rows for _, rows in coded[:_NUM_STARTS]]
+        fewest *= problem.num_actions
+        # A while for each, then as long as for all of them for the best: many a start leads nowhere.
+        if not starts or share // 2 < fewest:
+            continue
+        if share // 2 < fewest * len(starts):
+            starts = starts[:1]
+        for turn in range(len(starts) + 1):
+            if coded[0][0] <= bound_s * (1 + 1e-9):
+                break
+            is_last = turn == len(starts)
+            start = coded[0][1] if is_last else starts[turn]
+            better = improve_one(
+                problem,
+                start,
+                effort=share // 2 if is_last else share // 2 // len(starts),
+                seed=seed + turn,
+                target_s=bound_s,
+                step_end=step_end,
+            )
+            if better != start:
+                coded.append((_seconds(problem, step_end, better), better))
+                coded.sort(key=lambda entry: entry[0])
+    return [rows for _, rows in coded[:_NUM_FOUND]]
+
+
+def _seconds(problem: CodedProblem, step_end: StepEnd, rows: Rows) -> float:
+    ends = problem.ends(rows)
+    assert ends is not None, "searches make orders that run"
+    return step_end.seconds(rows, ends)
 
 
 def _cap_text(memory: Memory, memory_cap: int | None) -> str:
