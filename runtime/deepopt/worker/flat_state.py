@@ -117,6 +117,11 @@ class FlatState:
             states: by layer, as the layout was made of.
             non_blocking: do not wait for a GPU.
         """
-        for layer, state in states.items():
-            for key, tensor in state.items():
-                self.states[layer][key].copy_(tensor, non_blocking=non_blocking)
+        sources = [tensor for state in states.values() for tensor in state.values()]
+        targets = [self.states[layer][key] for layer, state in states.items() for key in state]
+        if sources and all(source.device.type == "cpu" for source in sources):
+            # One call: between two of them a thread that trains would take the interpreter.
+            torch._foreach_copy_(targets, sources)
+            return
+        for target, source in zip(targets, sources, strict=True):
+            target.copy_(source, non_blocking=non_blocking)
