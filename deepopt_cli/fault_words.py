@@ -88,7 +88,11 @@ def fault_block(fault: Mapping[str, Any]) -> list[str]:
         ends = {str(victim.get("message", "")) for victim in victims}
         why = f": {ends.pop()}" if len(ends) == 1 else ""
         several = "s" if len(victims) > 1 else ""
-        lines.append(f"  victims   rank{several} {ranges(v['rank'] for v in victims)}{why}")
+        more = int(fault.get("num_victims", 0)) - len(victims)
+        others = f" and {more:,} more" if more > 0 else ""
+        lines.append(
+            f"  victims   rank{several} {ranges(v['rank'] for v in victims)}{others}{why}"
+        )
     return lines
 
 

@@ -40,6 +40,11 @@ def fault(**changes: Any) -> dict[str, Any]:
     }
 
 
+def test_victims_that_are_not_listed_are_counted() -> None:
+    (line,) = [x for x in fault_lines([fault(num_victims=1023)], most=1) if "victims" in x]
+    assert line == "  victims   ranks 0-1 and 1,021 more: gone"
+
+
 def test_a_fault_is_one_block() -> None:
     assert fault_lines([fault()], most=3) == [
         "fault 3     rank 2 on node-b (pid 4711), stage 2: process stopped by a signal",

@@ -6,6 +6,7 @@ lock: workers' messages (`tell`), the group's events, requests of people (`reque
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import queue
@@ -197,6 +198,9 @@ class HeadActor:
                         died_s=predecessor.died_s,
                         reason=predecessor.reason,
                     )
+                # What is imported stays, and need not be looked at in each full collection, which no
+                # heartbeat is read in.
+                gc.freeze()
                 reader = BeatReader(partial(store_server.beats_of, arguments.job_id))
                 drive(
                     controller,

@@ -19,6 +19,7 @@ from deepopt.planner.plan import Plan
 from deepopt.worker.messages import Failure
 
 FAULTS_SHOWN = 50  # of a long run, the newest
+VICTIMS_SHOWN = 16  # of a fault; a large group's would fill status file and journal
 TRACEBACK_CHARACTERS = 4000  # of the end of a traceback, which says what happened
 
 
@@ -134,7 +135,10 @@ class FaultRecord:
             "culprit": None if blame is None else _shown(blame.culprit, plan=plan),
             "victims": []
             if blame is None
-            else [{**_shown(v, plan=plan), "traceback": ""} for v in blame.victims],
+            else [
+                {**_shown(v, plan=plan), "traceback": ""} for v in blame.victims[:VICTIMS_SHOWN]
+            ],
+            "num_victims": 0 if blame is None else len(blame.victims),
             "step_done": self.step_done,
             "replayed_steps": replayed,
             "lost_steps": 0,
