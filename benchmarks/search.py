@@ -5,7 +5,7 @@ placement or more, and searches the best two longer; CPU seconds of one core cou
 the chosen order to its own lower bound, which knows the memory: p micro-batches a rank as in 1F1B (p + 1
 with mirror), unless the case gives more. There is no peer for time and gap: the ratios are the aims over what
 was found (10 s at p=8, m=32; 120 s at p=64, m=256; 1 % at m >= 2p). The peer of the gain is 1F1B at the same
-costs: the aim is 1.40 at p = 8, for m = 8 in 1F1B's memory and for m = 16 in that of 12.5 micro-batches,
+costs: the aim is 1.40 at p = 8, for m = 8 in 1F1B's memory and for m = 16 in that of 10 micro-batches,
 because in 1F1B's the bound is below it. The last line is the worst of all ratios.
 """
 
@@ -65,7 +65,7 @@ FULL = (
         microbatches=16,
         latency_ms=1.25,
         effort=1_000_000,
-        in_flight=12.5,
+        in_flight=10.0,
         aims_at_gain=True,
     ),
     Case(ranks=8, microbatches=32, latency_ms=0.0, effort=600_000, aim_s=10.0),
