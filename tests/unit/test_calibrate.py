@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from deepopt.config import JobConfig
-from deepopt.convert import describe
+from deepopt.convert import build_layers, describe
 from deepopt.datasets.batch_source import build_batch_source
 from deepopt.moe import in_step
 from deepopt.pipeline.stage_experts import StageExperts, count_routers, layers_with_routers
@@ -20,7 +20,7 @@ from deepopt.planner.layer_costs import LayerCosts
 from deepopt.planner.skeleton import ModelSkeleton
 from deepopt.worker import calibrate as calibration
 from deepopt.worker.calibrate import calibrate, with_host_work, with_messages
-from deepopt.worker.layer_trial import PausedClock
+from deepopt.worker.layer_trial import PausedClock, try_layer
 from deepopt.worker.message_trial import MessageTrial
 from support.worker_processes import TINY_MODEL, tiny_job
 
@@ -135,6 +135,26 @@ def test_what_routers_take_on_top_while_they_warm_up_is_tried_apart(
     assert not any(found.forward_s)
     routers = [count_routers(layer.buffers) for layer in describe(job).layers]
     assert found.warm_up_s == tuple(5.0 * number * warmup for number in routers)
+
+
+def test_other_microbatches_pass_between_the_operations_of_one_as_in_a_pipeline() -> None:
+    class Listening:
+        def measure(self, what: str, work: Callable[[], Any]) -> tuple[float, Any]:
+            order.append(what)
+            return 0.0, work()
+
+    order: list[str] = []
+    job = tiny_job(elb={"warmup": False})
+    layers, _ = build_layers(job, [0], device=CPU)
+    inputs, _ = build_batch_source(job, run_dir=None).batch(1, 0)
+    trial = try_layer(layers[0], (inputs,), job=job, device=CPU, clock=Listening(), repeats=1)
+    rows = " ".join(order).split(" update")
+    assert rows == ["F", " F I", " F I W", " I W W"]
+    assert [len(times) for times in (trial.forward_s, trial.input_s, trial.weight_s)] == [
+        1,
+        1,
+        1,
+    ]
 
 
 def test_every_layer_gets_times_and_sizes_and_threads_are_as_before() -> None:

@@ -28,6 +28,7 @@ from deepopt.worker.message_trial import OTHER_DATA_BYTES
 
 T = TypeVar("T")
 
+_BEFORE_INPUT, _BEFORE_WEIGHT = 1, 2  # micro-batches between F and I, F and W
 _PAUSE_S = 5e-3  # long enough for a core to be given to somebody else
 
 
@@ -203,19 +204,31 @@ def try_layer(
     times: list[list[float]] = [[], [], [], []]
 
     activation_bytes = 0.0
-    for repeat in range(repeats + 2):
-        forward = partial(stage.forward, repeat, inputs, targets)
-        # Hooks take time themselves, so that run counts for nothing else; and in the first one the stage
-        # tries ways for its weight gradients, with forwards of their own.
-        with _kept_noted(note) if repeat == 1 else nullcontext():
-            took, outputs = clock.measure("F", forward)
-        activation_bytes = activation_bytes or float(sum(kept.values()))
-        times[0].append(took)
-        grads = tuple(torch.ones_like(out) for out in outputs if out.requires_grad)
-        times[1].append(clock.measure("I", partial(stage.backward_input, repeat, grads))[0])
-        times[2].append(clock.measure("W", partial(stage.backward_weight, repeat))[0])
-        update = partial(_update, stage, optimizer)
-        times[3].append(clock.measure("update", update)[0])
+    other_data = torch.zeros(OTHER_DATA_BYTES // 4)
+    # As in a pipeline, other micro-batches have passed between the operations of one: what it left has gone
+    # from the caches that are a core's own.
+    for turn in range(repeats + 2 + _BEFORE_WEIGHT):
+        if turn < repeats + 2:
+            forward = partial(stage.forward, turn, inputs, targets)
+            # Hooks take time themselves, so that run counts for nothing else; and in the first one the stage
+            # tries ways for its weight gradients, with forwards of their own.
+            with _kept_noted(note) if turn == 1 else nullcontext():
+                took, outputs = clock.measure("F", forward)
+            activation_bytes = activation_bytes or float(sum(kept.values()))
+            times[0].append(took)
+        if 0 <= (microbatch := turn - _BEFORE_INPUT) < repeats + 2:
+            grads = tuple(torch.ones_like(out) for out in outputs if out.requires_grad)
+            backward = partial(stage.backward_input, microbatch, grads)
+            times[1].append(clock.measure("I", backward)[0])
+        if (microbatch := turn - _BEFORE_WEIGHT) >= 0:
+            weights_only = partial(stage.backward_weight, microbatch)
+            times[2].append(clock.measure("W", weights_only)[0])
+        if turn < repeats + 2:
+            other_data.add_(
+                1.0
+            )  # an update comes once a step: all that it needs has left the caches
+            update = partial(_update, stage, optimizer)
+            times[3].append(clock.measure("update", update)[0])
     forward_s, input_s, weight_s, update_s = (tuple(own[2:]) for own in times)
     warm_up_s: list[float] = []
     # On one and the same micro-batch, as here, routers settle at once; in a training they may take long.

@@ -7,10 +7,10 @@ CPU time what a message costs the cores at each end; each is a line through seve
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import sub
-from statistics import quantiles
+from statistics import median, quantiles
 
 import torch
 
@@ -45,6 +45,7 @@ def try_link(
     first_message: int,
     sizes_bytes: Sequence[int] = SIZES_BYTES,
     rounds: int = _ROUNDS,
+    between: Callable[[], object] | None = None,
 ) -> LinkTrial:
     """Send messages to and fro; the first rank begins.
 
@@ -55,6 +56,9 @@ def try_link(
         first_message: number of the first message, above all that were sent before.
         sizes_bytes: of the messages.
         rounds: of each size.
+        between: what an end does between two rounds, as a worker computes between its messages: CPU times are
+            the medians then, for what they have on top is what they will have in a training; wall times say
+            nothing.
     """
     first, second = ranks
     there = Channel(Kind.ACTIVATION, first, second)
@@ -71,6 +75,8 @@ def try_link(
         spec = (TensorSpec.of(tensor),)
         took: list[tuple[float, float, float]] = []
         for _ in range(_WARM_UP + rounds):
+            if between is not None:
+                between()
             began = (time.perf_counter(), time.thread_time(), time.process_time())
             pending = transport.receive(receives, message, spec)
             if begins:
@@ -85,7 +91,8 @@ def try_link(
             wall, thread, process = map(sub, ended, began)
             took.append((wall / 2, thread / 2, process / 2))  # a round is two messages
         sizes.append(float(size))
-        wall, thread, process = map(_low, zip(*took[_WARM_UP:], strict=True))
+        middle: Callable[[Sequence[float]], float] = _low if between is None else median
+        wall, thread, process = map(middle, zip(*took[_WARM_UP:], strict=True))
         walls.append(wall)
         threads.append(thread)
         processes.append(process)

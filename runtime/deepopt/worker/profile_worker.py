@@ -17,8 +17,10 @@ import socket
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -51,6 +53,7 @@ from deepopt.worker.layer_trial import (
     try_layer,
 )
 from deepopt.worker.link_trial import num_messages, pairs_to_try, try_link
+from deepopt.worker.message_trial import OTHER_DATA_BYTES
 from deepopt.worker.messages import Assignment, Failure, Heartbeat, RunEnded, WorkerReady
 
 logger = logging.getLogger(__name__)
@@ -73,6 +76,26 @@ def turns_of(position: int, *, count: int, at_once: int) -> frozenset[int]:
     together = min(at_once, count)
     own, last = position // together, (count - 1) // together
     return frozenset({own, last} if position >= count - together else {own})
+
+
+@contextmanager
+def computing() -> Iterator[None]:
+    """Keep a core of this host busy until the end of the block, as a worker does that is not waiting."""
+    over = threading.Event()
+    weight, data = torch.zeros(256, 256), torch.zeros(OTHER_DATA_BYTES // 4)
+
+    def compute() -> None:
+        while not over.is_set():
+            torch.mm(weight, weight)
+            data.add_(1.0)
+
+    thread = threading.Thread(target=compute, name="computing", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 class ProfileStopped(Exception):
@@ -301,7 +324,7 @@ class ProfileWorker:
     def _try_links(self, hosts: list[str]) -> dict[str, Any]:
         """Try the links of this rank; others wait for their turn."""
         transport, rank = self._link_transport(), self._sender.rank
-        pairs = pairs_to_try(hosts)
+        pairs, shared = pairs_to_try(hosts), self._shares_cores(hosts)
         transport.open(
             Channel(Kind.ACTIVATION, source, target)
             for pair in pairs
@@ -309,19 +332,38 @@ class ProfileWorker:
             for source, target in (pair, pair[::-1])
         )
         found: dict[str, Any] = {}
+        data = torch.zeros(OTHER_DATA_BYTES // 4)
         for number, pair in enumerate(pairs):
             self._begin(f"link {number + 1}/{len(pairs)}")
+            trial_of = partial(try_link, transport, ranks=pair, device=self._device)
             if rank in pair:
-                trial = try_link(
-                    transport,
-                    ranks=pair,
-                    device=self._device,
-                    first_message=number * num_messages(),
-                )
+                trial = trial_of(first_message=2 * number * num_messages())
                 if rank == pair[0]:
                     found[f"{pair[0]}-{pair[1]}"] = asdict(trial)
             self._barrier()
+            if not shared:
+                continue
+            # What a message costs the cores while all compute on them, the ends of this one between messages.
+            if rank in pair:
+                trial = trial_of(
+                    first_message=(2 * number + 1) * num_messages(),
+                    between=partial(data.add_, 1.0),
+                )
+                if rank == pair[0]:
+                    found[f"{pair[0]}-{pair[1]}"]["process"] = asdict(trial.process)
+                self._barrier()
+            else:
+                with computing():
+                    self._barrier()
         return found
+
+    def _shares_cores(self, hosts: list[str]) -> bool:
+        """Whether workers of this job take turns on the cores of a host; the same answer on all of them."""
+        own = hosts.count(hosts[self._sender.rank]) * self._job.worker.threads
+        is_cpu = self._device.type == "cpu" and self._job.worker.device != "emulated"
+        short = is_cpu and own > len(os.sched_getaffinity(0))
+        assert self._transport is not None, "cores before setup()"
+        return any(row[0] for row in self._transport.start_all_gather([float(short)]).wait())
 
     def _link_transport(self) -> Transport:
         assert self._transport is not None, "links before setup()"
