@@ -35,7 +35,8 @@ def main() -> None:
         name: os.environ[name]
         for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")
     }
-    sys.stdout.write(json.dumps({**environment, "ADDRESS": node.gcs_address}) + "\n")
+    told = {**environment, "ADDRESS": node.gcs_address, "TEMP_DIR": str(temp_dir)}
+    sys.stdout.write(json.dumps(told) + "\n")
     sys.stdout.flush()
     sys.stdin.read()
     kill_descendants(timeout_s=KILL_TIMEOUT_S)

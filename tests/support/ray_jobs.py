@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from deepopt.cluster.process_table import Process, descendants, find_process
+from deepopt.cluster.process_table import Process, descendants, find_process, wait_until_gone
+from deepopt.cluster.ray_node import remove_temp_dir
 from deepopt.config import JobConfig
 from deepopt.head.supervisor import spawn_supervisor
 from deepopt.job_file import dump_job
@@ -111,7 +112,9 @@ def foreign_ray(*, slots: int) -> Iterator[dict[str, str]]:
         assert process.stdout is not None
         assert process.stdin is not None
         try:
-            yield json.loads(process.stdout.readline())
+            environment = json.loads(process.stdout.readline())
+            del environment["TEMP_DIR"]
+            yield environment
         finally:
             process.stdin.close()  # it ends with this
             process.wait(timeout=TIMEOUT_S)
@@ -135,16 +138,18 @@ class FurtherHost:
             text=True,
         )
         assert self._process.stdout is not None
-        self._process.stdout.readline()
+        self._temp_dir = Path(json.loads(self._process.stdout.readline())["TEMP_DIR"])
 
     def has(self, pid: int) -> bool:
         """Whether a process runs there."""
         return any(one.pid == pid for one in descendants(self._process.pid))
 
     def cut_power(self) -> None:
-        """SIGKILL to all that runs there."""
+        """SIGKILL to all that runs there; nobody there can clean up any more."""
         doomed = descendants(self._process.pid)
         self._process.kill()
         for one in doomed:
             one.send(signal.SIGKILL)
         self._process.communicate()
+        wait_until_gone(doomed, timeout_s=TIMEOUT_S)
+        assert remove_temp_dir(self._temp_dir)
