@@ -234,6 +234,7 @@ def try_layer(
     # On one and the same micro-batch, as here, routers settle at once; in a training they may take long.
     if stage.experts.hold_warm_up():
         for repeat in range(repeats + 2, 2 * repeats + 2):
+            other_data.add_(1.0)  # the other ones followed an update
             forward = partial(stage.forward, repeat, inputs, targets)
             warm_up_s.append(clock.measure("F", forward)[0])
             stage.abandon()
