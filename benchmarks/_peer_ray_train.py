@@ -137,7 +137,8 @@ def train(config: dict[str, Any]) -> None:
     for step in range(done + 1, config["steps"] + 1):
         loss = loop.step(step)
         if step % config["every"] == 0:
-            with tempfile.TemporaryDirectory(prefix="deepopt-bench-") as folder:
+            # Beside what it writes anyway: a worker that is killed meanwhile removes nothing itself.
+            with tempfile.TemporaryDirectory(dir=out.parent) as folder:
                 saved = None
                 if rank == 0:
                     loop.save(step, Path(folder))
