@@ -166,7 +166,14 @@ def _head_in_recovery(play: Play) -> Seen:
     strike(status["workers"][1]["pid"])
     play.until("recovering", lambda s: s["state"] == "recovering")
     strike(head)
-    return Seen(faults=play.next_faults(2))
+    faults = play.next_faults(2)
+    if faults[-1]["outcome"] != "interrupted":
+        return Seen(faults=faults)
+    # It died before it had formed the next group: the new head finds the dead worker anew.
+    return Seen(
+        faults=[faults[-1], *play.next_faults(1)],
+        note="the new head adopts who lives and reports the dead worker again",
+    )
 
 
 def _bad_numbers(play: Play) -> Seen:
