@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 # As a worker does: products of matrices, some passes over a few MB, and a little Python in between. It ends
-# with whoever started it, and with an input that is closed.
+# with whoever started it.
 _WORK = """
 import os, sys
 import numpy
