@@ -12,6 +12,7 @@ from deepopt.head.prediction_report import prediction_error, with_others
 from deepopt.planner.layer_costs import LayerCosts
 from deepopt.planner.plan import Plan
 from deepopt.planner.prediction import (
+    OTHERS,
     REST,
     SUMS,
     TURN,
@@ -174,7 +175,7 @@ def test_messages_other_processes_and_the_rest_are_told_apart() -> None:
     )
     found = {c.what: c.share for c in causes(prediction, run, plan=PLAN, schedule=SCHEDULE)}
     assert found["CPU time of sends and receives"] == pytest.approx(2.0 / prediction.step_s)
-    assert found["other processes on the cores that the workers share"] > 0.05
+    assert found[OTHERS] > 0.05
     assert sum(found.values()) == pytest.approx(0.5)
     assert found[REST] > 0.2
 
@@ -188,7 +189,7 @@ def test_what_others_used_is_a_mean_and_set_against_the_mean_step() -> None:
     others = [{**parts, "others_cpu_s": 2 * prediction.step_s} for parts in run.parts_s]
     run = replace(run, parts_s=others)
     found = {c.what: c.share for c in causes(prediction, run, plan=PLAN, schedule=SCHEDULE)}
-    assert found["other processes on the cores that the workers share"] == pytest.approx(1.0)
+    assert found[OTHERS] == pytest.approx(1.0)
     assert found[REST] == pytest.approx(0.0)
 
 

@@ -23,7 +23,7 @@ from deepopt.schedule.simulate import CostTable, simulate
 _SECONDS = frozenset(
     {"measured", "emulated", "analytic"}
 )  # sources of costs whose times are seconds
-OTHERS = "other processes on the cores that the workers share"
+OTHERS = "other processes on the cores that the workers share, deepopt's head and Ray too"
 SUMS = "gradients, tied weights and routers' counts between copies, after the last action"
 TURN = "from the update to the next step: reports, copies of buffers"
 OVERRAN = "operations whose real work overran their emulated time"
