@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from _peer_loop import build_model, make_optimizer, set_auxiliary_scale
+from _peer_loop import build_model, data_parallel_step, make_optimizer, set_auxiliary_scale
 from _peer_pipelining import join_group
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -26,7 +26,6 @@ from deepopt.config import JobConfig
 from deepopt.convert import find_loss
 from deepopt.datasets.batch_source import build_batch_source
 from deepopt.job_file import load_job
-from deepopt.pipeline.learning_rate import learning_rate
 
 
 class ShardedLoop:
@@ -59,21 +58,15 @@ class ShardedLoop:
         Returns:
             Mean loss over all ranks.
         """
-        self._optimizer.zero_grad()
-        total = torch.zeros(())
-        for microbatch in self._own:
-            inputs, targets = self._batches.batch(step, microbatch)
-            loss = self._loss(self._model(inputs), targets)
-            (loss / len(self._own)).backward()
-            total += loss.detach() / len(self._own)
-        grad_clip = self._job.training.grad_clip
-        if grad_clip is not None:
-            torch.nn.utils.clip_grad_norm_(self._model.parameters(), grad_clip)
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate(step, self._job.optimizer)
-        self._optimizer.step()
-        dist.all_reduce(total)
-        return total.item() / dist.get_world_size()
+        return data_parallel_step(
+            self._model,
+            step=step,
+            job=self._job,
+            batches=self._batches,
+            loss=self._loss,
+            optimizer=self._optimizer,
+            own=self._own,
+        )
 
     def save(self, step: int, folder: Path) -> None:
         """Write a checkpoint; it counts once its metadata is there."""

@@ -10,16 +10,20 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from deepopt.config import JobConfig, OptimizerConfig
 from deepopt.convert import build_chain, build_layers, find_loss
 from deepopt.datasets.batch_source import BatchSource, build_batch_source
 from deepopt.job_file import load_job
 from deepopt.pipeline.learning_rate import learning_rate
+from deepopt.pipeline.stage import Loss
 
 
 def make_optimizer(
@@ -58,6 +62,49 @@ def set_auxiliary_scale(module: torch.nn.Module, scale: float) -> None:
     for part in module.modules():
         if hasattr(part, "loss_scale"):
             part.loss_scale = scale  # type: ignore[assignment]
+
+
+def data_parallel_step(
+    model: torch.nn.Module,
+    *,
+    step: int,
+    job: JobConfig,
+    batches: BatchSource,
+    loss: Loss,
+    optimizer: torch.optim.Optimizer,
+    own: Sequence[int],
+    apart: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> float:
+    """Train one step on this rank's share of the micro-batches.
+
+    Args:
+        model: wrapped so that its gradients are means over the ranks.
+        step: 1-based.
+        job: training and optimizer sections count.
+        batches: of the job.
+        loss: of the model.
+        optimizer: of its parameters.
+        own: this rank's micro-batches.
+        apart: what all of them but the last run in.
+
+    Returns:
+        Mean loss over all ranks.
+    """
+    optimizer.zero_grad()
+    total = torch.zeros(())
+    for microbatch in own:
+        inputs, targets = batches.batch(step, microbatch)
+        with nullcontext() if microbatch == own[-1] else apart():
+            value = loss(model(inputs), targets)
+            (value / len(own)).backward()
+        total += value.detach() / len(own)
+    if job.training.grad_clip is not None:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), job.training.grad_clip)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, job.optimizer)
+    optimizer.step()
+    dist.all_reduce(total)
+    return total.item() / dist.get_world_size()
 
 
 class PlainLoop:

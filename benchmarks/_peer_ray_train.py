@@ -18,20 +18,18 @@ import json
 import os
 import tempfile
 import time
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from _peer_loop import build_model, make_optimizer, set_auxiliary_scale
+from _peer_loop import build_model, data_parallel_step, make_optimizer, set_auxiliary_scale
 
 from deepopt.cluster import ray_node
 from deepopt.config import JobConfig
 from deepopt.convert import find_loss
 from deepopt.datasets.batch_source import build_batch_source
 from deepopt.job_file import load_job
-from deepopt.pipeline.learning_rate import learning_rate
 
 LOOK_EVERY_S = 0.1
 STATE_FILE = "state.pt"
@@ -69,24 +67,16 @@ class ReplicatedLoop:
         Returns:
             Mean loss over all ranks.
         """
-        self._optimizer.zero_grad()
-        total = torch.zeros(())
-        for microbatch in self._own:
-            inputs, targets = self._batches.batch(step, microbatch)
-            # Gradients travel once a step, with the last micro-batch.
-            last = microbatch == self._own[-1]
-            with nullcontext() if last else self._model.no_sync():
-                loss = self._loss(self._model(inputs), targets)
-                (loss / len(self._own)).backward()
-            total += loss.detach() / len(self._own)
-        grad_clip = self._job.training.grad_clip
-        if grad_clip is not None:
-            torch.nn.utils.clip_grad_norm_(self._plain.parameters(), grad_clip)
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate(step, self._job.optimizer)
-        self._optimizer.step()
-        dist.all_reduce(total)
-        return total.item() / dist.get_world_size()
+        return data_parallel_step(
+            self._model,
+            step=step,
+            job=self._job,
+            batches=self._batches,
+            loss=self._loss,
+            optimizer=self._optimizer,
+            own=self._own,
+            apart=self._model.no_sync,  # gradients travel once a step, with the last micro-batch
+        )
 
     def save(self, step: int, folder: Path) -> None:
         """Write model and optimizer into a folder."""
