@@ -15,7 +15,13 @@ from pathlib import Path
 import pytest
 
 from deepopt.cluster.node_agent import AgentWord, NodeAgent, ProcessEnded
-from deepopt.cluster.process_look import ProcessLook, exit_words, memory_kills, parse_look
+from deepopt.cluster.process_look import (
+    ProcessLook,
+    exit_status,
+    exit_words,
+    memory_kills,
+    parse_look,
+)
 
 TIMEOUT_S = 60.0
 SLEEP = "import time; time.sleep(120)"
@@ -74,6 +80,11 @@ def seen(pid: int, what: Callable[[ProcessLook], bool]) -> Callable[[object], bo
     )
 
 
+def kernel() -> tuple[int, int]:
+    major, minor = os.uname().release.split(".")[:2]
+    return int(major), int(minor)
+
+
 def test_an_exit_is_told_at_once_with_its_signal(
     listener: Listener, start: Callable[[str], int]
 ) -> None:
@@ -88,6 +99,32 @@ def test_an_exit_is_told_at_once_with_its_signal(
         assert not agent.watch(2**22 + 1)
     finally:
         agent.close()
+
+
+def test_the_signal_is_known_though_the_parent_takes_the_exit_in_between(
+    start: Callable[[str], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pid = start(SLEEP)
+    pidfd = os.pidfd_open(pid)
+    try:
+        os.kill(pid, signal.SIGKILL)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        status = exit_status(pid, pidfd=pidfd)
+        assert status is not None
+        assert os.WTERMSIG(status) == signal.SIGKILL
+
+        def read_text(path: Path) -> str:
+            os.waitpid(pid, 0)
+            raise FileNotFoundError(path)
+
+        monkeypatch.setattr(Path, "read_text", read_text)
+        status = exit_status(pid, pidfd=pidfd)
+        if status is None and kernel() < (6, 15):
+            pytest.skip("this kernel forgets a process's exit once its parent has taken it")
+        assert status is not None
+        assert os.WTERMSIG(status) == signal.SIGKILL
+    finally:
+        os.close(pidfd)
 
 
 def test_stopped_busy_and_idle_are_told_apart_and_kill_ends_them(

@@ -111,6 +111,11 @@ def exit_status(pid: int, *, pidfd: int) -> int | None:
     Returns:
         None when the kernel does not say: before Linux 6.15, once its parent has taken it.
     """
+    with suppress(OSError, ValueError):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        if fields[0] == "Z":
+            return int(fields[-1])
+    # The pidfd tells only once the parent has taken it, /proc only until then: so it is asked last.
     request = bytearray(_PIDFD_INFO_BYTES)
     struct.pack_into("=Q", request, 0, _PIDFD_INFO_EXIT)
     with suppress(OSError):
@@ -119,10 +124,6 @@ def exit_status(pid: int, *, pidfd: int) -> int | None:
         if found & _PIDFD_INFO_EXIT:
             (status,) = struct.unpack_from("=i", request, _PIDFD_INFO_BYTES - 4)
             return int(status)
-    with suppress(OSError, ValueError):
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        if fields[0] == "Z":
-            return int(fields[-1])
     return None
 
 
