@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -48,7 +50,8 @@ class StartingActor:
 
     def die(self) -> None:
         for call in self.calls:
-            call.outcome.set_exception(ActorDiedError())
+            if not call.outcome.done():
+                call.outcome.set_exception(ActorDiedError())
 
 
 class StartingActors:
@@ -109,5 +112,37 @@ def test_the_end_of_a_worker_that_once_was_a_spare_is_told(
     if agent_first:
         group.confirm_exit(0, how="killed by SIGKILL")
     spare.die()
+    gone = [event for event in told if isinstance(event, WorkerGone)]
+    assert [(event.generation, event.rank) for event in gone] == [(1, 0)]
+
+
+class Interrupted(list[Any]):
+    """Spares of a group; when its first reader asks for one, another thread comes in between."""
+
+    def __init__(self, spares: list[Any], other: Callable[[], None]) -> None:
+        super().__init__(spares)
+        self._thread = threading.Thread(target=other)
+
+    def __contains__(self, spare: object) -> bool:
+        if self._thread.ident is None:
+            self._thread.start()
+            self._thread.join(timeout=0.1)  # it may have to wait for who asks
+        return super().__contains__(spare)
+
+    def join(self) -> None:
+        self._thread.join()
+
+
+def test_a_spare_that_ends_while_it_is_given_a_place_is_not_taken_for_a_living_worker(
+    group: RayWorkerGroup, told: list[HeadEvent], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group.keep_spares(1)
+    spares = Interrupted(group._spares, lambda: group.prepare(1, places=[0]))
+    monkeypatch.setattr(group, "_spares", spares)
+    spare = StartingActor.made[0]
+    spare.die()
+    spares.join()
+    group.launch(cast("list[Assignment]", [None]))
+    StartingActor.made[-1].die()
     gone = [event for event in told if isinstance(event, WorkerGone)]
     assert [(event.generation, event.rank) for event in gone] == [(1, 0)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import threading
 import time
 import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -109,6 +110,8 @@ class RayWorkerGroup:
         self._stage_worker = stage_worker
         self._job = job
         self._members = _Members(generation=0, workers=[])
+        # Ray tells of an end in a thread of its own, also while this very process is given a place.
+        self._waiting = threading.Lock()  # for the next two, and for `waits` of those in them
         self._spares: list[_Worker] = []
         self._seekers: dict[int, _Worker] = {}  # by place
         self._num_spares_made = 0
@@ -175,8 +178,10 @@ class RayWorkerGroup:
 
     def seek(self, places: Collection[int]) -> None:
         """Look for devices at places that have none: with a process each, that waits for one."""
-        for place in self._seekers.keys() - set(places):
-            self._kill(self._seekers.pop(place))
+        with self._waiting:
+            gone = [self._seekers.pop(place) for place in self._seekers.keys() - set(places)]
+        for seeker in gone:
+            self._kill(seeker)
         for place in places:
             if place not in self._seekers:
                 self._start_seeker(place)
@@ -184,7 +189,7 @@ class RayWorkerGroup:
     @property
     def warm_spares(self) -> int:
         """Processes that can take a place at once."""
-        return sum(spare.warm for spare in self._spares)
+        return sum(spare.warm for spare in list(self._spares))
 
     def adopt(
         self, generation: int, *, places: Sequence[int], store: tuple[str, int]
@@ -323,8 +328,9 @@ class RayWorkerGroup:
         until_s = time.monotonic() + timeout_s
         doomed = [w for rank, w in enumerate(self._members.workers) if rank not in but]
         if not but:
-            doomed += [*self._spares, *self._seekers.values()]
-            self._spares, self._seekers = [], {}
+            with self._waiting:
+                doomed += [*self._spares, *self._seekers.values()]
+                self._spares, self._seekers = [], {}
         left = [worker for worker in doomed if not self._is_gone(worker)]
         for worker in left:
             self._kill(worker)
@@ -367,17 +373,20 @@ class RayWorkerGroup:
             log_size=0,
             waits=True,
         )
-        self._spares.append(spare)
+        with self._waiting:
+            self._spares.append(spare)
 
         def is_gone(error: BaseException) -> None:
-            if not spare.waits:
-                return  # it is a worker by now: its work tells of its end
-            spare.ended = True  # whoever kills one that has no process yet waits for this word
-            if spare in self._spares:
-                logger.warning("a spare is gone: %s", error)
+            with self._waiting:
+                if not spare.waits:
+                    return  # it is a worker by now: its work tells of its end
+                spare.ended = True  # who kills one without a process waits for this
+                if spare not in self._spares:
+                    return
                 self._spares.remove(spare)
-                if spare.warm:  # one that cannot even start is not tried again and again
-                    self._tell(SpareGone())
+            logger.warning("a spare is gone: %s", error)
+            if spare.warm:  # one that cannot even start is not tried again and again
+                self._tell(SpareGone())
 
         self._watch(
             self._members,
@@ -408,16 +417,19 @@ class RayWorkerGroup:
             place=place,
             waits=True,
         )
-        self._seekers[place] = seeker
+        with self._waiting:
+            self._seekers[place] = seeker
 
         def is_gone(error: BaseException) -> None:
-            if not seeker.waits:
-                return
-            seeker.ended = True
-            if self._seekers.get(place) is seeker:
-                logger.info("nothing at place %d: %s", place, str(error).strip())
+            with self._waiting:
+                if not seeker.waits:
+                    return
+                seeker.ended = True
+                if self._seekers.get(place) is not seeker:
+                    return
                 del self._seekers[place]
-                self._tell(PlaceFound(place=place, is_there=False))
+            logger.info("nothing at place %d: %s", place, str(error).strip())
+            self._tell(PlaceFound(place=place, is_there=False))
 
         def is_up(found: Whereabouts) -> None:
             self._place(seeker, found)
@@ -438,27 +450,33 @@ class RayWorkerGroup:
 
     def _take_seeker(self, place: int, rank: int) -> _Worker | None:
         """The process that waits at a place; None while it has no device."""
-        seeker = self._seekers.get(place)
-        if seeker is None or not seeker.pid:
-            return None
-        seeker.waits = False
-        del self._seekers[place]
+        with self._waiting:
+            seeker = self._seekers.get(place)
+            if seeker is None or not seeker.pid:
+                return None
+            seeker.waits = False
+            del self._seekers[place]
         seeker.log_size = self._log_size(rank)
         return seeker
 
     def _take_spare(self, place: int, rank: int) -> _Worker | None:
         """A spare for a place, the readiest; on the host of its GPU, if it has one."""
         host = self._slots.places[place].node_id
-        for spare in sorted(self._spares, key=lambda s: (not s.warm, not s.pid)):
-            near = host is None or spare.node_id == host
-            if near or not self._slots.use_gpus:
-                spare.waits = False
-                self._spares.remove(spare)
-                spare.log_size, spare.place = self._log_size(rank), place
-                if gpus := self._gpus.get(place):
-                    spare.actor.use_gpus.remote(gpus)
-                return spare
-        return None
+        with self._waiting:
+            fitting = [
+                spare
+                for spare in self._spares
+                if host is None or spare.node_id == host or not self._slots.use_gpus
+            ]
+            if not fitting:
+                return None
+            spare = min(fitting, key=lambda s: (not s.warm, not s.pid))
+            spare.waits = False
+            self._spares.remove(spare)
+        spare.log_size, spare.place = self._log_size(rank), place
+        if gpus := self._gpus.get(place):
+            spare.actor.use_gpus.remote(gpus)
+        return spare
 
     def _log_size(self, rank: int) -> int:
         log = self._run.rank_log(rank)
