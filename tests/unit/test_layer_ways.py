@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,17 @@ from deepopt.pipeline.weight_ways import Verdict, Way
 from deepopt.worker import layer_ways
 from deepopt.worker.layer_ways import LayerWays, code_of
 
-SOURCE = "import torch\nclass Block(torch.nn.Linear):\n    pass\n"
+SOURCE = """
+import torch
+from its_products import product
+class Block(torch.nn.Linear):
+    def forward(self, x):
+        return product(x, self.weight)
+"""
+USED = {
+    "its_products": "import its_sums\ndef product(a, b):\n    return its_sums.sum_up(a @ b)\n",
+    "its_sums": "def sum_up(a):\n    return a\n",
+}
 FOUND = {"block": Verdict(way=Way.SPLIT, reason="why", split=frozenset({"weight"}))}
 Make = Callable[..., LayerWays]
 
@@ -28,10 +38,15 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
 
     def make(
-        job: JobConfig | None = None, *, source: str = SOURCE, product: str = "CPU X"
+        job: JobConfig | None = None,
+        *,
+        source: str = SOURCE,
+        used: Mapping[str, str] | None = None,
+        product: str = "CPU X",
     ) -> LayerWays:
-        (tmp_path / "its_blocks.py").write_text(source)
-        monkeypatch.delitem(sys.modules, "its_blocks", raising=False)
+        for name, content in {"its_blocks": source, **USED, **(used or {})}.items():
+            (tmp_path / f"{name}.py").write_text(content)
+            monkeypatch.delitem(sys.modules, name, raising=False)
         layer_ways._code_of_module.cache_clear()
         from its_blocks import Block  # type: ignore[import-not-found]
 
@@ -56,11 +71,20 @@ def test_what_was_found_holds_for_the_same_code_under_the_same_conditions(make: 
     "other",
     [
         {"source": SOURCE + "# changed\n"},
+        {"used": {"its_products": USED["its_products"] + "# changed\n"}},
+        {"used": {"its_sums": "def sum_up(a):\n    return a + a\n"}},
         {"product": "CPU Y"},
         {"job": load_job(None, ["training.microbatch_size=3"])},
         {"job": load_job(None, ["data.sequence_length=17"])},
     ],
-    ids=["code", "device", "micro-batch", "sequence"],
+    ids=[
+        "code",
+        "a function that it calls",
+        "one that that calls",
+        "device",
+        "micro-batch",
+        "sequence",
+    ],
 )
 def test_what_was_found_of_something_else_is_tried_again(
     other: dict[str, object], make: Make

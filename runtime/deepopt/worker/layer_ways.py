@@ -10,10 +10,12 @@ import functools
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Mapping
+import sysconfig
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from types import FunctionType, ModuleType
 
 import torch
 
@@ -24,6 +26,8 @@ from deepopt.pipeline.weight_ways import Verdict, WaysByConditions
 # Sections of the job that decide on layers and their inputs.
 _SECTIONS = ("model", "data", "elb", "precision")
 _DIGITS = 16
+_INSTALLED = ("site-packages", "dist-packages")
+_VERSIONED = ("torch", "deepopt", "deepopt_kernels")  # the conditions name their versions
 
 
 class LayerWays:
@@ -41,7 +45,7 @@ class LayerWays:
     def __init__(self, job: JobConfig, *, product: str, layers: Iterable[Layer]) -> None:
         sections = {name: getattr(job, name).model_dump(mode="json") for name in _SECTIONS}
         inputs = [sections, job.training.microbatch_size, job.worker.threads]
-        factory = _code_of_module(job.model.factory.partition(":")[0]) or ""
+        factory = _code_behind({job.model.factory.partition(":")[0]})
         digest = _digest(json.dumps(inputs, sort_keys=True).encode() + factory.encode())
         deepopt = version("deepopt-cuda")
         self.conditions = f"{product}, torch {torch.__version__}, deepopt {deepopt}, {digest}"
@@ -64,7 +68,10 @@ class LayerWays:
 
 
 def code_of(module: torch.nn.Module) -> str:
-    """A hash of the source files of the classes that a layer is made of, torch's own left out.
+    """A hash of the source files of the classes that a layer is made of, and of what these use, as far as it
+    is the user's own; of installed packages the version counts, torch is left out.
+
+    What a function imports when it is called is not seen.
 
     Args:
         module: the layer.
@@ -73,10 +80,56 @@ def code_of(module: torch.nn.Module) -> str:
         Empty where a class is in no file.
     """
     names = {type(part).__module__ for part in module.modules()}
-    codes = [_code_of_module(name) for name in sorted(names) if name.split(".")[0] != "torch"]
-    if None in codes:
+    names = {name for name in names if _package(name) != "torch"}
+    if None in map(_code_of_module, names):
         return ""
-    return _digest("".join(code or "" for code in codes).encode())
+    return _code_behind(names)
+
+
+def _code_behind(names: Collection[str]) -> str:
+    """A hash of some modules and of the user's modules that they use, directly or through others."""
+    todo, seen = set(names), set[str]()
+    while todo:
+        seen.add(name := todo.pop())
+        todo |= {other for other in _used_by(name) if _is_users(other)} - seen
+    words = [f"{name} {_code_of_module(name)} {_version(name)}" for name in sorted(seen)]
+    return _digest("\n".join(words).encode())
+
+
+def _used_by(name: str) -> set[str]:
+    """Modules that what stands in a module comes from."""
+    module = sys.modules.get(name)
+    used = set()
+    for value in [] if module is None else list(vars(module).values()):
+        if isinstance(value, ModuleType):
+            other = vars(value).get("__name__")
+        elif isinstance(value, (type, FunctionType)):
+            other = value.__module__
+        else:
+            other = type(value).__module__
+        if isinstance(other, str):
+            used.add(other)
+    return used
+
+
+@functools.cache
+def _is_users(name: str) -> bool:
+    file = getattr(sys.modules.get(name), "__file__", None)
+    if file is None or _package(name) in _VERSIONED:
+        return False
+    path = Path(file)
+    is_installed = any(folder in path.parts for folder in _INSTALLED)
+    return not is_installed and not path.is_relative_to(sysconfig.get_path("stdlib"))
+
+
+def _version(name: str) -> str:
+    """Of the package that a module belongs to; empty where it says none."""
+    package = sys.modules.get(_package(name))
+    return "" if package is None else str(vars(package).get("__version__", ""))
+
+
+def _package(name: str) -> str:
+    return name.partition(".")[0]
 
 
 @functools.cache
