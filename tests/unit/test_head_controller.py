@@ -11,6 +11,7 @@ from deepopt.cluster.node_agent import ProcessEnded
 from deepopt.cluster.process_look import ProcessLook
 from deepopt.config import JobConfig
 from deepopt.errors import CheckpointError, InputError
+from deepopt.head import account
 from deepopt.head.journal import replay
 from deepopt.head.state import JobState
 from deepopt.pipeline.weight_ways import Verdict, Way
@@ -158,6 +159,19 @@ def test_a_checkpoint_is_committed_when_all_writers_have_spoken(open_head: Open)
     assert (found.manifest.step, found.manifest.tokens_seen) == (2, 2000)
     head.wait(0.5)
     assert head.status["checkpoint_step"] == 2
+
+
+def test_a_long_launch_forgets_steps_long_past_and_still_counts_their_tokens(
+    open_head: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(account, "STEPS_KEPT", 3)
+    head = open_head().start().ready().steps(1, 6).checkpoint(6).end(6)
+    head.exported()
+    found = head.store.newest_verified()
+    assert found is not None
+    assert found.manifest.tokens_seen == 6000
+    (record,) = head.reports
+    assert record.tokens_seen == {4: 4000, 5: 5000, 6: 6000}
 
 
 def test_a_checkpoint_that_cannot_be_written_is_named_and_training_goes_on(

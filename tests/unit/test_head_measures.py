@@ -2,6 +2,7 @@ import math
 
 import pytest
 
+from deepopt.head import measures
 from deepopt.head.measures import Pace, figures_of, metrics_line
 from deepopt.worker.messages import Sender, StepReport, WorkerTimes
 
@@ -60,3 +61,17 @@ def test_the_time_left_follows_the_last_steps() -> None:
         pace.add(step, figures_of(step, forward_flops_per_token=0.0, peak_flops={}))
     assert pace.time_left_s(10) == 20.0
     assert pace.time_left_s(-1) == 0.0
+
+
+def test_of_a_long_launch_the_last_steps_are_kept_and_all_are_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(measures, "STEPS_KEPT", 3)
+    pace = Pace()
+    for seconds, share in [(9.0, 1.0), (8.0, 0.5), (7.0, 0.0), (6.0, 0.0), (5.0, 0.0)]:
+        step = report(1.0, step_time_s=seconds, warm_up_share=share)
+        pace.add(step, figures_of(step, forward_flops_per_token=0.0, peak_flops={}))
+    assert pace.step_s == [7.0, 6.0, 5.0]
+    kept = (pace.warm_up, pace.figures, pace.update_s, pace.reduce_s)
+    assert [len(values) for values in kept] == [3, 3, 3, 3]
+    assert (pace.num_steps, pace.num_warm_up_steps) == (5, 2)

@@ -6,7 +6,7 @@ from deepopt.clock import utc_now
 from deepopt.head.commits import Committed, NotCommitted
 from deepopt.head.generation import Generation
 from deepopt.head.journal import replay
-from deepopt.head.measures import figures_of, metrics_line
+from deepopt.head.measures import RECENT_STEPS, STEPS_KEPT, figures_of, metrics_line
 from deepopt.head.prediction_report import prediction_error
 from deepopt.head.record import JobRecord
 from deepopt.telemetry import events
@@ -34,17 +34,14 @@ class Account:
             forward_flops_per_token=self._record.skeleton.forward_flops_per_token,
             peak_flops=generation.peak_flops(),
         )
-        before = self._record.tokens_seen.get(report.step - 1)
-        self._record.tokens_seen[report.step] = (
-            None if before is None else before + report.tokens
-        )
+        self._count_tokens(report.step, report.tokens)
         self._record.pace.add(report, figures)
         progress.step = progress.reported = report.step
         progress.report, progress.figures = report, figures
         progress.prediction_error = prediction_error(
             self._record.prediction,
-            self._record.pace.step_s,
-            warm_up=self._record.pace.warm_up,
+            self._record.pace.step_s[-RECENT_STEPS:],
+            warm_up=self._record.pace.warm_up[-RECENT_STEPS:],
         )
         progress.warm_up_share = self._record.pace.warm_up[-1]
         progress.time_left_s = self._record.pace.time_left_s(
@@ -100,11 +97,13 @@ class Account:
         progress.checkpoint_step = history.checkpoint_step
         progress.checkpoint_path = history.checkpoint_path
         for line in read_json_lines(self._record.run.metrics):
-            step, tokens = (
-                int(line["step"]),
-                self._record.tokens_seen.get(int(line["step"]) - 1),
-            )
-            self._record.tokens_seen[step] = (
-                None if tokens is None else tokens + int(line["tokens"])
-            )
+            step = int(line["step"])
+            self._count_tokens(step, int(line["tokens"]))
             progress.step = progress.reported = step
+
+    def _count_tokens(self, step: int, tokens: int) -> None:
+        seen = self._record.tokens_seen
+        before = seen.get(step - 1)
+        seen[step] = None if before is None else before + tokens
+        # Nobody goes back so far but to a checkpoint, which has its own count.
+        seen.pop(step - STEPS_KEPT, None)

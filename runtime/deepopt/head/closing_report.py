@@ -187,6 +187,8 @@ def make_report(record: JobRecord) -> dict[str, Any]:
         run=record.run,
         step_s=pace.step_s,
         warm_up=pace.warm_up,
+        num_steps=pace.num_steps,
+        warm_up_steps=pace.num_warm_up_steps,
         hosts=[word.host for word in ready],
         op_times_s=[word.op_times_s for word in ended],
         parts_s=[word.parts_s for word in ended],

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from deepopt.worker.messages import StepReport
 
+T = TypeVar("T")
+
 FLOPS_PER_FORWARD_FLOP = 3.0  # a step costs one forward, and a backward of twice a forward
 PACE_STEPS = 20  # steps whose mean time predicts the time left
+RECENT_STEPS = (
+    1_000  # whose median is told while the job runs: it is found anew after each step
+)
+STEPS_KEPT = 10_000  # of a long launch, for its closing report
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +96,8 @@ def metrics_line(report: StepReport, figures: StepFigures, *, time: str) -> dict
 
 @dataclass(slots=True)
 class Pace:
-    """Step times of one launch, for the time left and for the closing report.
+    """Step times of one launch, for the time left and for the closing report: of its last `STEPS_KEPT`
+    steps, so that neither a head's memory nor what it does after a step grows with the training.
 
     Args:
         step_s: of each step.
@@ -98,6 +105,8 @@ class Pace:
         reduce_s: the same of gradient sums.
         figures: of each step.
         warm_up: of each step, the share of routers that warmed up in it; 0 for a model without any.
+        num_steps: of the whole launch.
+        num_warm_up_steps: of these, those in which any router warmed up.
     """
 
     step_s: list[float] = field(default_factory=list)
@@ -105,17 +114,28 @@ class Pace:
     reduce_s: list[float] = field(default_factory=list)
     figures: list[StepFigures] = field(default_factory=list)
     warm_up: list[float] = field(default_factory=list)
+    num_steps: int = 0
+    num_warm_up_steps: int = 0
 
     def add(self, report: StepReport, figures: StepFigures) -> None:
         """Take one step."""
-        self.figures.append(figures)
-        self.step_s.append(report.step_time_s)
-        self.warm_up.append(float(report.scalars.get("warm_up_share", 0.0)))
+        share = float(report.scalars.get("warm_up_share", 0.0))
+        self.num_steps += 1
+        self.num_warm_up_steps += share > 0
+        _append(self.figures, figures)
+        _append(self.step_s, report.step_time_s)
+        _append(self.warm_up, share)
         if report.workers:
-            self.update_s.append(min(times.update_s for times in report.workers))
-            self.reduce_s.append(min(times.reduce_s for times in report.workers))
+            _append(self.update_s, min(times.update_s for times in report.workers))
+            _append(self.reduce_s, min(times.reduce_s for times in report.workers))
 
     def time_left_s(self, num_steps: int) -> float | None:
         """Seconds for so many steps more; None before the first step."""
         recent_s = self.step_s[-PACE_STEPS:]
         return max(0, num_steps) * sum(recent_s) / len(recent_s) if recent_s else None
+
+
+def _append(values: list[T], value: T) -> None:
+    values.append(value)
+    if len(values) > STEPS_KEPT:
+        del values[0]

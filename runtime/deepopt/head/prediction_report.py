@@ -44,8 +44,8 @@ def prediction_error(
 
     Args:
         prediction: of the step.
-        step_s: of each step of this launch.
-        warm_up: of each step, the share of routers that warmed up in it; none: 0.
+        step_s: of each step of this launch, or of the last ones.
+        warm_up: of each of these, the share of routers that warmed up in it; none: 0.
     """
     steady = step_s[WARM_UP_STEPS:]
     if prediction is None or not steady or prediction.step_s <= 0:
@@ -62,6 +62,8 @@ def prediction_fields(
     run: RunDirectory,
     step_s: Sequence[float],
     warm_up: Sequence[float],
+    num_steps: int,
+    warm_up_steps: int,
     hosts: Sequence[str],
     op_times_s: Sequence[Mapping[str, float]],
     parts_s: Sequence[Mapping[str, float]],
@@ -73,8 +75,10 @@ def prediction_fields(
         prediction: of the step; None where nothing was predicted.
         plan: what ran.
         run: the run directory, for searched orders.
-        step_s: of each step of this launch.
-        warm_up: of each step, the share of routers that warmed up in it.
+        step_s: of each step of this launch, or of the last ones.
+        warm_up: of each of these, the share of routers that warmed up in it.
+        num_steps: of this launch.
+        warm_up_steps: of these, those in which any router warmed up.
         hosts: of each worker.
         op_times_s: of each worker, seconds by `STAGE OP`.
         parts_s: of each worker, seconds of a step by part.
@@ -89,14 +93,14 @@ def prediction_fields(
         warm_up=median(warm_up[WARM_UP_STEPS:]) if warm_up[WARM_UP_STEPS:] else 0.0,
         op_times_s=op_times_s,
         parts_s=with_others(parts_s, hosts),
-        late_s=max(late_s, default=0.0) / len(step_s),
+        late_s=max(late_s, default=0.0) / num_steps,
     )
     schedule = load_schedule(plan, data_index=0, folder=run.schedules)
     found = causes(prediction, measured, plan=plan, schedule=schedule)
     return {
         "predicted_step_s": prediction.step_s,
         "predicted_warm_up_s": prediction.warm_up_s,
-        "warm_up_steps": sum(share > 0 for share in warm_up),
+        "warm_up_steps": warm_up_steps,
         "warm_up_share": measured.warm_up,
         "predicted_bubble": prediction.bubble,
         "predicted_memory_bytes": list(prediction.memory_bytes),

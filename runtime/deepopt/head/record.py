@@ -63,7 +63,7 @@ class JobRecord:
     Attributes:
         number: of the newest generation.
         error: what ended the job badly, as `status.error_of` makes it.
-        tokens_seen: tokens trained on by step; None where unknown.
+        tokens_seen: tokens trained on by step, of the last ones; None where unknown.
         data_fingerprint: of the data that the job began with.
         wanted: the plan with all workers.
         places: index of the place of each rank of `plan`.

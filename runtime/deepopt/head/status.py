@@ -27,7 +27,7 @@ class Progress:
         report: the last step's report; None before the first of this launch.
         figures: its figures.
         time_left_s: predicted seconds to the last step.
-        prediction_error: median of measured / predicted - 1 over the steps; None where nothing was
+        prediction_error: median of measured / predicted - 1 over the last steps; None where nothing was
             predicted.
         warm_up_share: of the routers, those that warmed up in the last step; steps are compared with what is
             predicted for as many.
