@@ -186,7 +186,7 @@ def _show_end(
         error: Mapping[str, Any] = status.get("error") or {"message": "the job failed"}
         show_error(
             str(error.get("message")),
-            details=failure_details(error, logs=run.logs),
+            details=failure_details(error, logs=run.logs, exit_code=status.get("exit_code")),
             remedy=error.get("remedy") or f"correct the cause, then {resume}",
         )
     elif not json:

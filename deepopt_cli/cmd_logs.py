@@ -90,7 +90,8 @@ def _wanted_ranks(run: RunDirectory, *, rank: int | None, stage: int | None) -> 
     num_stages = len(plan.boundaries)
     if stage >= num_stages:
         raise InputError(
-            f"there is no stage {stage}: the plan has stages 0 to {num_stages - 1}"
+            f"there is no stage {stage}: the plan has stages 0 to {num_stages - 1}",
+            remedy=f"--rank names a worker; deepopt status {run.root} shows who holds what",
         )
     holders = set(plan.holders(stage))
     if wanted is None:

@@ -68,7 +68,8 @@ def status(
     if error:
         say()
         say(f"error: {error.get('message')}")
-        if details := failure_details(error, logs=run.logs):
+        details = failure_details(error, logs=run.logs, exit_code=content.get("exit_code"))
+        if details:
             say(f"\n{details}")
     if alive is False and (not ended or content["state"] != "finished"):
         say()

@@ -117,8 +117,10 @@ def doing(culprit: Mapping[str, Any]) -> str:
     try:
         action = parse_action(str(culprit.get("action")))
     except ScheduleError:
-        held = ranges(culprit.get("stages") or ())
-        return f"{when}, between actions" + (f"; it holds stages {held}" if held else "")
+        stages = culprit.get("stages") or ()
+        several = "s" if len(stages) > 1 else ""
+        held = f"; it holds stage{several} {ranges(stages)}" if stages else ""
+        return f"{when}, between actions{held}"
     microbatch = "" if action.microbatch is None else f", micro-batch {action.microbatch}"
     return f"{when}, stage {action.stage}, op {action.op}{microbatch}"
 

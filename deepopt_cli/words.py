@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from deepopt.errors import InputError
 from deepopt_cli.expert_words import expert_lines
 from deepopt_cli.fault_words import doing
 from deepopt_cli.output import human_count, human_percent, human_seconds, ranges, table
@@ -163,12 +164,18 @@ def speed(status: Mapping[str, Any]) -> str:
     return words
 
 
-def failure_details(error: Mapping[str, Any], *, logs: Path) -> str:
+def failure_details(
+    error: Mapping[str, Any], *, logs: Path, exit_code: int | None = None
+) -> str:
     """What stands between `error:` and `hint:`: the culprit, its traceback, then its victims.
+
+    Of bad input the message says what is wrong and where: its traceback, of deepopt's own lines, is
+    left to the log.
 
     Args:
         error: the `error` of a status.
         logs: folder of log files.
+        exit_code: of the job; None: not known.
     """
     culprit = error.get("culprit")
     if not culprit:
@@ -181,7 +188,7 @@ def failure_details(error: Mapping[str, Any], *, logs: Path) -> str:
     if culprit.get("message") and culprit["message"] not in str(error.get("message")):
         lines.append(f"said     {culprit['message']}")
     lines.append(f"log      {logs / f'rank-{rank}.log'}")
-    if culprit.get("traceback"):
+    if culprit.get("traceback") and exit_code != InputError.exit_code:
         lines += ["", culprit["traceback"].rstrip("\n")]
     victims = error.get("victims") or []
     if victims:
@@ -246,9 +253,11 @@ def report_lines(report: Mapping[str, Any]) -> list[str]:
     lines = []
     if (gain := report.get("gain_over_1f1b")) is not None:
         costs = "the job's costs" if report.get("emulated") else "the costs measured here"
+        # 1F1B itself differs from the yardstick by its split alone, which costs from before the run chose.
+        of = "1F1B on the split that is best in them" if _is_1f1b(report) else "1F1B"
         lines.append(
             f"schedule    {report.get('schedule')} on placement {report.get('placement')}: "
-            f"{gain:.3f}x the speed of 1F1B, simulated in {costs}"
+            f"{gain:.3f}x the speed of {of}, simulated in {costs}"
         )
     measured, simulated = report.get("measured_step_s"), report.get("simulated_step_s")
     if measured is not None:
@@ -277,6 +286,10 @@ def report_lines(report: Mapping[str, Any]) -> list[str]:
             f"{_milliseconds(emulated['late_s'])} in all"
         )
     return lines
+
+
+def _is_1f1b(report: Mapping[str, Any]) -> bool:
+    return (report.get("schedule"), report.get("placement")) == ("1f1b", "line")
 
 
 def _predicted(report: Mapping[str, Any], step_s: float) -> str:

@@ -1,6 +1,7 @@
 """Import the object that an import path `package.module:name` names, and say well what failed.
 
-What it does not do: extend `sys.path` (the command line does), or call what it imported.
+What it does not do: extend `sys.path` (the command line does), or call what it imported; it has words for
+what such a call raised.
 """
 
 from __future__ import annotations
@@ -57,6 +58,22 @@ def import_object(path: str, *, field: str) -> Any:
             ) from error
         reached += f".{part}"
     return found
+
+
+def describe_raise(error: BaseException) -> str:
+    """What a call of an imported object raised, and where, as `RuntimeError: boom (file:line)`.
+
+    Without a place where the call did not get inside: its arguments do not fit, and the only line to
+    name would be the caller's.
+
+    Args:
+        error: caught in the function that called.
+    """
+    words = f"{type(error).__name__}: {error}"
+    frames = traceback.extract_tb(error.__traceback__)
+    if len(frames) < 2:
+        return words
+    return f"{words} ({frames[-1].filename}:{frames[-1].lineno})"
 
 
 def _import_module(module_name: str, *, path: str, field: str) -> ModuleType:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from deepopt_cli import words
 from support.fake_supervisor import metrics, status, worker
 
@@ -102,6 +104,36 @@ def test_a_culprit_between_actions_is_said_with_its_stages() -> None:
     culprit = {"rank": 0, "host": "a", "pid": 1, "stages": [0, 3], "step": 0, "action": ""}
     text = words.failure_details({"message": "x", "culprit": culprit}, logs=Path("logs"))
     assert "doing    before the first step, between actions; it holds stages 0, 3" in text
+
+
+def test_a_single_stage_is_held_in_the_singular() -> None:
+    culprit = {"rank": 0, "host": "a", "pid": 1, "stages": [3], "step": 2, "action": ""}
+    text = words.failure_details({"message": "x", "culprit": culprit}, logs=Path("logs"))
+    assert "doing    step 2, between actions; it holds stage 3" in text
+
+
+@pytest.mark.parametrize(("exit_code", "shown"), [(1, False), (5, True), (None, True)])
+def test_bad_input_is_told_without_a_traceback(exit_code: int | None, shown: bool) -> None:
+    culprit = {
+        "rank": 0,
+        "host": "a",
+        "pid": 1,
+        "traceback": "Traceback: in deepopt's own lines",
+    }
+    error = {"message": "data.dataset: no dataset", "culprit": culprit}
+    text = words.failure_details(error, logs=Path("logs"), exit_code=exit_code)
+    assert ("Traceback" in text) is shown
+    assert "log      logs/rank-0.log" in text
+
+
+@pytest.mark.parametrize(
+    ("schedule", "against"),
+    [("1f1b", "1F1B on the split that is best in them"), ("searched", "1F1B")],
+)
+def test_1f1b_is_compared_with_itself_on_another_split(schedule: str, against: str) -> None:
+    report = {"gain_over_1f1b": 0.9, "schedule": schedule, "placement": "line"}
+    [line] = words.report_lines(report)
+    assert f"0.900x the speed of {against}, simulated in" in line
 
 
 def test_a_failure_without_a_culprit_has_no_details() -> None:

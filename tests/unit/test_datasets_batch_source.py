@@ -147,7 +147,7 @@ def test_a_state_of_a_stream_is_refused_by_what_is_none(text_file: str) -> None:
         ("Tokens", {}, "raised TypeError"),
         ("Tokens", {"size": 0}, "without samples"),
         ("Tokens", {"size": 9, "length": 4}, r"sample 0 is torch.int64 of shape \(4,\)"),
-        ("number", {}, "returned a int"),
+        ("number", {}, "returned int"),
         ("plain_generator", {}, "without state_dict"),
         ("Counter", {"state": {"no": "JSON"}, "end": 0}, None),
         ("nothing", {}, "nothing"),

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from deepopt.errors import InputError
-from deepopt.import_path import import_object, is_import_path
+from deepopt.import_path import describe_raise, import_object, is_import_path
 
 
 @pytest.fixture
@@ -110,3 +112,26 @@ def test_a_syntax_error_is_named_with_its_line(package: Path) -> None:
 def test_a_script_that_exits_on_import_does_not_end_the_program(package: Path) -> None:
     (package / "script.py").write_text("import sys\nsys.exit(0)\n")
     assert "raised SystemExit: 0" in failure("some_user.script:build").message
+
+
+def test_what_a_call_raised_is_named_with_its_line() -> None:
+    def factory() -> int:
+        return int("many")
+
+    with pytest.raises(ValueError, match="many") as caught:
+        factory()
+    words = describe_raise(caught.value)
+    assert words.startswith("ValueError: invalid literal")
+    assert re.search(r"\(.*test_import_path\.py:\d+\)$", words)
+
+
+def test_a_call_that_does_not_fit_names_no_line_of_the_caller() -> None:
+    def factory(depth: int) -> int:
+        return depth
+
+    call: Any = factory
+    with pytest.raises(TypeError) as caught:
+        call(dept=3)
+    words = describe_raise(caught.value)
+    assert "unexpected keyword argument 'dept'" in words
+    assert ".py:" not in words

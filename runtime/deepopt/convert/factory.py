@@ -3,7 +3,6 @@ linear maps the job's settings."""
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -14,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from deepopt.config import JobConfig, PrecisionConfig
 from deepopt.convert.fp8_linears import NONE, Fp8Choice, set_fp8_linears
 from deepopt.errors import DeepoptError, InputError
-from deepopt.import_path import import_object
+from deepopt.import_path import describe_raise, import_object
 from deepopt.moe.configure import configure_routers
 
 
@@ -35,17 +34,16 @@ def build_model(job: JobConfig, *, device: str) -> torch.nn.Module:
     except DeepoptError:
         raise
     except Exception as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
         raise InputError(
-            f"model.factory: {job.model.factory} raised {type(error).__name__}: {error} "
-            f"({frame.filename}:{frame.lineno})",
+            f"model.factory: {job.model.factory} raised {describe_raise(error)}",
             remedy=f"check model.kwargs ({dict(job.model.kwargs)}); the factory must also work "
             "under torch.device('meta')",
         ) from error
     if not isinstance(model, torch.nn.Module):
         raise InputError(
             f"model.factory: {job.model.factory} returned {type(model).__name__}, "
-            "not a torch.nn.Module"
+            "not a torch.nn.Module",
+            remedy="return the model itself from the factory",
         )
     configure_routers(model, job.elb, devices=job.parallel.expert)
     set_precision(model, job.precision)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import traceback
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,7 +20,7 @@ from deepopt.datasets.indexed import IndexedSource, not_a_stream
 from deepopt.datasets.samples import Batch, sample_of, to_pair
 from deepopt.datasets.stream import StreamSource
 from deepopt.errors import DeepoptError, InputError
-from deepopt.import_path import import_object
+from deepopt.import_path import describe_raise, import_object
 
 
 class OwnBatches:
@@ -149,7 +148,7 @@ def user_source(
             **about,
         )
     raise InputError(
-        f"{name} returned a {type(dataset).__name__}, which is no dataset",
+        f"{name} returned {type(dataset).__name__}, which is no dataset",
         remedy="return something with len() and [index], or with batch(step, microbatch), or a "
         "stream with state_dict() and load_state_dict()",
     )
@@ -181,9 +180,7 @@ def _call_factory(path: str, kwargs: dict[str, Any]) -> Any:
     except DeepoptError:
         raise
     except Exception as error:  # the user's code may raise anything
-        frame = traceback.extract_tb(error.__traceback__)[-1]
         raise InputError(
-            f"data.dataset: {path} raised {type(error).__name__}: {error} "
-            f"({frame.filename}:{frame.lineno})",
+            f"data.dataset: {path} raised {describe_raise(error)}",
             remedy=f"check data.kwargs ({kwargs})",
         ) from error
