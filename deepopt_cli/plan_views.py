@@ -54,6 +54,9 @@ def predicted_lines(plan_file: PlanFile) -> list[str]:
     gap = "" if found.gap is None else f", {human_percent(found.gap)} above the lower bound"
     shared = plan_file.hardware.shared_cores
     cores = f", workers share {shared} cores" if shared else ""
+    taken = sum(own.processes + own.threads for own in plan_file.hardware.background)
+    if shared and taken:
+        cores += f", of which the head, Ray and threads beside the training take {taken:.2f}"
     lines = [
         f"predicted   step {found.step_ms:.1f} ms{likely}, bubble {human_percent(found.bubble)}{gap}{cores}"
     ]

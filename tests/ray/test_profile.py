@@ -67,6 +67,19 @@ def test_emulated_workers_are_measured_planned_and_launched(tmp_path: Path) -> N
     assert json.loads((tmp_path / "run" / "status.json").read_text())["step"] == 2
 
 
+def test_workers_that_leave_no_core_find_what_else_takes_some(tmp_path: Path) -> None:
+    cores = len(os.sched_getaffinity(0))
+    options = ("--workers", 2, "--set", f"worker.threads={max(1, cores // 2)}")
+    result = deepopt("profile", "job.yaml", *options)
+    assert result.exit_code == 0, result.output
+    plan = read_plan_file((tmp_path / "plan.yaml").read_text(), source="plan.yaml")
+    assert plan.hardware.shared_cores is not None
+    (background,) = plan.hardware.background
+    assert background.host == plan.hardware.devices[0].host
+    assert 0 < background.processes < cores  # Ray and the head: never quite still, never all
+    assert 0 < background.threads < cores
+
+
 def test_a_device_that_vanishes_is_named_and_nothing_is_written(tmp_path: Path) -> None:
     result = deepopt(
         "profile",

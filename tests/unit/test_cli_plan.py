@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from deepopt.planner.plan_file import PlanFile
 from deepopt.planner.plan_text import write_plan_file
+from deepopt.planner.profile import BackgroundSection
 from deepopt_cli.app import app
 from support.fake_supervisor import FakeSupervisors
 from support.plan_files import plan_file, plan_file_of
@@ -72,6 +73,18 @@ def test_a_plan_says_what_the_warm_up_of_routers_takes_on_top(tmp_path: Path) ->
     assert "warm_up: 7" in (tmp_path / "warm.yaml").read_text()
     assert "warm-up     up to" in deepopt("plan", "show", "warm.yaml").stdout
     assert "warm-up" not in deepopt("plan", "show", "hand.yaml").stdout
+
+
+def test_a_plan_says_what_is_taken_of_shared_cores_beside_the_training(tmp_path: Path) -> None:
+    background = (BackgroundSection(host="one", processes=0.06, threads=0.03),)
+    file = plan_file()
+    hardware = file.hardware.model_copy(update={"background": background, "shared_cores": 1})
+    file = file.model_copy(update={"hardware": hardware})
+    (tmp_path / "busy.yaml").write_text(write_plan_file(file))
+    shown = " ".join(deepopt("plan", "show", "busy.yaml").stdout.split())
+    assert "workers share 1 cores, of which" in shown
+    assert "take 0.09" in shown
+    assert "cores" not in deepopt("plan", "show", "hand.yaml").stdout
 
 
 def test_an_edited_plan_is_predicted_anew(tmp_path: Path) -> None:

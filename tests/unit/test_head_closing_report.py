@@ -54,8 +54,7 @@ def test_the_predicted_step_is_that_of_the_schedule() -> None:
 
 def test_only_cpu_workers_of_one_host_share_its_cores() -> None:
     cores = len(os.sched_getaffinity(0))
-    many = cores + 1
-    assert shared_cores(["cpu"] * many, ["a"] * many) == cores
-    assert shared_cores(["cpu"] * cores, ["a"] * cores) is None
-    assert shared_cores(["cuda:0"] * many, ["a"] * many) is None
-    assert shared_cores(["cpu"] * many, ["a"] * cores + ["b"]) is None
+    assert shared_cores(["cpu"] * cores, ["a"] * cores, threads=1) == cores
+    assert shared_cores(["cuda:0"] * cores, ["a"] * cores, threads=1) is None
+    assert shared_cores(["emulated"] * cores, ["a"] * cores, threads=1) is None
+    assert shared_cores(["cpu"] * (cores + 1), ["a"] * cores + ["b"], threads=1) is None

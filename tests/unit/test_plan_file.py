@@ -16,6 +16,7 @@ from deepopt.planner.plan_file import PlanFile, rank_factors
 from deepopt.planner.plan_make import predicted
 from deepopt.planner.plan_text import read_plan_file, write_plan_file
 from deepopt.planner.profile import (
+    BackgroundSection,
     DeviceSection,
     HardwareSection,
     LayerSection,
@@ -281,6 +282,41 @@ def test_differences_of_two_plans_are_listed() -> None:
     assert found["stage 0"] == ("embed .. blocks.0", "embed .. blocks.1")
     assert "predicted step" in found
     assert "hardware" not in found
+
+
+def busy(plan: PlanFile, *, cores: int | None, threads: int = 1) -> PlanFile:
+    background = (BackgroundSection(host="one", processes=0.06, threads=0.03),)
+    hardware = plan.hardware.model_copy(
+        update={"background": background, "shared_cores": cores}
+    )
+    model = plan.model.model_copy(update={"threads": threads})
+    return plan.model_copy(update={"hardware": hardware, "model": model})
+
+
+def test_what_runs_beside_the_training_is_read_back_and_makes_steps_on_shared_cores_longer() -> (
+    None
+):
+    file = busy(plan_file(), cores=1)
+    assert read_plan_file(write_plan_file(file), source="plan.yaml") == file
+    hardware = plan_file().hardware.model_copy(update={"shared_cores": 1})
+    quiet = predicted(plan_file(hardware=hardware))
+    assert step_ms(predicted(file)) > 1.09 * step_ms(quiet)
+    (line,) = plan_differences(quiet, file)
+    assert line == ("cores taken beside the training", "not measured", "0.090 of one")
+
+
+def test_cores_taken_beside_the_training_are_counted_in_places_of_workers() -> None:
+    costs = busy(plan_file(), cores=2, threads=3).costs()
+    assert costs.background_processes == pytest.approx(0.02)
+    assert costs.background_threads == pytest.approx(0.01)
+    apart = busy(plan_file(), cores=None).costs()  # workers leave cores for it
+    assert (apart.background_processes, apart.background_threads) == (0.0, 0.0)
+
+
+def step_ms(plan: PlanFile) -> float:
+    assert plan.predicted is not None
+    assert plan.predicted.step_ms is not None
+    return plan.predicted.step_ms
 
 
 def test_layers_with_routers_are_written_and_their_counts_priced() -> None:

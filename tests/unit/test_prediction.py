@@ -12,6 +12,8 @@ from deepopt.head.prediction_report import prediction_error, with_others
 from deepopt.planner.layer_costs import LayerCosts
 from deepopt.planner.plan import Plan
 from deepopt.planner.prediction import (
+    DISPATCH,
+    MORE_OTHERS,
     OTHERS,
     REST,
     SUMS,
@@ -190,6 +192,48 @@ def test_what_others_used_is_a_mean_and_set_against_the_mean_step() -> None:
     run = replace(run, parts_s=others)
     found = {c.what: c.share for c in causes(prediction, run, plan=PLAN, schedule=SCHEDULE)}
     assert found[OTHERS] == pytest.approx(1.0)
+    assert found[REST] == pytest.approx(0.0)
+
+
+BUSY = replace(COSTS, background_processes=0.05, background_threads=0.05)
+
+
+def test_what_runs_beside_the_training_takes_its_part_of_cores_that_all_are_busy() -> None:
+    assert predicted(BUSY, cores=1).step_s == pytest.approx(predicted(cores=1).step_s / 0.9)
+    # Of two cores one is idle for a part of the step: there it takes nothing from anybody.
+    longer = predicted(BUSY, cores=2).step_s / predicted(cores=2).step_s
+    assert 1.01 < longer < 1 / 0.95 - 0.001
+    assert predicted(BUSY).step_s == predicted().step_s  # each has a device
+    again = Prediction.from_json(predicted(BUSY, cores=1).to_json())
+    assert again.costs.background_threads == 0.05
+
+
+def test_what_was_predicted_of_other_processes_and_threads_is_no_cause() -> None:
+    prediction = predicted(BUSY, cores=1)
+    run = measured(prediction, process_cpu_s=0.025 * prediction.step_s)  # each of two workers
+    others = [{**parts, "others_cpu_s": 0.05 * run.step_s} for parts in run.parts_s]
+    run = replace(run, parts_s=others)
+    found = {c.what: c.share for c in causes(prediction, run, plan=PLAN, schedule=SCHEDULE)}
+    assert found["CPU time of sends and receives"] == pytest.approx(0.0)
+    assert found[MORE_OTHERS] == pytest.approx(0.0)
+    others = [{**parts, "others_cpu_s": 0.35 * run.step_s} for parts in run.parts_s]
+    run = replace(run, parts_s=others)
+    found = {c.what: c.share for c in causes(prediction, run, plan=PLAN, schedule=SCHEDULE)}
+    assert found[MORE_OTHERS] == pytest.approx(0.9 / 0.6 - 1)
+    # Workers of three threads: as many cores are a third of what the places of workers are.
+    run = replace(run, threads=3)
+    found = {c.what: c.share for c in causes(prediction, run, plan=PLAN, schedule=SCHEDULE)}
+    assert found[MORE_OTHERS] == pytest.approx(0.9 / (0.95 - 0.35 / 3) - 1)
+
+
+def test_time_of_the_training_thread_that_belongs_to_no_part_is_named() -> None:
+    prediction = predicted(cores=1)
+    run = measured(prediction, thread_cpu_s=1.4, process_cpu_s=1.4, compute_cpu_s=0.7)
+    run = replace(run, step_s=prediction.step_s + 0.4)
+    found = {c.what: c.share for c in causes(prediction, run, plan=PLAN, schedule=SCHEDULE)}
+    assert found[DISPATCH] == pytest.approx(
+        0.4 / prediction.step_s
+    )  # of both, one after the other
     assert found[REST] == pytest.approx(0.0)
 
 

@@ -80,6 +80,17 @@ def test_links_and_the_slowest_exchange_are_kept() -> None:
     assert section.exchange_us == 500.0
 
 
+def test_each_worker_of_a_host_has_seen_all_processes_but_its_own_threads_alone() -> None:
+    seen = [(0.05, 0.01), (0.07, 0.02), (0.06, 0.03)]
+    results = [
+        {**rank_result(), "links": {}, "background": {"processes": a, "threads": b}}
+        for a, b in seen
+    ]
+    (own,) = hardware_section(results, shared_cores=2).background
+    assert (own.host, own.processes, own.threads) == ("one", 0.06, pytest.approx(0.06))
+    assert hardware_section([rank_result()] * 2, shared_cores=None).background == ()
+
+
 @pytest.mark.parametrize("versions", [{"torch": "2.12.0", "python": "3.11.7"}, {}])
 def test_hosts_of_different_versions_are_refused_by_name(versions: dict[str, Any]) -> None:
     other = rank_result(host="two", versions=versions)

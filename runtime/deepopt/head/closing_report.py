@@ -18,6 +18,7 @@ from deepopt.head.prediction_report import prediction_fields
 from deepopt.planner.choose import yardstick
 from deepopt.planner.emulated_costs import emulated_costs
 from deepopt.planner.estimate import estimated_costs
+from deepopt.planner.host_cores import places_shared
 from deepopt.planner.layer_costs import LayerCosts
 from deepopt.planner.measured import measured_costs, stage_times
 from deepopt.planner.orders import load_schedule
@@ -97,16 +98,17 @@ def predict(plan: Plan, costs: CostTable, *, cores: int | None, schedules: Path)
     return simulate(schedule, costs, cores=cores)
 
 
-def shared_cores(devices: Sequence[str], hosts: Sequence[str]) -> int | None:
-    """Cores that the workers share; None when each has a device or a core of its own.
+def shared_cores(devices: Sequence[str], hosts: Sequence[str], *, threads: int) -> int | None:
+    """Cores that the workers share; None when each has a device, or cores of its own and some are left.
 
     Args:
         devices: of each worker, for example `cpu`.
         hosts: of each worker.
+        threads: `worker.threads`.
     """
-    cores = len(os.sched_getaffinity(0))
-    shared = len(set(hosts)) == 1 and all(device == "cpu" for device in devices)
-    return cores if shared and len(devices) > cores else None
+    if len(set(hosts)) != 1 or any(device != "cpu" for device in devices):
+        return None
+    return places_shared(len(devices), threads=threads, cores=len(os.sched_getaffinity(0)))
 
 
 def make_report(record: JobRecord) -> dict[str, Any]:
@@ -175,7 +177,11 @@ def make_report(record: JobRecord) -> dict[str, Any]:
             reduce_s=statistics.median(pace.reduce_s) if pace.reduce_s else 0.0,
         )
     if costs is not None:
-        cores = shared_cores([word.device for word in ready], [word.host for word in ready])
+        cores = shared_cores(
+            [word.device for word in ready],
+            [word.host for word in ready],
+            threads=record.job.worker.threads,
+        )
         timeline = predict(record.plan, costs, cores=cores, schedules=record.run.schedules)
         report |= _against_1f1b(record, report, timeline, cores=cores)
         report["simulated_step_s"] = timeline.makespan_s
@@ -193,6 +199,7 @@ def make_report(record: JobRecord) -> dict[str, Any]:
         op_times_s=[word.op_times_s for word in ended],
         parts_s=[word.parts_s for word in ended],
         late_s=[one.late_s for one in overruns],
+        threads=record.job.worker.threads,
     )
     return report
 

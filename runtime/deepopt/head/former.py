@@ -161,7 +161,13 @@ class Former:
             available=len(places),
             plan_id=record.last_plan_id + 1,
             costs=_known_costs(record.run),
-            cores=shared_cores([d for d, _ in ready], [h for _, h in ready]) if ready else None,
+            cores=shared_cores(
+                [d for d, _ in ready],
+                [h for _, h in ready],
+                threads=record.job.worker.threads,
+            )
+            if ready
+            else None,
             known=known_orders(record.run.schedules),
         )
         write_orders(record.run.schedules, orders=planned.orders)

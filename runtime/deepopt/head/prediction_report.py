@@ -68,6 +68,7 @@ def prediction_fields(
     op_times_s: Sequence[Mapping[str, float]],
     parts_s: Sequence[Mapping[str, float]],
     late_s: Sequence[float] = (),
+    threads: int = 1,
 ) -> dict[str, Any]:
     """The part of the closing report that compares.
 
@@ -83,6 +84,7 @@ def prediction_fields(
         op_times_s: of each worker, seconds by `STAGE OP`.
         parts_s: of each worker, seconds of a step by part.
         late_s: of each emulated device, by how much its operations overran, in all steps.
+        threads: CPU threads of a worker.
     """
     error = prediction_error(prediction, step_s, warm_up=warm_up)
     if prediction is None or error is None:
@@ -94,6 +96,7 @@ def prediction_fields(
         op_times_s=op_times_s,
         parts_s=with_others(parts_s, hosts),
         late_s=max(late_s, default=0.0) / num_steps,
+        threads=threads,
     )
     schedule = load_schedule(plan, data_index=0, folder=run.schedules)
     found = causes(prediction, measured, plan=plan, schedule=schedule)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from deepopt.config import JobConfig
 from deepopt.errors import ClusterError, InputError, ScheduleError
 from deepopt.planner.decide import FILE
+from deepopt.planner.host_cores import places_shared
 from deepopt.planner.plan import Plan
 from deepopt.planner.skeleton import ModelSkeleton
 
@@ -398,7 +399,7 @@ def _has_small_text(job: JobConfig) -> bool:
 
 
 def shared_cores(job: JobConfig, num_workers: int) -> int | None:
-    """Cores that the workers share; None where each has a device or a core of its own.
+    """Cores that the workers share; None where each has a device, or cores of its own and some are left.
 
     Args:
         job: the resolved job.
@@ -414,5 +415,6 @@ def shared_cores(job: JobConfig, num_workers: int) -> int | None:
 
         if torch.cuda.is_available():
             return None
-    cores = len(os.sched_getaffinity(0)) // job.worker.threads
-    return max(1, cores) if num_workers > cores else None
+    return places_shared(
+        num_workers, threads=job.worker.threads, cores=len(os.sched_getaffinity(0))
+    )

@@ -54,6 +54,9 @@ _KINDS: tuple[type[DeepoptError], ...] = (
     TrainingError,
 )
 
+_LATE = {"background": 0.7, "exchange": 0.97}
+"""Measurements without parts, and how much of a worker's work is done when one begins."""
+
 Tell = Callable[[str, float], None]
 """Takes what is measured now, and the share of all that is done."""
 
@@ -239,8 +242,8 @@ def _share(action: str) -> float | None:
     """How much of a worker's work is done at its present measurement; None for no measurement."""
     kind, _, place = action.partition(" ")
     begins, part = {"layer": (0.0, 0.7), "link": (0.7, 0.25)}.get(kind, (None, 0.0))
-    if action == "exchange":
-        return 0.97
+    if action in _LATE:
+        return _LATE[action]
     if begins is None or "/" not in place:
         return None
     done, _, total = place.partition("/")

@@ -72,6 +72,8 @@ class LayerCosts:
         host_input_s: of I.
         host_weight_s: of W.
         host_cores: cores of that host; None elsewhere.
+        background_processes: cores that deepopt's head and Ray take, on average, of those that workers share.
+        background_threads: cores that the workers' threads beside the training take, all workers together.
         source: where the figures are from, in a word: measured, estimated, emulated, ...
     """
 
@@ -103,6 +105,8 @@ class LayerCosts:
     host_input_s: tuple[float, ...] = ()
     host_weight_s: tuple[float, ...] = ()
     host_cores: int | None = None
+    background_processes: float = 0.0
+    background_threads: float = 0.0
     source: str
 
     def __post_init__(self) -> None:
@@ -283,6 +287,7 @@ class LayerCosts:
             host_cores=None
             if self.host_cores is None
             else max(1, self.host_cores // num_replicas),
+            background=(self.background_processes + self.background_threads) / num_replicas,
         )
 
     def per_stage(

@@ -40,7 +40,7 @@ class Outcome:
         schedules: the order of each replica.
         timeline: the order of the slowest replica in time; it sets the figures.
         step_s: simulated step time; among others where steps overlap.
-        lower_bound_s: no order of this placement and memory is faster; None where ranks share
+        lower_bound_s: no order of this placement and memory is faster; None where ranks wait for
             cores, which the bound does not know.
         peak_activations: per rank, the most micro-batches in flight, in shares of a rank.
         num_transfers: tensors sent between ranks in a step.
@@ -134,7 +134,7 @@ def judge(
         verify(schedule)
     timeline = simulate(schedule, costs, cores=cores)
     bound_s = None
-    if cores is None:
+    if cores is None or cores >= placement.num_ranks:  # then nobody waits for a core
         bound_s = (
             max(timeline.busy_s)
             if overlap

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from deepopt.config import JobConfig
 from deepopt.errors import PlanError
 from deepopt.planner.plan_file import PlanFile
-from deepopt.planner.profile import DeviceSection
+from deepopt.planner.profile import BackgroundSection, DeviceSection
 from deepopt.planner.profile_result import model_section
 from deepopt.planner.skeleton import ModelSkeleton
 
@@ -143,6 +143,9 @@ def plan_differences(first: PlanFile, second: PlanFile) -> Iterator[tuple[str, s
     speeds = [[d.factor for d in plan.hardware.devices] for plan in (first, second)]
     if speeds[0] != speeds[1]:
         yield "device factors", _numbers(speeds[0]), _numbers(speeds[1])
+    beside = [_background_words(plan.hardware.background) for plan in (first, second)]
+    if beside[0] != beside[1]:
+        yield "cores taken beside the training", beside[0], beside[1]
     yield from _stage_differences(first, second)
     yield from _layer_differences(first, second)
     if first.predicted is not None and second.predicted is not None:
@@ -199,6 +202,11 @@ def _numbers(values: Sequence[object]) -> str:
     return " ".join(
         f"{value:.5g}" if isinstance(value, float) else f"{value}" for value in values
     )
+
+
+def _background_words(background: Sequence[BackgroundSection]) -> str:
+    found = [f"{own.processes + own.threads:.3f} of {own.host}" for own in background]
+    return ", ".join(found) or "not measured"
 
 
 def _actions(plan_file: PlanFile) -> int:

@@ -111,6 +111,7 @@ class PlanFile(Section):
             return tuple(sum(getattr(own, name) for name in names) * MEGABYTE for own in sizes)
 
         links: dict[str, Any] = _link_costs(self.hardware, self.pipeline.ranks)
+        links |= _background(self.hardware, threads=self.model.threads)
         costs = LayerCosts(
             forward_s=seconds("forward"),
             input_s=seconds("input"),
@@ -277,6 +278,16 @@ def _message_costs(hardware: HardwareSection, links: list[LinkSection]) -> dict[
     return {
         "message_s": median(link.core_us for link in links) * 1e-6,
         "message_bytes_per_s": median(rates) * 1e9 if rates else None,
+    }
+
+
+def _background(hardware: HardwareSection, *, threads: int) -> dict[str, Any]:
+    """What else takes cores that workers share, in places of a worker: such cores are those of one host."""
+    if hardware.shared_cores is None:
+        return {}
+    return {
+        "background_processes": sum(own.processes for own in hardware.background) / threads,
+        "background_threads": sum(own.threads for own in hardware.background) / threads,
     }
 
 

@@ -142,7 +142,7 @@ def predicted(plan_file: PlanFile) -> PlanFile:
     step_s, bubble = step(costs)
     warm_s, _ = step(costs.warming_up(1.0))
     gap = None
-    if cores is None:
+    if cores is None or cores >= plan.pipeline_size:  # then nobody waits for a core
         bound = lower_bound_s(
             plan.make_placement(),
             directions=schedules[0].directions,

@@ -24,9 +24,19 @@ _SECONDS = frozenset(
     {"measured", "emulated", "analytic"}
 )  # sources of costs whose times are seconds
 OTHERS = "other processes on the cores that the workers share, deepopt's head and Ray too"
+MORE_OTHERS = "other processes on the cores that the workers share, beyond those predicted"
+DISPATCH = "CPU time between actions and steps: order of work, reports, copies for checkpoints"
 SUMS = "gradients, tied weights and routers' counts between copies, after the last action"
 TURN = "from the update to the next step: reports, copies of buffers"
 OVERRAN = "operations whose real work overran their emulated time"
+_THREAD_PARTS = (
+    "compute_cpu_s",
+    "send_cpu_s",
+    "receive_cpu_s",
+    "reduce_cpu_s",
+    "agree_cpu_s",
+    "update_cpu_s",
+)
 REST = "waiting for links and cores, and what no part measures"
 
 
@@ -154,6 +164,7 @@ class MeasuredRun:
         warm_up: median share of the routers that warmed up in these steps; they are compared with what is
             predicted for as many.
         mean_step_s: of the same steps, since what other processes used is a mean; None: as `step_s`.
+        threads: CPU threads of a worker.
     """
 
     step_s: float
@@ -162,6 +173,7 @@ class MeasuredRun:
     late_s: float = 0.0
     warm_up: float = 0.0
     mean_step_s: float | None = None
+    threads: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,12 +214,6 @@ def causes(
         now, _ = step_of(schedule, table, cores=cores, overlap=prediction.overlap)
         found.append(Cause(what=what, share=(now - before) / prediction.step_s))
         before = now
-    if prediction.cores is not None:
-        others = max(0.0, fmean(parts.get("others_cpu_s", 0.0) for parts in run.parts_s))
-        taken = min(0.9, others / (prediction.cores * (run.mean_step_s or run.step_s)))
-        now = before / (1 - taken)
-        found.append(Cause(what=OTHERS, share=(now - before) / prediction.step_s))
-        before = now
     if run.late_s:
         found.append(Cause(what=OVERRAN, share=run.late_s / prediction.step_s))
         before += run.late_s
@@ -235,9 +241,14 @@ def _exchanged(
     )
     yield "stage times differ from the profile", table
     shared = prediction.cores is not None
+    mean_step_s = run.mean_step_s or run.step_s
     ends = [count for count in num_messages(schedule) if count]
     if ends:
-        spent = [_message_cpu_s(parts, shared=shared) for parts in run.parts_s]
+        # Threads that take cores whether there are messages or not were predicted with the background.
+        idle_s = (
+            prediction.costs.background_threads * run.threads * mean_step_s / len(run.parts_s)
+        )
+        spent = [_message_cpu_s(own, shared=shared, idle_s=idle_s) for own in run.parts_s]
         table = replace(table, message_s=max(0.0, fmean(spent) / fmean(ends)))
         yield "CPU time of sends and receives", table
     # An emulated update lasts as stated, whatever CPU time it takes; where it does not, it overran.
@@ -257,18 +268,36 @@ def _exchanged(
     if not shared:
         turn_s = fmean(parts.get("turn_wall_s", 0.0) for parts in run.parts_s)
         yield TURN, replace(table, turn_s=turn_s)
+        return
+    table = replace(table, turn_s=fmean(map(_dispatch_cpu_s, run.parts_s)))
+    yield DISPATCH, table
+    others = fmean(parts.get("others_cpu_s", 0.0) for parts in run.parts_s) / mean_step_s
+    costs = prediction.costs
+    background = max(0.0, others / run.threads) + costs.background_threads
+    what = MORE_OTHERS if costs.background_processes else OTHERS
+    yield what, replace(table, background=background / plan.data_size)
 
 
 def _least(parts_s: Sequence[Mapping[str, float]], name: str) -> float:
     return min(parts.get(name, 0.0) for parts in parts_s)
 
 
-def _message_cpu_s(parts: Mapping[str, float], *, shared: bool) -> float:
-    """CPU time of a worker's messages in a step: of its thread, or with shared cores of all its threads."""
+def _message_cpu_s(parts: Mapping[str, float], *, shared: bool, idle_s: float) -> float:
+    """CPU time of a worker's messages in a step: of its thread, or with shared cores of all its threads but
+    for what these take without messages."""
     own = parts.get("send_cpu_s", 0.0) + parts.get("receive_cpu_s", 0.0)
     if not shared:
         return own
-    return own + max(0.0, parts.get("process_cpu_s", 0.0) - parts.get("thread_cpu_s", 0.0))
+    others = parts.get("process_cpu_s", 0.0) - parts.get("thread_cpu_s", 0.0)
+    return own + max(0.0, others - idle_s)
+
+
+def _dispatch_cpu_s(parts: Mapping[str, float]) -> float:
+    """CPU time of a worker's training thread in a step that belongs to no part of it."""
+    return max(
+        0.0,
+        parts.get("thread_cpu_s", 0.0) - sum(parts.get(name, 0.0) for name in _THREAD_PARTS),
+    )
 
 
 def _measured(

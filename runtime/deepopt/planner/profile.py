@@ -81,16 +81,31 @@ class LinkSection(Section):
     error: Figure = Field(default=0.0, description="Largest relative distance from the fit.")
 
 
+class BackgroundSection(Section):
+    """What runs on a host beside the training: CPU seconds in a second, so cores on average."""
+
+    host: Text = Field(description="Name of the host.")
+    processes: Figure = Field(description="Of deepopt's head and of Ray.")
+    threads: Figure = Field(
+        description="Of the workers' threads beside those that train, all workers together."
+    )
+
+
 class HardwareSection(Section):
     """What the figures were measured on."""
 
     fingerprint: Text = Field(description="Hash of the devices.")
     versions: dict[str, str] = Field(default_factory=dict, description="Of what ran there.")
     shared_cores: Count | None = Field(
-        default=None, description="Cores that all workers share; none where each has its own."
+        default=None,
+        description="Cores that all workers share; none where each has its own and some are left.",
     )
     exchange_us: Figure = Field(
         default=0.0, description="The exchange of norms and losses at the end of a step."
+    )
+    background: tuple[BackgroundSection, ...] = Field(
+        default=(),
+        description="Beside the training, by host; taken from cores that workers share.",
     )
     devices: Annotated[tuple[DeviceSection, ...], Field(min_length=1)]
     links: tuple[LinkSection, ...] = ()

@@ -19,6 +19,7 @@ from deepopt.planner.layer_costs import LayerCosts
 from deepopt.planner.profile import (
     MEGABYTE,
     SAME_SPEED,
+    BackgroundSection,
     DeviceSection,
     HardwareSection,
     LayerSection,
@@ -137,9 +138,27 @@ def hardware_section(results: Sequence[Result], *, shared_cores: int | None) -> 
         fingerprint=hardware_fingerprint(devices),
         versions=dict(results[0]["device"]["versions"]),
         shared_cores=shared_cores,
+        background=_background(results),
         exchange_us=round(max(result["exchange_s"] for result in results) * _US, 2),
         devices=devices,
         links=tuple(sorted(links, key=lambda link: link.ranks)),
+    )
+
+
+def _background(results: Sequence[Result]) -> tuple[BackgroundSection, ...]:
+    """What runs beside the training on each host where it was measured, by its workers."""
+    found: dict[str, list[Result]] = {}
+    for result in results:
+        if "background" in result:
+            found.setdefault(result["device"]["host"], []).append(result["background"])
+    return tuple(
+        BackgroundSection(
+            host=host,
+            # Each worker has seen all of them.
+            processes=round(median(own["processes"] for own in seen), 4),
+            threads=round(sum(own["threads"] for own in seen), 4),
+        )
+        for host, seen in found.items()
     )
 
 

@@ -22,6 +22,9 @@ Times: TypeAlias = "array[float]"
 _UNKNOWN = -1.0
 _IDLE = -1
 _FIRST_WITHOUT_INPUT = 3
+_MOST_BACKGROUND = (
+    0.9  # of the cores: the scheduler of the operating system leaves nobody with nothing
+)
 assert {op: code for op, code in CODE_OF_OP.items() if code < _FIRST_WITHOUT_INPUT} == {
     Op.F: 0,
     Op.I: 1,
@@ -41,6 +44,7 @@ def run(
     message_s: float = 0.0,
     ready_s: Sequence[float] = (),
     host_s: Sequence[Sequence[float]] = (),
+    background: float = 0.0,
 ) -> tuple[tuple[Times, ...], tuple[Times, ...]]:
     """Start and end of every action, per rank.
 
@@ -62,6 +66,8 @@ def run(
             it does until then keeps a core busy.
         host_s: as duration_s, how long an action keeps a core busy, from its start; empty where that is as
             long as it lasts. Then what ranks do until they are free keeps no core busy.
+        background: cores that other work takes on average of those that the ranks share. It finds a core that
+            no rank uses where there is one; an action that takes the last one is longer by its part.
 
     Raises:
         ScheduleError: the order deadlocks.
@@ -87,8 +93,10 @@ def run(
     ends = tuple(array("d", bytes(8 * len(row))) for row in rows)
     shared = cores is not None
     core_free = [0.0] * (cores or 0)
+    crowded = _crowded(cores, background)
     if shared and ready_s and not host_s:
-        free_at = _in_turns(ready_s, core_free)
+        longer = crowded if num_ranks >= len(core_free) else 1.0
+        free_at = _in_turns([seconds * longer for seconds in ready_s], core_free)
     todo = [(free, rank) for rank, free in enumerate(free_at)]
     heapq.heapify(todo)
     while todo:
@@ -128,6 +136,8 @@ def run(
                     op, came, unit, stage, last_stage, rank, count, down, rank_of
                 )
             if shared:
+                if not core_free or core_free[0] > start:  # all others are busy
+                    free = start + (free - start) * crowded
                 busy_until = min(free, start + host_s[op][stage]) if host_s else free
                 heapq.heappush(core_free, busy_until)
             start_of[index] = start
@@ -175,6 +185,13 @@ def run(
                 remedy="verify the schedule to see why",
             )
     return starts, ends
+
+
+def _crowded(cores: int | None, background: float) -> float:
+    """How many times as long work takes while all cores are busy, where other work wants a part of them."""
+    if cores is None or not background:
+        return 1.0
+    return cores / (cores - min(background, _MOST_BACKGROUND * cores))
 
 
 def _in_turns(work_s: Sequence[float], core_free: list[float]) -> list[float]:

@@ -75,6 +75,7 @@ def period(schedule: Schedule, costs: CostTable, *, cores: int | None = None) ->
         host_s=[[costs.host_work_s(stage, op=op) for stage in stages] for op in OPS]
         if costs.host_s
         else (),
+        background=costs.background,
     )
     reduce_s = costs.reduce_s or zeros
     last = 0.0

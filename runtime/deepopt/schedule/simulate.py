@@ -47,6 +47,7 @@ class CostTable:
         host_s: F, I and W of each stage: how long each keeps a core of the host busy, where that is less than
             it lasts, as on emulated devices; empty where it is none's affair (`period`).
         host_cores: cores of that host; None where `host_s` is empty.
+        background: cores that other work takes, on average, of those that ranks share.
     """
 
     forward_s: tuple[float, ...]
@@ -67,6 +68,7 @@ class CostTable:
     turn_s: float = 0.0
     host_s: tuple[tuple[float, ...], ...] = ()
     host_cores: int | None = None
+    background: float = 0.0
 
     def __post_init__(self) -> None:
         num_stages = len(self.forward_s)
@@ -94,9 +96,10 @@ class CostTable:
             self.late_s,
             self.agree_s,
             self.turn_s,
+            self.background,
         )
         if any(not 0 <= time < float("inf") for time in everything):
-            raise ScheduleError("the cost table holds a time that is negative or not finite")
+            raise ScheduleError("the cost table holds a figure that is negative or not finite")
         if not self.host_of and (self.inter_host_latency_s or self.inter_host_transfer_s):
             raise ScheduleError(
                 f"the cost table prices routes between hosts ({self.inter_host_latency_s} s, "
@@ -337,6 +340,7 @@ def simulate_compact(
         cores=cores,
         unprepared_s=costs.prepare_s if any(costs.prepare_s) else (),
         message_s=costs.message_s,
+        background=costs.background,
     )
     updates = _updates(schedule, costs, ends)
     lasts = [

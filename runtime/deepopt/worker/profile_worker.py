@@ -35,10 +35,12 @@ from deepopt.pipeline.emulated_transport import EmulatedTransport
 from deepopt.pipeline.stage import Tensors
 from deepopt.pipeline.transport import Channel, Kind, Transport
 from deepopt.planner.emulated_costs import emulated_costs
+from deepopt.planner.host_cores import places_shared
 from deepopt.planner.layer_costs import LayerCosts
 from deepopt.run_directory import RunDirectory
 from deepopt.telemetry.files import write_json_atomic
 from deepopt.worker import rendezvous
+from deepopt.worker.background import Background, BackgroundTrial
 from deepopt.worker.calibrate import layer_kinds
 from deepopt.worker.company import workers_at_once
 from deepopt.worker.device import choose_device
@@ -178,10 +180,13 @@ class ProfileWorker:
                     count=hosts.count(hosts[rank]),
                     at_once=self._workers_at_once(hosts.count(hosts[rank])),
                 )
+                background = self._begin_background(hosts)
                 for turn in range(max(hosts.count(host) for host in hosts)):
                     if turn in mine:
                         result |= self._try_layers()
                     self._barrier()
+                if background is not None:
+                    result["background"] = asdict(self._end_background(background))
                 result["links"] = self._try_links(hosts)
                 result["exchange_s"] = self._try_exchange()
         except ProfileStopped:
@@ -357,11 +362,41 @@ class ProfileWorker:
                     self._barrier()
         return found
 
+    def _pids(self, hosts: list[str]) -> list[int]:
+        """Process ids of this host's workers."""
+        assert self._transport is not None, "process ids before setup()"
+        rows = self._transport.start_all_gather([float(os.getpid())]).wait()
+        own = hosts[self._sender.rank]
+        return [int(row[0]) for row, host in zip(rows, hosts, strict=True) if host == own]
+
+    def _begin_background(self, hosts: list[str]) -> BackgroundTrial | None:
+        """Begin to look at what else takes cores of this host; None where no step depends on it."""
+        pids = self._pids(hosts)
+        if self._device.type != "cpu" or self._job.worker.device == "emulated":
+            return None
+        background = BackgroundTrial(pids)
+        background.begin()
+        return background
+
+    def _end_background(self, background: BackgroundTrial) -> Background:
+        """What else takes cores of this host, long enough seen."""
+        if self._job.worker.threads > 1:  # they computed as well: look while all workers wait
+            self._begin("background")
+            background.begin()
+        self._stop.wait(background.left_s())
+        found = background.end()
+        self._barrier()
+        return found
+
     def _shares_cores(self, hosts: list[str]) -> bool:
         """Whether workers of this job take turns on the cores of a host; the same answer on all of them."""
-        own = hosts.count(hosts[self._sender.rank]) * self._job.worker.threads
         is_cpu = self._device.type == "cpu" and self._job.worker.device != "emulated"
-        short = is_cpu and own > len(os.sched_getaffinity(0))
+        places = places_shared(
+            hosts.count(hosts[self._sender.rank]),
+            threads=self._job.worker.threads,
+            cores=len(os.sched_getaffinity(0)),
+        )
+        short = is_cpu and places is not None
         assert self._transport is not None, "cores before setup()"
         return any(row[0] for row in self._transport.start_all_gather([float(short)]).wait())
 
