@@ -10,6 +10,7 @@ import os
 import sys
 
 from deepopt.cluster import ray_node
+from deepopt.cluster.fork_server import start_fork_server
 from deepopt.cluster.process_table import become_subreaper, kill_descendants
 
 KILL_TIMEOUT_S = 60.0
@@ -21,6 +22,7 @@ def main() -> None:
     joined = sys.argv[2] if len(sys.argv) > 2 else None
     ray_node.prepare_environment(threads=1, token=token, loopback=True)
     temp_dir = ray_node.make_temp_dir()
+    start_fork_server(temp_dir)
     node = ray_node.start_node(
         ray_node.NodeRequest(
             node_ip=ray_node.LOOPBACK,

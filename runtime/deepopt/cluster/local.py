@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from deepopt.cluster import ray_node
+from deepopt.cluster.fork_server import start_fork_server
 from deepopt.cluster.process_table import kill_descendants
 from deepopt.cluster.slots import Slot, Slots, check_slots
 from deepopt.errors import ClusterError
@@ -42,6 +43,7 @@ class LocalCluster:
         ray_node.prepare_environment(
             threads=threads, token=ray_node.make_token(), loopback=True
         )
+        start_fork_server(temp_dir)  # first of all: it takes longest
         num_gpus = count_gpus() if device in ("auto", "cuda") else 0
         use_gpus = device == "cuda" or num_gpus > 0
         if use_gpus:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deepopt.cluster import forked_worker
 from deepopt.errors import ClusterError
 
 # A socket's path has at most 107 bytes on Linux; Ray puts 73 of its own behind the temp folder.
@@ -168,6 +169,7 @@ def start_node(request: NodeRequest) -> Any:
         include_dashboard=False,
         include_log_monitor=False,
         no_monitor=True,
+        setup_worker_path=forked_worker.__file__,
     )
     kind = _without_dashboard(Node) if request.gcs_address is None else Node
     try:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from deepopt.cluster import ray_node
+from deepopt.cluster.fork_server import start_fork_server
 from deepopt.cluster.last_will import LastWill
 from deepopt.cluster.process_table import (
     Process,
@@ -94,6 +95,7 @@ def _keep(request: dict[str, Any], writer: int) -> None:
         )
         if python_path := request.pop("python_path"):
             os.environ["PYTHONPATH"] = python_path
+        start_fork_server(temp_dir)
         try:
             node = ray_node.start_node(ray_node.NodeRequest(**request))
         except ClusterError as error:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from deepopt.cluster import ray_node
+from deepopt.cluster.fork_server import start_fork_server
 from deepopt.cluster.hostfile import Host
 from deepopt.cluster.local import close_own_ray, connect, count_gpus, disconnect
 from deepopt.cluster.slots import Slot, Slots, check_slots
@@ -86,6 +87,7 @@ class SshCluster:
         token = ray_node.make_token()
         # Before anything imports Ray, which reads it once.
         ray_node.prepare_environment(threads=threads, token=token, loopback=not others)
+        start_fork_server(temp_dir)
         use_gpus = device == "cuda" or (device == "auto" and count_gpus() > 0)
         check_slots(
             wanted=num_workers,
