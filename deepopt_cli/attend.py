@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 SIGN_POLL_S = 0.02  # between two looks for that pid
 SIGN_TIMEOUT_S = 10.0  # for a new supervisor to write its pid into the run directory
+STATUS_BYTES = 64 << 10  # a status of tens of workers: with less room, none can be written
 LOG_LINES = 20  # of a supervisor that died without a word
 
 
@@ -198,12 +200,22 @@ def _show_end(
 def _show_vanished(
     status: Mapping[str, Any], *, run: RunDirectory, supervisor: Supervisor, shown_as: Path
 ) -> None:
-    show_error(
+    message = (
         f"the supervisor (pid {supervisor.pid}) is gone; the job was "
-        f"{status.get('state', 'starting')} at step {status.get('step', 0)}",
-        details=_last_lines(run.logs / "supervisor.log"),
-        remedy=f"deepopt resume {shown_as} goes on from the newest checkpoint",
+        f"{status.get('state', 'starting')} at step {status.get('step', 0)}"
     )
+    remedy = f"deepopt resume {shown_as} goes on from the newest checkpoint"
+    if _is_full(run.root):  # then logs and status end before the job did
+        message += f"; no space is left on the disk of {shown_as}"
+        remedy = f"make room there; then {remedy}"
+    show_error(message, details=_last_lines(run.logs / "supervisor.log"), remedy=remedy)
+
+
+def _is_full(folder: Path) -> bool:
+    try:
+        return shutil.disk_usage(folder).free < STATUS_BYTES
+    except OSError:
+        return False
 
 
 def _last_lines(path: Path) -> str:

@@ -19,6 +19,7 @@ from deepopt.job_file import load_job
 from deepopt.planner.plan import Plan
 from deepopt.planner.plan_text import write_plan_file
 from deepopt.planner.skeleton import ModelSkeleton
+from deepopt_cli import attend
 from deepopt_cli.app import app
 from support import fake_supervisor
 from support.fake_supervisor import FakeSupervisors
@@ -153,6 +154,18 @@ def test_a_detached_supervisor_that_dies_at_once_is_reported(
     assert result.exit_code == 3
     assert "is gone; the job was starting at step 0" in result.stderr
     assert "no module named ray" in result.stderr
+
+
+def test_a_full_disk_is_named_where_a_supervisor_vanishes(
+    supervision: Supervision, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    supervision.scenario = {"stillborn": True}
+    full = types.SimpleNamespace(total=1 << 30, used=1 << 30, free=0)
+    monkeypatch.setattr(attend.shutil, "disk_usage", lambda folder: full)
+    result = launch("--detach")
+    assert result.exit_code == 3
+    assert "no space is left on the disk of run" in result.stderr
+    assert "hint: make room there; then deepopt resume run" in result.stderr
 
 
 def test_a_detached_job_can_be_stopped_at_once(supervision: Supervision, here: Path) -> None:
@@ -554,6 +567,16 @@ def test_resume_needs_a_whole_run_directory(supervision: Supervision, stopped: P
     result = deepopt("resume", "nowhere")
     assert result.exit_code == 1
     assert "run directory nowhere does not exist" in result.stderr
+
+
+def test_resume_says_how_to_go_on_where_it_cannot_write(
+    supervision: Supervision, stopped: Path
+) -> None:
+    (stopped / "plan.yaml").mkdir()  # a file of the run directory that cannot be replaced
+    result = deepopt("resume", "run", "--steps", 5)
+    assert result.exit_code == 1
+    assert f"error: cannot write run directory {stopped}: " in result.stderr
+    assert "hint: make it writable" in result.stderr
 
 
 # --- init and schema -------------------------------------------------------------------------

@@ -114,17 +114,16 @@ def fill_run_directory(
     """
     with _writing(run.root):
         write_launch(run, import_roots=import_roots)
-        write_plan(run, prepared)
+        _write_plan(run, prepared)
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def _writing(path: Path, *, remedy: str = "name another folder") -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise RunDirectoryError(
-            f"cannot write run directory {path}: {error.strerror}",
-            remedy="name another folder",
+            f"cannot write run directory {path}: {error.strerror}", remedy=remedy
         ) from error
 
 
@@ -165,12 +164,22 @@ def launch_roots(run: RunDirectory) -> list[Path]:
 
 
 def write_plan(run: RunDirectory, prepared: Prepared) -> None:
-    """Write model, plan and job into a run directory, durably.
+    """Write model, plan and job into the run directory of a job that goes on, durably.
 
     Args:
-        run: the run directory; exists.
+        run: the run directory.
         prepared: the job.
+
+    Raises:
+        RunDirectoryError: it cannot be written.
     """
+    with _writing(
+        run.root, remedy="make it writable, and make room on its disk, to go on there"
+    ):
+        _write_plan(run, prepared)
+
+
+def _write_plan(run: RunDirectory, prepared: Prepared) -> None:
     planned = prepared.planned
     if prepared.plan_file is None:
         run.plan_file.unlink(missing_ok=True)  # of an earlier plan
