@@ -172,6 +172,21 @@ def test_every_layer_gets_times_and_sizes_and_threads_are_as_before() -> None:
     assert found.prepare_s == ()
 
 
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"precision": {"dtype": "bfloat16"}},
+        {"optimizer": {"factory": "torch.optim:SGD"}},
+        {"optimizer": {"factory": "torch.optim:Adam", "kwargs": {"foreach": True}}},
+    ],
+    ids=["bfloat16", "sgd", "adam"],
+)
+def test_layers_are_tried_whatever_their_optimizer_writes_to(section: dict[str, Any]) -> None:
+    found = tried(tiny_job(**section))
+    assert found is not None
+    assert all(time > 0 for time in (*found.forward_s, *found.input_s, *found.update_s))
+
+
 def test_layers_of_one_kind_are_tried_once() -> None:
     found = tried(tiny_job())
     assert found is not None

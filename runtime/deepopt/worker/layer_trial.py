@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
 from typing import Any, Protocol, TypeVar
@@ -189,7 +189,9 @@ def try_layer(
         loss=loss,
         defer_weights=True,
     )
-    optimizer = make_rule(job.optimizer).optimizer(layer)
+    # Micro-batches are in flight while it works, as they are in no training. A rate of 0 leaves weights as
+    # they are, but autograd counts writes: so it writes through parameters that autograd has not seen.
+    optimizer = make_rule(job.optimizer).optimizer(_aside(layer))
     weights = {p.untyped_storage().data_ptr() for p in layer.parameters.values()}
     kept: dict[int, int] = {}
 
@@ -246,6 +248,17 @@ def try_layer(
         warm_up_s=tuple(warm_up_s),
         activation_bytes=activation_bytes,
         outputs=outputs,
+    )
+
+
+def _aside(layer: Layer) -> Layer:
+    """The same layer with parameters that share its memory, but not autograd's count of writes to it."""
+    return replace(
+        layer,
+        parameters={
+            name: torch.nn.Parameter(parameter.data, parameter.requires_grad)
+            for name, parameter in layer.parameters.items()
+        },
     )
 
 
