@@ -212,6 +212,20 @@ def test_a_place_that_lost_its_device_is_known_to_the_next_head_and_not_to_a_res
     assert replay(head.journal.entries).lost_devices == {}
 
 
+def test_a_lost_device_that_is_told_to_the_next_head_once_more_is_one_loss(
+    open_head: Open,
+) -> None:
+    old = open_head().start().ready().steps(1, 3)
+    found = all_of(old)
+    old.fails(1, "device", message="CUDA error: uncorrectable ECC error")
+    head = open_head()
+    take_over(head, found)
+    head.fails(1, "device", message="CUDA error: uncorrectable ECC error")
+    head.wait(10.0)
+    assert [a.sender.rank for a in head.group.assignments] == [0, 1]
+    assert {p: [*t] for p, t in replay(head.journal.entries).lost_devices.items()} == {1: [1]}
+
+
 class FakeProcess:
     killed = 0
 

@@ -179,7 +179,7 @@ class History:
         plan: the plan of the newest generation; None: not told.
         places: index of the place of each rank of that plan; empty: each rank's own.
         shrunk: when the job shrank since the last launch or resume, as `Entry.time`.
-        lost_devices: when each place lost its device since then, as `Entry.time`.
+        lost_devices: when each place lost its device since then, by generation, as `Entry.time`.
         state: the last state; empty before the first.
         checkpoint_step: step of the newest checkpoint announced; 0 for none.
         checkpoint_path: its folder; None for none.
@@ -195,7 +195,7 @@ class History:
     plan: Mapping[str, Any] | None = None
     places: tuple[int, ...] = ()
     shrunk: tuple[str, ...] = ()
-    lost_devices: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+    lost_devices: Mapping[int, Mapping[int, str]] = field(default_factory=dict)
     state: str = ""
     checkpoint_step: int = 0
     checkpoint_path: str | None = None
@@ -215,7 +215,7 @@ def replay(entries: Iterable[Entry]) -> History:
     plans: dict[int, Mapping[str, Any]] = {}  # fields of their entries
     of_generation = wanted_id = 0
     shrunk: list[str] = []
-    lost_devices: dict[int, tuple[str, ...]] = {}
+    lost_devices: dict[int, dict[int, str]] = {}
     weight_ways: dict[str, dict[str, Verdict]] = {}
     for entry in entries:
         if entry.kind == "job":
@@ -234,8 +234,8 @@ def replay(entries: Iterable[Entry]) -> History:
             if entry.fields.get("shrunk"):
                 shrunk.append(entry.time)
         elif entry.kind == "device_lost":
-            place = entry.fields["place"]
-            lost_devices[place] = (*lost_devices.get(place, ()), entry.time)
+            lost_in = entry.fields.get("generation", generation)
+            lost_devices.setdefault(entry.fields["place"], {}).setdefault(lost_in, entry.time)
         elif entry.kind == "weight_work":
             known = weight_ways.setdefault(entry.fields["conditions"], {})
             known |= {n: Verdict.from_json(v) for n, v in entry.fields["ways"].items()}

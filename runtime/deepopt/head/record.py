@@ -6,7 +6,6 @@ it themselves; it decides nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -69,7 +68,7 @@ class JobRecord:
         places: index of the place of each rank of `plan`.
         last_plan_id: of the newest plan.
         shrunk_s: when the job shrank, on the head's monotonic clock.
-        lost_devices_s: when each place lost its device, on that clock.
+        lost_devices_s: when each place lost its device, by generation, on that clock.
         weight_ways: how weight gradients are computed, as workers found it out, by the conditions of their
             trials and by the layer's name.
     """
@@ -116,7 +115,7 @@ class JobRecord:
         self.places = tuple(range(plan.world_size))
         self.last_plan_id = max(plan.plan_id, history.plan_id)
         self.shrunk_s: list[float] = []
-        self.lost_devices_s: dict[int, list[float]] = {}
+        self.lost_devices_s: dict[int, dict[int, float]] = {}
         self.error: dict[str, Any] | None = None
         self.tokens_seen: dict[int, int | None] = {0: 0}
         self.data_fingerprint: str | None = None
@@ -137,7 +136,8 @@ class JobRecord:
     def bad_places(self) -> frozenset[int]:
         """Places whose device was lost again and again."""
         now_s, window_s = self.clock.monotonic_s(), self.limits.window_s
-        return bad_places(self.lost_devices_s, now_s=now_s, window_s=window_s)
+        lost_s = {place: [*times.values()] for place, times in self.lost_devices_s.items()}
+        return bad_places(lost_s, now_s=now_s, window_s=window_s)
 
     @property
     def has_run(self) -> bool:
@@ -167,9 +167,11 @@ class JobRecord:
         self.prediction = load_prediction(self.run, plan)
 
     def lose_device(self, place: int) -> None:
-        """Take note, for later heads too, that a place has lost its device."""
-        self.lost_devices_s.setdefault(place, []).append(self.clock.monotonic_s())
-        self.note("device_lost", place=place)
+        """Take note, for later heads too, that a place has lost its device in this generation."""
+        known = self.lost_devices_s.setdefault(place, {})
+        if self.number not in known:  # else told once more, to a head that has taken over
+            known[self.number] = self.clock.monotonic_s()
+            self.note("device_lost", place=place, generation=self.number)
 
     def recall_size(self) -> None:
         """Take the plan, the size and the bad places that the job had under the head before this one."""
@@ -181,13 +183,13 @@ class JobRecord:
             self.take_plan(plan, places=history.places or tuple(range(plan.world_size)))
         now, now_s = datetime.now(tz=UTC), self.clock.monotonic_s()
 
-        def here_s(times: Iterable[str]) -> list[float]:
-            ages = [now - datetime.fromisoformat(time) for time in times]
-            return [now_s - max(0.0, age.total_seconds()) for age in ages]
+        def here_s(time: str) -> float:
+            return now_s - max(0.0, (now - datetime.fromisoformat(time)).total_seconds())
 
-        self.shrunk_s = here_s(history.shrunk)
+        self.shrunk_s = [here_s(time) for time in history.shrunk]
         self.lost_devices_s = {
-            place: here_s(times) for place, times in history.lost_devices.items()
+            place: {generation: here_s(time) for generation, time in times.items()}
+            for place, times in history.lost_devices.items()
         }
 
     def close_fault(self, outcome: str) -> None:
