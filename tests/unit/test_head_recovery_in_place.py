@@ -227,6 +227,12 @@ def test_a_spare_that_dies_is_replaced_while_the_job_runs(open_head: Open) -> No
     assert head.group.spares == 2
 
 
+def test_spares_that_are_given_up_are_told_of(open_head: Open) -> None:
+    head = open_head(spares=2).start().ready().steps(1, 1)
+    head.controller.handle(SpareGone(given_up="3 spares in a row ended"))
+    assert [e["message"] for e in head.events("warning")] == ["3 spares in a row ended"]
+
+
 def test_a_spare_that_dies_in_a_recovery_is_replaced_after_it(open_head: Open) -> None:
     head = open_head(spares=2).start().ready()
     head.controller.handle(SpareGone())

@@ -12,7 +12,7 @@ import pytest
 from ray.exceptions import ActorDiedError
 
 import ray
-from deepopt.cluster.group import HeadEvent, WorkerGone
+from deepopt.cluster.group import HeadEvent, SpareGone, WorkerGone
 from deepopt.cluster.slots import Slot, Slots
 from deepopt.cluster.worker_group import RayWorkerGroup
 from deepopt.job_file import load_job
@@ -114,6 +114,33 @@ def test_the_end_of_a_worker_that_once_was_a_spare_is_told(
     spare.die()
     gone = [event for event in told if isinstance(event, WorkerGone)]
     assert [(event.generation, event.rank) for event in gone] == [(1, 0)]
+
+
+def test_spares_that_cannot_even_start_are_not_tried_again_and_again(
+    group: RayWorkerGroup, told: list[HeadEvent]
+) -> None:
+    for _ in range(9):  # at each look of the head
+        group.keep_spares(1)
+        StartingActor.made[-1].die()
+    assert len(StartingActor.made) == 3
+    (gone,) = [event for event in told if isinstance(event, SpareGone)]
+    assert gone.given_up.startswith("3 spares in a row ended before they were ready")
+    assert gone.given_up.endswith("spare-2.log")
+    group.prepare(1, places=[0])
+    group.keep_spares(1)
+    assert len(StartingActor.made) == 5  # the worker's process, and a spare
+
+
+def test_a_spare_that_was_ready_is_replaced_each_time(
+    group: RayWorkerGroup, told: list[HeadEvent]
+) -> None:
+    for _ in range(9):
+        group.keep_spares(1)
+        spare = StartingActor.made[-1]
+        spare.calls[-1].outcome.set_result(None)  # of `wait_as_spare`
+        spare.die()
+    assert len(StartingActor.made) == 9
+    assert told == [SpareGone()] * 9
 
 
 class Interrupted(list[Any]):

@@ -119,7 +119,13 @@ class AgentGone:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpareGone:
-    """A process that waited for a place has ended."""
+    """A process that waited for a place has ended.
+
+    Args:
+        given_up: why no other is started before the next group forms; empty where one may be.
+    """
+
+    given_up: str = ""
 
 
 WorkerMessage = (
@@ -173,7 +179,8 @@ class WorkerGroup(Protocol):
         ...
 
     def keep_spares(self, count: int) -> None:
-        """Begin to start processes that wait for a place, until there are so many."""
+        """Begin to start processes that wait for a place, until there are so many; none where the last ones
+        could not even start (`SpareGone.given_up`), before the next group forms."""
         ...
 
     def seek(self, places: Collection[int]) -> None:

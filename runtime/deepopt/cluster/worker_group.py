@@ -53,6 +53,9 @@ _ray: Any = ray  # its annotations are half there
 
 WORKER_NAME = "worker-"
 _POLL_S = 0.01
+_SPARE_TRIES = (
+    3  # starts of spares that fail in a row, each of seconds of CPU and a model's memory
+)
 _ADOPT_TIMEOUT_S = 5.0  # for a worker to answer a new head
 _AGENT_TIMEOUT_S = 5.0  # for an agent's answer; its host may be gone
 
@@ -115,6 +118,7 @@ class RayWorkerGroup:
         self._spares: list[_Worker] = []
         self._seekers: dict[int, _Worker] = {}  # by place
         self._num_spares_made = 0
+        self._spares_failed = 0  # in a row, and since the group formed
         self._gpus: dict[int, tuple[str, ...]] = {}  # of each place
         self._agents = NodeAgents(head=head, lease_s=lease_s, lost=self._on_agent_gone)
         # Ray unpickles a class by its import path: workers need deepopt, not this process.
@@ -159,6 +163,7 @@ class RayWorkerGroup:
                     or self._start(place, rank)
                 )
         self._members = members = _Members(generation=generation, workers=workers)
+        self._spares_failed = 0  # what was missing may be there now
         for rank, worker in enumerate(workers):
             if worker.pid:  # it runs already
                 self._tell_up(members, rank)
@@ -172,8 +177,9 @@ class RayWorkerGroup:
             members.references.append(worker.actor.warm_up.remote())
 
     def keep_spares(self, count: int) -> None:
-        """Begin to start processes that wait for a place, until there are so many."""
-        while len(self._spares) < count:
+        """Begin to start processes that wait for a place, until there are so many; none where the last ones
+        could not even start, before the next group forms."""
+        while len(self._spares) < count and self._spares_failed < _SPARE_TRIES:
             self._start_spare()
 
     def seek(self, places: Collection[int]) -> None:
@@ -364,9 +370,10 @@ class RayWorkerGroup:
         number = self._num_spares_made
         self._num_spares_made += 1
         place = number % len(self._slots.places)  # all hosts in turn
+        log = self._run.spare_log(number)
         spare = _Worker(
             actor=self._actor_class.options(**self._options(place, owns=False)).remote(
-                log=str(self._run.spare_log(number)),
+                log=str(log),
                 run_dir=str(self._run.root),
                 stage_worker=self._stage_worker,
             ),
@@ -384,9 +391,19 @@ class RayWorkerGroup:
                 if spare not in self._spares:
                     return
                 self._spares.remove(spare)
+                if not spare.warm:
+                    self._spares_failed += 1
+                given_up = not spare.warm and self._spares_failed == _SPARE_TRIES
             logger.warning("a spare is gone: %s", error)
-            if spare.warm:  # one that cannot even start is not tried again and again
+            if spare.warm:
                 self._tell(SpareGone())
+            elif given_up:
+                self._tell(
+                    SpareGone(
+                        given_up=f"{_SPARE_TRIES} spares in a row ended before they were ready; none is "
+                        f"started before the next group forms; the last one's log is {log}"
+                    )
+                )
 
         self._watch(
             self._members,
@@ -397,6 +414,7 @@ class RayWorkerGroup:
 
         def is_warm(_: None) -> None:
             spare.warm = True
+            self._spares_failed = 0
 
         # An idle process that dies is told of by nothing but a call that is pending with it.
         self._watch(self._members, spare.actor.stay.remote(), lambda _: None, is_gone)

@@ -217,6 +217,8 @@ class Controller:
             self._losses.renew_agent(event.host, why="has ended")
             return
         if isinstance(event, SpareGone):
+            if event.given_up:
+                self._record.warn(event.given_up)
             self._spares.look(now_s=self._record.clock.monotonic_s())
             return
         if isinstance(event, PlaceFound):
