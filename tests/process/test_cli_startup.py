@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -49,10 +48,18 @@ def test_a_worker_loads_neither_triton_nor_a_compiler_before_it_needs_them() -> 
 def test_help_answers_in_under_four_tenths_of_a_second() -> None:
     times_s = []
     for _ in range(5):
-        began_s = time.perf_counter()
+        began_s = (
+            cpu_time_of_children_s()
+        )  # it waits for nothing; other tests load this machine
         assert run("--help").returncode == 0
-        times_s.append(time.perf_counter() - began_s)
-    assert min(times_s) < 0.4, times_s  # the best of five: other tests load this machine
+        times_s.append(cpu_time_of_children_s() - began_s)
+    assert min(times_s) < 0.4, times_s
+
+
+def cpu_time_of_children_s() -> float:
+    """Of all that have ended and were waited for."""
+    used = os.times()
+    return used.children_user + used.children_system
 
 
 def test_schedules_are_searched_and_drawn_without_anything_heavy() -> None:

@@ -24,6 +24,7 @@ from deepopt.cluster.process_look import (
 )
 
 TIMEOUT_S = 60.0
+LEASE_S = 0.5
 SLEEP = "import time; time.sleep(120)"
 SPIN = "while True: pass"
 
@@ -34,17 +35,23 @@ class Listener:
     def __init__(self) -> None:
         self.words: queue.SimpleQueue[AgentWord | ProcessEnded] = queue.SimpleQueue()
         self.listens = True
+        self.heard_s = [0.0, 0.0]  # when it listened to the last two words
 
     def tell(self, word: AgentWord | ProcessEnded) -> bool:
         self.words.put(word)
-        return self.listens
+        listens = self.listens
+        if listens:
+            self.heard_s = [self.heard_s[1], time.monotonic()]
+        return listens
 
-    def until(self, what: Callable[[AgentWord | ProcessEnded], bool]) -> float:
-        """Wait for a word; seconds that it took."""
+    def until(
+        self, what: Callable[[AgentWord | ProcessEnded], bool]
+    ) -> AgentWord | ProcessEnded:
+        """Wait for a word."""
         began_s = time.monotonic()
-        while not what(self.words.get(timeout=TIMEOUT_S)):
+        while not what(word := self.words.get(timeout=TIMEOUT_S)):
             assert time.monotonic() - began_s < TIMEOUT_S
-        return time.monotonic() - began_s
+        return word
 
 
 @pytest.fixture
@@ -54,7 +61,7 @@ def listener() -> Listener:
 
 @pytest.fixture
 def agent(listener: Listener) -> Iterator[NodeAgent]:
-    agent = NodeAgent(tell=listener.tell, lease_s=0.5, look_s=0.05)
+    agent = NodeAgent(tell=listener.tell, lease_s=LEASE_S, look_s=0.05)
     yield agent
     agent.close()
 
@@ -153,8 +160,11 @@ def test_workers_are_killed_when_nobody_listens_for_the_lease(
         listener.until(lambda word: isinstance(word, AgentWord))
     assert agent.living() == [pid]
     listener.listens = False
-    took_s = listener.until(lambda word: isinstance(word, ProcessEnded))
-    assert took_s > 0.4
+    ended = listener.until(lambda word: isinstance(word, ProcessEnded))
+    assert isinstance(ended, ProcessEnded)
+    assert ended.at_s is not None
+    # An agent counts from before it spoke, so at the earliest from the word before the last.
+    assert ended.at_s - listener.heard_s[0] >= LEASE_S
 
 
 def test_a_look_reads_state_debugger_and_share_of_the_cpu() -> None:
