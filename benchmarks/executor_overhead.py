@@ -32,9 +32,10 @@ from torch.distributed.pipelining.schedules import Schedule1F1B, ScheduleZBVZero
 from deepopt.config import JobConfig
 from deepopt.convert import build_layers
 from deepopt.convert import describe as describe_model
-from deepopt.pipeline.process_group import ProcessGroupTransport
 from deepopt.pipeline.step import PipelineStep
+from deepopt.pipeline.transport import Transport
 from deepopt.planner.decide import make_plan
+from deepopt.worker.rendezvous import transport_of_group
 
 AIM = 1.0
 RANKS, WIDTH = 4, 8
@@ -161,7 +162,7 @@ def _work(
         "127.0.0.1", port, is_master=rank == 0, timeout=timedelta(seconds=TIMEOUT_S)
     )
     device = torch.device("cpu")
-    transport = ProcessGroupTransport(
+    transport = transport_of_group(
         rank=rank,
         world_size=RANKS,
         device=device,
@@ -184,7 +185,7 @@ def _work(
 
 
 def _our_step(
-    order: Order, microbatches: int, rank: int, transport: ProcessGroupTransport
+    order: Order, microbatches: int, rank: int, transport: Transport
 ) -> Callable[[int], float]:
     num_stages = RANKS * order.stages_per_rank
     job = JobConfig.model_validate(

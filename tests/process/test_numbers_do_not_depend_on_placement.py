@@ -104,6 +104,14 @@ def test_losses_equal_those_of_one_process(
     assert losses == one_process
 
 
+def test_sockets_in_the_place_of_shared_memory_change_no_bit(
+    one_process: list[float], tmp_path: Path
+) -> None:
+    job = tiny_job(pipeline={"same_host": "sockets"})
+    plan = make_plan(job, boundaries=(0, 4), pipeline_size=2, data_size=2)
+    assert losses_of(job, plan, run_dir=tmp_path, last_step=STEPS) == one_process
+
+
 @pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[4], SHAPES[5]], ids=str)
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_searched_orders_change_no_bit(

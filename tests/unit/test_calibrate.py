@@ -39,7 +39,7 @@ def test_a_message_costs_its_thread_where_cores_are_not_shared(
     trial = MessageTrial(
         wall=fits[0], process=fits[1], thread=fits[2], woken_s=5e-4, woken_thread_s=3e-5
     )
-    monkeypatch.setattr(calibration, "try_messages", lambda: trial)
+    monkeypatch.setattr(calibration, "try_messages", lambda same_host: trial)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     costs = LayerCosts(forward_s=(1.0,), input_s=(1.0,), weight_s=(1.0,), source="measured")
 

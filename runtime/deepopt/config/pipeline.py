@@ -54,6 +54,11 @@ class PipelineConfig(Section):
     timeout_s: Seconds = Field(
         default=600.0, description="Longest wait for one send or receive, in seconds."
     )
+    same_host: Literal["shared_memory", "sockets"] = Field(
+        default="shared_memory",
+        description="How workers of one host pass CPU tensors to each other (on GPUs: copies of layers' "
+        "states). `sockets`: as between hosts, if shared memory makes trouble; the same numbers.",
+    )
 
     @model_validator(mode="after")
     def _boundaries_ascend(self) -> Self:

@@ -17,6 +17,7 @@ import torch
 from deepopt.config import JobConfig
 from deepopt.convert import build_layers
 from deepopt.datasets.batch_source import BatchSource
+from deepopt.pipeline.same_host_transport import MOST_RANKS_OF_EXCHANGE
 from deepopt.pipeline.stage import Tensors
 from deepopt.planner.estimate import estimated_costs
 from deepopt.planner.layer_costs import LayerCosts
@@ -125,12 +126,16 @@ def with_messages(
     if num_workers < 2 or job.worker.device == "cuda" or torch.cuda.is_available():
         return costs
     try:
-        trial = try_messages()
+        trial = try_messages(same_host=job.pipeline.same_host)
     except RuntimeError as error:
         logger.info("no messages measured: %s", error)
         return costs
-    # A message is a dozen figures for each rank, handed on around the ring of ranks.
+    # A message is a dozen figures for each rank: handed on around the ring of ranks by gloo, and given to
+    # each other rank, whose answers come meanwhile, through shared memory.
     hops = num_workers - 1
+    at_once = (
+        job.pipeline.same_host == "shared_memory" and num_workers <= MOST_RANKS_OF_EXCHANGE
+    )
     end = trial.thread if cores is None else trial.process
     # Ends that share cores wait for a core, which the simulation has; others sleep until woken, and their
     # cores have done something else meanwhile.
@@ -143,7 +148,10 @@ def with_messages(
         # Bytes that a job states of emulated layers pass through no CPU: real tensors are small.
         message_bytes_per_s=None if job.worker.device == "emulated" else end.bytes_per_s,
         latency_s=max(costs.latency_s, wall_s - 2 * end_s),
-        agree_s=max(costs.latency_s, hops * max(wall_s, 2 * end_s)),
+        agree_s=max(
+            costs.latency_s,
+            wall_s + hops * 2 * end_s if at_once else hops * max(wall_s, 2 * end_s),
+        ),
     )
 
 

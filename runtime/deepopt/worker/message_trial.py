@@ -1,23 +1,29 @@
-"""What a message costs the CPU of a host at each end, tried in one process: two ends of a gloo group
-on two threads, over the loopback; and how long one takes to an end that sleeps, as those of a pipeline do.
+"""What a message costs the CPU of a host at each end, tried in one process: two ends on two threads, as
+two workers of one host have them; and how long one takes to an end that sleeps, as those of a pipeline do.
 
-Workers of one host talk through the same sockets. `link_trial` measures the same between real workers;
-this is for a launch that calibrates without any.
+Workers of one host talk through shared memory, or on request through gloo's sockets. `link_trial`
+measures the same between real workers; this is for a launch that calibrates without any.
 """
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
+from deepopt.errors import TransportError
+from deepopt.pipeline.same_host_link import Backlogs, HostLink
+from deepopt.pipeline.same_host_memory import layout_of
+from deepopt.pipeline.same_host_socket import WordSocket
 from deepopt.planner.alpha_beta import AlphaBeta, fit
 
 SIZES_BYTES = (1 << 12, 1 << 16, 1 << 19)
@@ -49,32 +55,41 @@ class MessageTrial:
     woken_thread_s: float
 
 
-def try_messages(sizes_bytes: Sequence[int] = SIZES_BYTES) -> MessageTrial:
+def try_messages(
+    sizes_bytes: Sequence[int] = SIZES_BYTES, *, same_host: str = "shared_memory"
+) -> MessageTrial:
     """Send messages to and fro between two threads. Of a size the fastest counts, since what else runs
     on the host only ever adds to a time; of those that wake an end, all do: it will run then, too.
 
     Args:
         sizes_bytes: of the messages.
+        same_host: `pipeline.same_host`.
 
     Raises:
-        RuntimeError: gloo cannot be used here.
+        RuntimeError: this way cannot be used here.
     """
-    store = HashStore()
+    ends = _shared_ends() if same_host == "shared_memory" else _GlooEnd.pair()
     walls: list[float] = []
     processes: list[float] = []
     threads: list[float] = []
 
     def answer() -> None:
-        group = _group(store, 1)
-        _ping_pong(group, 1, sizes_bytes, walls=[], processes=[], threads=[])
-        _wake_each_other(group, 1)
+        end = ends[1]()
+        _ping_pong(end, 1, sizes_bytes, walls=[], processes=[], threads=[])
+        _wake_each_other(end, 1)
+        end.close()
 
     other = threading.Thread(target=answer, name="answer", daemon=True)
     other.start()
-    group = _group(store, 0)
-    _ping_pong(group, 0, sizes_bytes, walls=walls, processes=processes, threads=threads)
-    woken_s, woken_thread_s = _wake_each_other(group, 0)
-    other.join(_TIMEOUT.total_seconds())
+    end = ends[0]()
+    try:
+        _ping_pong(end, 0, sizes_bytes, walls=walls, processes=processes, threads=threads)
+        woken_s, woken_thread_s = _wake_each_other(end, 0)
+    except TransportError as error:
+        raise RuntimeError(error.message) from error
+    finally:
+        end.close()
+        other.join(_TIMEOUT.total_seconds())
     sizes = [float(size) for size in sizes_bytes]
     return MessageTrial(
         wall=fit(sizes, times_s=walls),
@@ -85,22 +100,90 @@ def try_messages(sizes_bytes: Sequence[int] = SIZES_BYTES) -> MessageTrial:
     )
 
 
-def _group(store: HashStore, rank: int) -> Any:
-    gloo: Any = dist.ProcessGroupGloo  # its annotations are half there
-    options = gloo._Options()
-    options._devices = [gloo.create_device(interface="lo")]
-    options._timeout = _TIMEOUT
-    return gloo(store, rank, 2, options)
+class _Posted(Protocol):
+    def wait(self) -> object: ...
 
 
-def _wake_each_other(group: Any, rank: int) -> tuple[float, float]:
+class _End(Protocol):
+    """One end of a connection, for one thread."""
+
+    def post_receive(self, message: int, like: torch.Tensor) -> _Posted:
+        """What the next message of this number comes as."""
+        ...
+
+    def send(self, message: int, tensor: torch.Tensor) -> None:
+        """Send; returns when it is out."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class _GlooEnd:
+    def __init__(self, store: HashStore, rank: int) -> None:
+        gloo: Any = dist.ProcessGroupGloo  # its annotations are half there
+        options = gloo._Options()
+        options._devices = [gloo.create_device(interface="lo")]
+        options._timeout = _TIMEOUT
+        self._group = gloo(store, rank, 2, options)
+        self._peer = 1 - rank
+
+    @classmethod
+    def pair(cls) -> tuple[Callable[[], _End], Callable[[], _End]]:
+        """What makes each end, on its own thread: both wait for each other."""
+        store = HashStore()
+        return partial(cls, store, 0), partial(cls, store, 1)
+
+    def post_receive(self, message: int, like: torch.Tensor) -> _Posted:
+        arrived = torch.empty_like(like)  # fresh storage, as the transport has it
+        work: _Posted = self._group.recv([arrived], self._peer, message)
+        return work
+
+    def send(self, message: int, tensor: torch.Tensor) -> None:
+        self._group.send([tensor], self._peer, message).wait()
+
+    def close(self) -> None:
+        pass
+
+
+class _SharedEnd:
+    def __init__(self, connection: socket.socket, peer: int) -> None:
+        timeout_s = _TIMEOUT.total_seconds()
+        words = WordSocket(connection, peer=peer, timeout_s=timeout_s)
+        self._link = HostLink(words, backlogs=Backlogs(timeout_s=timeout_s))
+
+    def post_receive(self, message: int, like: torch.Tensor) -> _Posted:
+        return _SharedReceive(self._link, message, like)
+
+    def send(self, message: int, tensor: torch.Tensor) -> None:
+        self._link.send(0, message, (tensor,))
+
+    def close(self) -> None:
+        self._link.close()
+
+
+def _shared_ends() -> tuple[Callable[[], _End], Callable[[], _End]]:
+    """What makes each end of a connection, on its own thread."""
+    one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    return partial(_SharedEnd, one, 1), partial(_SharedEnd, other, 0)
+
+
+class _SharedReceive:
+    def __init__(self, link: HostLink, message: int, like: torch.Tensor) -> None:
+        self._link = link
+        self._message = message
+        self._like = like
+
+    def wait(self) -> object:
+        return self._link.receive(0, self._message, layout_of((self._like,)))
+
+
+def _wake_each_other(end: _End, rank: int) -> tuple[float, float]:
     """Seconds of a message one way to an end that slept, and CPU time of an end; the means."""
     tensor, other_data = torch.zeros(SIZES_BYTES[0] // 4), torch.zeros(OTHER_DATA_BYTES // 4)
     took: list[float] = []
     used: list[float] = []
     for index in range(_WAKES):
-        arrived = torch.empty_like(tensor)
-        receive = group.recv([arrived], 1 - rank, 2 * index + 1 - rank)
+        receive = end.post_receive(2 * index + 1 - rank, tensor)
         other_data.add_(1.0)  # as a worker computes between its messages
         if rank:
             receive.wait()
@@ -108,7 +191,7 @@ def _wake_each_other(group: Any, rank: int) -> tuple[float, float]:
         else:
             time.sleep(_PAUSE_S)  # so does the other
         own, began = time.thread_time(), time.perf_counter()
-        group.send([tensor], 1 - rank, 2 * index + rank).wait()
+        end.send(2 * index + rank, tensor)
         if not rank:
             receive.wait()
             took.append((time.perf_counter() - began - _PAUSE_S) / 2)
@@ -118,7 +201,7 @@ def _wake_each_other(group: Any, rank: int) -> tuple[float, float]:
 
 
 def _ping_pong(
-    group: Any,
+    end: _End,
     rank: int,
     sizes_bytes: Sequence[int],
     *,
@@ -134,13 +217,12 @@ def _ping_pong(
     for index in range(_ROUNDS * len(tensors)):
         size = index % len(tensors)
         before, own, began = time.process_time(), time.thread_time(), time.perf_counter()
-        arrived = torch.empty_like(tensors[size])  # fresh storage, as the transport has it
-        works = [group.recv([arrived], 1 - rank, 2 * index + 1 - rank)]
+        receive = end.post_receive(2 * index + 1 - rank, tensors[size])
         if rank:
-            works.pop().wait()
-        group.send([tensors[size]], 1 - rank, 2 * index + rank).wait()
-        for work in works:
-            work.wait()
+            receive.wait()
+        end.send(2 * index + rank, tensors[size])
+        if not rank:
+            receive.wait()
         took[size].append((time.perf_counter() - began) / 2)
         # Each round is two messages with two ends each, all in this process.
         used[size].append((time.process_time() - before) / 4)

@@ -30,13 +30,12 @@ from deepopt.datasets.batch_source import build_batch_source
 from deepopt.errors import DeepoptError, TrainingError, TransportError, WorkersLostError
 from deepopt.pipeline.emulated_clock import Overruns
 from deepopt.pipeline.lone_transport import LoneTransport
-from deepopt.pipeline.process_group import ProcessGroupTransport
 from deepopt.pipeline.spans import Span
 from deepopt.pipeline.step import PipelineStep
 from deepopt.pipeline.transport import Transport
 from deepopt.planner.plan import Plan
 from deepopt.schedule.ir import COMPUTE_OPS, Schedule
-from deepopt.worker.rendezvous import StoreServer, serve_store
+from deepopt.worker.rendezvous import StoreServer, serve_store, transport_of_group
 
 _LOOPBACK = "127.0.0.1"
 _GOODBYE_S = 10.0  # for a process to end by itself
@@ -294,7 +293,7 @@ def _serve(
 def _join(rank: int, num_ranks: int, port: int, timeout_s: float) -> Transport:
     if num_ranks == 1:
         return LoneTransport()
-    transport = ProcessGroupTransport(
+    transport = transport_of_group(
         rank=rank,
         world_size=num_ranks,
         device=torch.device("cpu"),

@@ -16,6 +16,7 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 from deepopt.errors import ClusterError, TransportError
 from deepopt.pipeline.lone_transport import LoneTransport
 from deepopt.pipeline.process_group import ProcessGroupTransport
+from deepopt.pipeline.same_host_transport import SameHostTransport
 from deepopt.pipeline.transport import Store, Transport
 from deepopt.worker.beats import BeatStore
 from deepopt.worker.messages import Assignment, Sender
@@ -75,12 +76,46 @@ def make_transport(assignment: Assignment, *, device: torch.device) -> Transport
     ):  # without it gloo looks the host's name up, which may be any address
         os.environ["GLOO_SOCKET_IFNAME"] = interface
         os.environ["NCCL_SOCKET_IFNAME"] = interface
-    return ProcessGroupTransport(
+    return transport_of_group(
         rank=assignment.sender.rank,
         world_size=assignment.plan.world_size,
         device=device,
         timeout_s=assignment.job.pipeline.timeout_s,
         form_timeout_s=assignment.job.faults.setup_timeout_s,
+        same_host=assignment.job.pipeline.same_host,
+    )
+
+
+def transport_of_group(
+    *,
+    rank: int,
+    world_size: int,
+    device: torch.device,
+    timeout_s: float,
+    form_timeout_s: float,
+    same_host: str = "shared_memory",
+) -> Transport:
+    """The transport of one of several workers, which has not joined its group yet.
+
+    Args:
+        rank: of the worker.
+        world_size: workers of the group.
+        device: where tensors live.
+        timeout_s: longest wait for a peer, in seconds.
+        form_timeout_s: longest forming of the group, in seconds.
+        same_host: `pipeline.same_host`; alike for all of the group.
+    """
+    sockets = ProcessGroupTransport(
+        rank=rank,
+        world_size=world_size,
+        device=device,
+        timeout_s=timeout_s,
+        form_timeout_s=form_timeout_s,
+    )
+    if same_host == "sockets":
+        return sockets
+    return SameHostTransport(
+        sockets, device=device, timeout_s=timeout_s, form_timeout_s=form_timeout_s
     )
 
 
