@@ -82,7 +82,7 @@ def group(
         lease_s=1.0,
     )
     monkeypatch.setattr(StartingActor, "made", [])
-    monkeypatch.setattr(made, "_actor_class", StartingActors())
+    monkeypatch.setattr(made._starter, "_actor_class", StartingActors())
     monkeypatch.setattr(ray, "kill", lambda actor, no_restart: actor.die())
     return made
 
@@ -164,8 +164,9 @@ def test_a_spare_that_ends_while_it_is_given_a_place_is_not_taken_for_a_living_w
     group: RayWorkerGroup, told: list[HeadEvent], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     group.keep_spares(1)
-    spares = Interrupted(group._spares, lambda: group.prepare(1, places=[0]))
-    monkeypatch.setattr(group, "_spares", spares)
+    waiting = group._waiting
+    spares = Interrupted(waiting._spares, lambda: group.prepare(1, places=[0]))
+    monkeypatch.setattr(waiting, "_spares", spares)
     spare = StartingActor.made[0]
     spare.die()
     spares.join()

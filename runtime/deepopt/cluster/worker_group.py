@@ -1,17 +1,13 @@
 """The worker group of a job on Ray actors: starts them, hears of their ends, kills them.
 
 Events go to a callback from Ray's own threads, so nothing is polled: a dead process is heard of in
-milliseconds. Workers are killed by pid with SIGKILL, by the agent on their host and here, because
-Ray's own kill is a message that a stopped process does not read.
+milliseconds. Processes that wait for a place are `waiting_workers`'s.
 """
 
 from __future__ import annotations
 
 import logging
-import signal
-import threading
 import time
-import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -19,10 +15,6 @@ from functools import partial
 from typing import Any
 
 from ray.exceptions import ActorUnschedulableError, RayActorError, RayError
-from ray.util.scheduling_strategies import (
-    NodeAffinitySchedulingStrategy,
-    PlacementGroupSchedulingStrategy,
-)
 
 import ray
 from deepopt.cluster.crash_log import read_crash
@@ -31,54 +23,31 @@ from deepopt.cluster.group import (
     AgentGone,
     ExportEnded,
     HeadEvent,
-    PlaceFound,
-    SpareGone,
     WorkerGone,
     WorkerUp,
     how_gone,
 )
 from deepopt.cluster.node_agents import NodeAgents
-from deepopt.cluster.process_table import Process, find_process
 from deepopt.cluster.slots import Slots
+from deepopt.cluster.waiting_workers import WaitingWorkers
+from deepopt.cluster.worker_process import WorkerProcess, when_answered
+from deepopt.cluster.worker_starter import WORKER_NAME, WorkerStarter
 from deepopt.config import JobConfig
 from deepopt.errors import ClusterError
 from deepopt.run_directory import RunDirectory
-from deepopt.worker.actor import REQUESTS, STAY, WorkerActor
 from deepopt.worker.adopted import Adopted, NewHead, Whereabouts
 from deepopt.worker.messages import Assignment
 
 logger = logging.getLogger(__name__)
 
-_ray: Any = ray  # its annotations are half there
-
-WORKER_NAME = "worker-"
 _POLL_S = 0.01
-_SPARE_TRIES = (
-    3  # starts of spares that fail in a row, each of seconds of CPU and a model's memory
-)
 _ADOPT_TIMEOUT_S = 5.0  # for a worker to answer a new head
-_AGENT_TIMEOUT_S = 5.0  # for an agent's answer; its host may be gone
-
-
-@dataclass(slots=True, kw_only=True)
-class _Worker:
-    actor: Any
-    log_size: int
-    place: int = 0
-    pid: int = 0
-    host: str = ""
-    process: Process | None = None  # on the head's host only
-    node_id: str = ""
-    agent: Any = None
-    ended: bool = False  # its actor is gone, says Ray
-    warm: bool = False  # of a spare: it has everything ready
-    waits: bool = False  # for a place; its end is then nobody's loss
 
 
 @dataclass(slots=True, kw_only=True)
 class _Members:
     generation: int
-    workers: list[_Worker]
+    workers: list[WorkerProcess]
     references: list[Any] = field(default_factory=list)
 
 
@@ -110,20 +79,17 @@ class RayWorkerGroup:
         self._run = run
         self._head = head
         self._tell = tell
-        self._stage_worker = stage_worker
-        self._job = job
         self._members = _Members(generation=0, workers=[])
-        # Ray tells of an end in a thread of its own, also while this very process is given a place.
-        self._waiting = threading.Lock()  # for the next two, and for `waits` of those in them
-        self._spares: list[_Worker] = []
-        self._seekers: dict[int, _Worker] = {}  # by place
-        self._num_spares_made = 0
-        self._spares_failed = 0  # in a row, and since the group formed
-        self._gpus: dict[int, tuple[str, ...]] = {}  # of each place
+        self._starter = WorkerStarter(slots, run_dir=run.root, stage_worker=stage_worker)
+        self._waiting = WaitingWorkers(
+            self._starter,
+            slots=slots,
+            run=run,
+            tell=tell,
+            # With layers where a process will need no device for them.
+            warm_up=lambda actor: actor.wait_as_spare.remote(job, head, not slots.use_gpus),
+        )
         self._agents = NodeAgents(head=head, lease_s=lease_s, lost=self._on_agent_gone)
-        # Ray unpickles a class by its import path: workers need deepopt, not this process.
-        as_actor: Any = ray.remote  # its annotations lack concurrency groups
-        self._actor_class = as_actor(concurrency_groups={REQUESTS: 1, STAY: 1})(WorkerActor)
 
     def prepare(
         self,
@@ -152,18 +118,12 @@ class RayWorkerGroup:
         before, kept = self._members.workers, kept or {}
         workers = []
         for rank, place in enumerate(places):
-            if rank in kept:
-                worker = before[kept[rank]]
-                worker.log_size = self._log_size(rank)
-                workers.append(worker)
-            else:
-                workers.append(
-                    self._take_seeker(place, rank)
-                    or self._take_spare(place, rank)
-                    or self._start(place, rank)
-                )
+            log_size = self._log_size(rank)
+            worker = before[kept[rank]] if rank in kept else self._waiting.take(place)
+            workers.append(worker or self._start(place, rank))
+            workers[-1].log_size = log_size
         self._members = members = _Members(generation=generation, workers=workers)
-        self._spares_failed = 0  # what was missing may be there now
+        self._waiting.try_again()  # what was missing may be there now
         for rank, worker in enumerate(workers):
             if worker.pid:  # it runs already
                 self._tell_up(members, rank)
@@ -179,23 +139,16 @@ class RayWorkerGroup:
     def keep_spares(self, count: int) -> None:
         """Begin to start processes that wait for a place, until there are so many; none where the last ones
         could not even start, before the next group forms."""
-        while len(self._spares) < count and self._spares_failed < _SPARE_TRIES:
-            self._start_spare()
+        self._waiting.keep_spares(count, is_first=self._is_first)
 
     def seek(self, places: Collection[int]) -> None:
         """Look for devices at places that have none: with a process each, that waits for one."""
-        with self._waiting:
-            gone = [self._seekers.pop(place) for place in self._seekers.keys() - set(places)]
-        for seeker in gone:
-            self._kill(seeker)
-        for place in places:
-            if place not in self._seekers:
-                self._start_seeker(place)
+        self._waiting.seek(places, is_first=self._is_first)
 
     @property
     def warm_spares(self) -> int:
         """Processes that can take a place at once."""
-        return sum(spare.warm for spare in list(self._spares))
+        return self._waiting.num_warm_spares
 
     def adopt(
         self, generation: int, *, places: Sequence[int], store: tuple[str, int]
@@ -223,7 +176,7 @@ class RayWorkerGroup:
                 list(calls), num_returns=len(calls), timeout=_ADOPT_TIMEOUT_S
             )
         found: dict[int, Adopted] = {}
-        workers = [_Worker(actor=None, log_size=0, ended=True, place=p) for p in places]
+        workers = [WorkerProcess(actor=None, ended=True, place=p) for p in places]
         for call, actor in calls.items():
             adopted = _answer(call) if call in answered else None
             sender = None if adopted is None else adopted.sender
@@ -231,7 +184,7 @@ class RayWorkerGroup:
                 ray.kill(actor, no_restart=True)
                 continue
             found[sender.rank] = adopted
-            workers[sender.rank] = _Worker(
+            workers[sender.rank] = WorkerProcess(
                 actor=actor, log_size=self._log_size(sender.rank), place=places[sender.rank]
             )
         self._members = members = _Members(generation=generation, workers=workers)
@@ -299,7 +252,7 @@ class RayWorkerGroup:
 
     def kill(self, rank: int) -> None:
         """Kill one worker."""
-        self._kill(self._members.workers[rank])
+        self._members.workers[rank].kill()
 
     def watch(self, rank: int) -> None:
         """Have the agent of its host watch a worker that is up."""
@@ -334,15 +287,13 @@ class RayWorkerGroup:
         until_s = time.monotonic() + timeout_s
         doomed = [w for rank, w in enumerate(self._members.workers) if rank not in but]
         if not but:
-            with self._waiting:
-                doomed += [*self._spares, *self._seekers.values()]
-                self._spares, self._seekers = [], {}
-        left = [worker for worker in doomed if not self._is_gone(worker)]
+            doomed += self._waiting.give_up()
+        left = [worker for worker in doomed if not worker.is_gone()]
         for worker in left:
-            self._kill(worker)
+            worker.kill()
         while left and time.monotonic() < until_s:
             time.sleep(_POLL_S)
-            left = [worker for worker in left if not self._is_gone(worker)]
+            left = [worker for worker in left if not worker.is_gone()]
         if left:
             pids = ", ".join(str(worker.pid or "unknown") for worker in left)
             raise ClusterError(
@@ -353,188 +304,19 @@ class RayWorkerGroup:
 
     # --- inside --------------------------------------------------------------------------
 
-    def _start(self, place: int, rank: int) -> _Worker:
-        log, gpus = self._run.rank_log(rank), self._gpus.get(place)
-        worker = _Worker(
-            actor=self._actor_class.options(**self._options(place, owns=gpus is None)).remote(
-                log=str(log), run_dir=str(self._run.root), stage_worker=self._stage_worker
-            ),
-            log_size=self._log_size(rank),
-            place=place,
+    @property
+    def _is_first(self) -> bool:
+        return not self._members.workers
+
+    def _start(self, place: int, rank: int) -> WorkerProcess:
+        actor = self._starter.start_worker(
+            place, log=self._run.rank_log(rank), is_first=self._is_first
         )
-        if gpus:
-            worker.actor.use_gpus.remote(gpus)
-        return worker
-
-    def _start_spare(self) -> None:
-        number = self._num_spares_made
-        self._num_spares_made += 1
-        place = number % len(self._slots.places)  # all hosts in turn
-        log = self._run.spare_log(number)
-        spare = _Worker(
-            actor=self._actor_class.options(**self._options(place, owns=False)).remote(
-                log=str(log),
-                run_dir=str(self._run.root),
-                stage_worker=self._stage_worker,
-            ),
-            log_size=0,
-            waits=True,
-        )
-        with self._waiting:
-            self._spares.append(spare)
-
-        def is_gone(error: BaseException) -> None:
-            with self._waiting:
-                if not spare.waits:
-                    return  # it is a worker by now: its work tells of its end
-                spare.ended = True  # who kills one without a process waits for this
-                if spare not in self._spares:
-                    return
-                self._spares.remove(spare)
-                if not spare.warm:
-                    self._spares_failed += 1
-                given_up = not spare.warm and self._spares_failed == _SPARE_TRIES
-            logger.warning("a spare is gone: %s", error)
-            if spare.warm:
-                self._tell(SpareGone())
-            elif given_up:
-                self._tell(
-                    SpareGone(
-                        given_up=f"{_SPARE_TRIES} spares in a row ended before they were ready; none is "
-                        f"started before the next group forms; the last one's log is {log}"
-                    )
-                )
-
-        self._watch(
-            self._members,
-            spare.actor.whereabouts.remote(),
-            lambda found: self._place(spare, found),
-            is_gone,
-        )
-
-        def is_warm(_: None) -> None:
-            spare.warm = True
-            self._spares_failed = 0
-
-        # An idle process that dies is told of by nothing but a call that is pending with it.
-        self._watch(self._members, spare.actor.stay.remote(), lambda _: None, is_gone)
-
-        self._watch(self._members, self._wait(spare.actor), is_warm, is_gone)
-
-    def _start_seeker(self, place: int) -> None:
-        number = self._num_spares_made
-        self._num_spares_made += 1
-        self._gpus.pop(place, None)  # of a host that may have come back: Ray gives it others
-        seeker = _Worker(
-            actor=self._actor_class.options(**self._options(place)).remote(
-                log=str(self._run.spare_log(number)),
-                run_dir=str(self._run.root),
-                stage_worker=self._stage_worker,
-            ),
-            log_size=0,
-            place=place,
-            waits=True,
-        )
-        with self._waiting:
-            self._seekers[place] = seeker
-
-        def is_gone(error: BaseException) -> None:
-            with self._waiting:
-                if not seeker.waits:
-                    return
-                seeker.ended = True
-                if self._seekers.get(place) is not seeker:
-                    return
-                del self._seekers[place]
-            logger.info("nothing at place %d: %s", place, str(error).strip())
-            self._tell(PlaceFound(place=place, is_there=False))
-
-        def is_up(found: Whereabouts) -> None:
-            self._place(seeker, found)
-            if found.gpus:
-                self._gpus[place] = found.gpus
-
-        def is_warm(_: None) -> None:
-            seeker.warm = True
-            if self._seekers.get(place) is seeker:
-                self._tell(PlaceFound(place=place, is_there=True))
-
-        self._watch(self._members, seeker.actor.whereabouts.remote(), is_up, is_gone)
-        self._watch(self._members, self._wait(seeker.actor), is_warm, is_gone)
-
-    def _wait(self, actor: Any) -> Any:
-        """Have a process get ready; with layers where it will need no device for them."""
-        return actor.wait_as_spare.remote(self._job, self._head, not self._slots.use_gpus)
-
-    def _take_seeker(self, place: int, rank: int) -> _Worker | None:
-        """The process that waits at a place; None while it has no device."""
-        with self._waiting:
-            seeker = self._seekers.get(place)
-            if seeker is None or not seeker.pid:
-                return None
-            seeker.waits = False
-            del self._seekers[place]
-        seeker.log_size = self._log_size(rank)
-        return seeker
-
-    def _take_spare(self, place: int, rank: int) -> _Worker | None:
-        """A spare for a place, the readiest; on the host of its GPU, if it has one."""
-        host = self._slots.places[place].node_id
-        with self._waiting:
-            fitting = [
-                spare
-                for spare in self._spares
-                if host is None or spare.node_id == host or not self._slots.use_gpus
-            ]
-            if not fitting:
-                return None
-            spare = min(fitting, key=lambda s: (not s.warm, not s.pid))
-            spare.waits = False
-            self._spares.remove(spare)
-        spare.log_size, spare.place = self._log_size(rank), place
-        if gpus := self._gpus.get(place):
-            spare.actor.use_gpus.remote(gpus)
-        return spare
+        return WorkerProcess(actor=actor, place=place)
 
     def _log_size(self, rank: int) -> int:
         log = self._run.rank_log(rank)
         return log.stat().st_size if log.exists() else 0
-
-    def _options(self, index: int, *, owns: bool = True) -> dict[str, Any]:
-        """Of an actor for a place; one that does not own it is given what another had."""
-        slots, place = self._slots, self._slots.places[index]
-        options: dict[str, Any] = {
-            # Detached: it lives on when this head dies, and the next one finds it by its name.
-            "name": f"{WORKER_NAME}{uuid.uuid4().hex}",
-            "lifetime": "detached",
-            "num_cpus": int(owns and not slots.use_gpus),
-            "num_gpus": int(owns and slots.use_gpus),
-            "max_restarts": 0,  # the head restarts; so a death is heard of at once
-            "max_task_retries": 0,
-        }
-        if place.bundle_index is not None:
-            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
-                placement_group=slots.placement_group,
-                placement_group_bundle_index=place.bundle_index,
-            )
-        elif place.node_id is not None:
-            is_first = not self._members.workers
-            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(
-                node_id=place.node_id if is_first else self._living_node(place.node_id),
-                soft=False,
-            )
-        if slots.worker_environment:
-            options["runtime_env"] = {"env_vars": dict(slots.worker_environment)}
-        return options
-
-    def _living_node(self, node_id: str) -> str:
-        """The id that a host has now: it has another one when its Ray was started again."""
-        nodes: list[Any] = _ray.nodes()
-        address = next((n["NodeManagerAddress"] for n in nodes if n["NodeID"] == node_id), None)
-        living = [
-            n["NodeID"] for n in nodes if n["Alive"] and n["NodeManagerAddress"] == address
-        ]
-        return node_id if node_id in living or not living else str(living[-1])
 
     def _watch(
         self,
@@ -544,30 +326,13 @@ class RayWorkerGroup:
         failed: Callable[[BaseException], None],
     ) -> None:
         members.references.append(reference)
-
-        def settle(future: Any) -> None:
-            try:
-                error = future.exception()
-                if error is None:
-                    done(future.result())
-                else:
-                    failed(error)
-            except Exception:  # Ray would swallow it
-                logger.exception("an answer of a worker could not be taken")
-
-        reference.future().add_done_callback(settle)
+        when_answered(reference, done=done, failed=failed)
 
     def _on_up(self, members: _Members, rank: int, found: Whereabouts) -> None:
-        self._place(members.workers[rank], found)
-        if found.gpus:
-            self._gpus[members.workers[rank].place] = found.gpus
+        worker = members.workers[rank]
+        worker.note(found, head_node_id=self._slots.head_node_id)
+        self._starter.note_gpus(worker.place, found.gpus)
         self._tell_up(members, rank)
-
-    def _place(self, worker: _Worker, found: Whereabouts) -> None:
-        worker.host, worker.node_id = found.host, found.node_id
-        if found.node_id == self._slots.head_node_id:
-            worker.process = find_process(found.pid)
-        worker.pid = found.pid  # last: it says that the others are there
 
     def _tell_up(self, members: _Members, rank: int) -> None:
         worker = members.workers[rank]
@@ -611,24 +376,6 @@ class RayWorkerGroup:
         for worker in self._members.workers:
             if not worker.ended:
                 self._members.references.append(worker.actor.request.remote(what))
-
-    def _kill(self, worker: _Worker) -> None:
-        if worker.agent is not None:
-            worker.agent.kill.remote([worker.pid])
-        if worker.process is not None:  # the agent may be gone
-            worker.process.send(signal.SIGKILL)
-        ray.kill(worker.actor, no_restart=True)
-
-    def _is_gone(self, worker: _Worker) -> bool:
-        if worker.process is not None:
-            return not worker.process.is_alive()
-        if worker.agent is not None and not worker.ended:
-            try:
-                living = ray.get(worker.agent.living.remote(), timeout=_AGENT_TIMEOUT_S)
-            except RayError:  # the agent is gone, and its host with it, or silent
-                return worker.ended
-            return worker.pid not in living
-        return worker.ended
 
 
 def _answer(call: Any) -> Any:
