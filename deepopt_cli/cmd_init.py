@@ -28,6 +28,10 @@ def init(
         with path.open("x", encoding="utf-8") as file:
             file.write(init_template())
     except FileExistsError:
+        if path.is_dir():
+            raise InputError(
+                f"{path} is a folder", remedy=f"deepopt init {path / 'job.yaml'}"
+            ) from None
         raise InputError(
             f"{path} exists and is not overwritten",
             remedy=f"give another name, for example: deepopt init {path.with_stem(path.stem + '-2')}",

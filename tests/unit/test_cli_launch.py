@@ -593,6 +593,13 @@ def test_init_writes_a_job_file_that_launches_and_never_overwrites(here: Path) -
     assert "folder nowhere does not exist" in deepopt("init", "nowhere/job.yaml").stderr
 
 
+def test_init_into_a_folder_says_which_file_it_would_be(here: Path) -> None:
+    (here / "jobs").mkdir()
+    result = deepopt("init", "jobs")
+    assert result.exit_code == 1
+    assert result.stderr == "error: jobs is a folder\n\nhint: deepopt init jobs/job.yaml\n"
+
+
 def test_schema_is_a_json_schema_of_the_job() -> None:
     shown = json.loads(deepopt("schema").stdout)
     assert "training" in shown["properties"]

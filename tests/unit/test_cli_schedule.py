@@ -288,6 +288,14 @@ def test_a_wrong_order_is_refused_with_reason_and_drawing(
     assert result.stdout == ""
 
 
+def test_a_job_file_in_the_place_of_an_order_is_refused_with_the_way_to_one() -> None:
+    Path("job.yaml").write_text("training: {steps: 3}\n")
+    result = deepopt("verify", "job.yaml")
+    assert result.exit_code == 1
+    assert "job.yaml is a YAML file, not an order" in result.stderr
+    assert "hint: deepopt schedule show job.yaml --csv order.csv" in result.stderr
+
+
 def test_garbage_is_refused_with_file_and_line() -> None:
     Path("bytes.csv").write_bytes(b"\xff\xfe\x00garbage")
     Path("words.csv").write_text("0F0,0B0\nhello,world\n")

@@ -175,6 +175,12 @@ def test_what_is_no_plan_is_refused(text: str) -> None:
         read_plan_file(text, source="plan.yaml")
 
 
+def test_a_job_file_in_the_place_of_a_plan_is_called_so() -> None:
+    with pytest.raises(PlanError, match=r"job\.yaml:1: this is no plan file") as caught:
+        read_plan_file("training: {steps: 3}\n", source="job.yaml")
+    assert "deepopt profile JOB.yaml -o plan.yaml" in caught.value.remedy
+
+
 # What a plan fits. ---------------------------------------------------------------------------------
 
 

@@ -51,6 +51,11 @@ def read_order(path: Path) -> Order:
         ) from None
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
+    if path.suffix in (".yaml", ".yml"):
+        raise InputError(
+            f"{path} is a YAML file, not an order in torch's CSV format",
+            remedy=f"deepopt schedule show {path} --csv order.csv writes the order of a job file",
+        )
     return Order(
         schedule=from_csv(text, name=path.stem, source=str(path)),
         lowered=transfers_from_csv(text, source=str(path)),

@@ -215,6 +215,11 @@ def _first_problem(error: ValidationError, document: Document, *, source: str) -
     detail = error.errors(include_url=False)[0]
     path = tuple(detail["loc"])
     context: Mapping[str, Any] = detail.get("ctx", {})
+    if path == ("format",) and detail["type"] == "missing":
+        return PlanError(
+            f"{source}:1: this is no plan file: it has no key `format`",
+            remedy="`deepopt profile JOB.yaml -o plan.yaml` writes one",
+        )
     what = str(context.get("message") or detail["msg"])
     if detail["type"] == "extra_forbidden":
         what = "unknown key"
