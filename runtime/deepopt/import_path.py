@@ -20,6 +20,8 @@ from deepopt.errors import InputError
 
 IMPORT_PATH_REMEDY = 'write "package.module:name", for example "my_project.model:build"'
 
+_MOST_NAMED = 12  # attributes in a hint
+
 _NAME = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*"
 _IMPORT_PATH = re.compile(rf"({_NAME}):({_NAME})")
 
@@ -133,10 +135,14 @@ def _suggest_attribute(owner: object, name: str) -> str:
     close = difflib.get_close_matches(name, public, n=1)
     if close:
         return f"did you mean {close[0]!r}?"
-    own = [
+    # What a package offers is defined in its modules: only `__all__` tells it from what it imports.
+    offered = getattr(owner, "__all__", None) or [
         known
         for known in public
         if getattr(getattr(owner, known, None), "__module__", None)
         == getattr(owner, "__name__", "")
     ]
-    return f"it has {', '.join(own[:8])}" if own else "check the spelling"
+    more = ", ..." if len(offered) > _MOST_NAMED else ""
+    return (
+        f"it has {', '.join(offered[:_MOST_NAMED])}{more}" if offered else "check the spelling"
+    )

@@ -68,6 +68,13 @@ def test_an_attribute_like_no_other_lists_what_there_is(package: Path) -> None:
     assert failure("some_user.model:zzz").remedy == "it has Net, build"
 
 
+def test_what_a_package_offers_from_its_modules_is_listed(package: Path) -> None:
+    (package / "__init__.py").write_text(
+        "from some_user.model import Net, build\n__all__ = ['Net', 'build']\n"
+    )
+    assert failure("some_user:zzzz").remedy == "it has Net, build"
+
+
 def test_a_misspelt_module_is_suggested(package: Path) -> None:
     error = failure("some_user.modle:build")
     assert "there is no module 'some_user.modle'" in error.message
