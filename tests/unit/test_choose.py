@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepopt.planner.choose import candidates, evaluate
+from deepopt.errors import PlanError
+from deepopt.planner.choose import candidates, compare, evaluate
 from deepopt.planner.outcome import SEARCHED, Candidate, Misfit, Outcome
 from deepopt.planner.shapes import SHAPES, Shape
 from deepopt.planner.sketch import Pipeline, layers_of_ops, two_groups
@@ -43,6 +44,19 @@ def test_every_builder_is_a_candidate_on_some_placement() -> None:
     assert not any(
         c.schedule == SEARCHED for c in candidates(4, most_stages_per_rank=2, with_search=False)
     )
+
+
+def test_a_reason_that_holds_for_every_candidate_is_said_once() -> None:
+    pipeline = sketch(2, 4)
+    sizes = (5.0,) * pipeline.layers.num_layers
+    layers = replace(
+        pipeline.layers, state_bytes=sizes, activation_bytes=sizes, memory_bytes=(4.0, 4.0)
+    )
+    tried = candidates(2, most_stages_per_rank=1, with_search=True)
+    with pytest.raises(PlanError) as error:
+        compare(replace(pipeline, layers=layers), tried=tried, effort=EFFORT)
+    assert error.value.message.startswith("no placement fits: line, ")
+    assert error.value.message.count("alone takes") == 1
 
 
 def test_one_rank_has_no_mirror() -> None:

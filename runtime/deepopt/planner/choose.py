@@ -154,9 +154,12 @@ def compare(
             if isinstance(again, Outcome) and again.preference < before.preference:
                 found[place] = candidate, again
     if not found:
-        reasons = "; ".join(f"{candidate.shape}: {reason}" for candidate, reason in left_out)
+        shapes: dict[str, list[str]] = {}  # a layer that fits nowhere fits none of them
+        for candidate, reason in left_out:
+            shapes.setdefault(reason, []).append(f"{candidate.shape}")
+        reasons = (f"{', '.join(dict.fromkeys(own))}: {why}" for why, own in shapes.items())
         raise PlanError(
-            f"no placement fits: {reasons}",
+            f"no placement fits: {'; '.join(reasons)}",
             remedy="use smaller micro-batches, more memory or ranks, or pipeline.recompute full, or "
             "name another pipeline.placement",
         )
