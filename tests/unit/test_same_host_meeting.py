@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import threading
 from collections.abc import Callable
@@ -117,6 +118,17 @@ def test_where_one_end_does_not_reach_the_other_both_go_without() -> None:
     found = meet([HERE] * 3, announced=hide)
     assert partners(found) == [[2], [2], [0, 1]]
     leave(found)
+
+
+def test_where_no_memory_can_be_shared_workers_go_without(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(name: str, flags: int) -> int:
+        raise PermissionError(f"{name} is not allowed")
+
+    monkeypatch.setattr(os, "memfd_create", refuse)
+    assert partners(meet([HERE] * 2)) == [[], []]
+    assert "no memory is shared with workers of this host: deepopt-tensors" in caplog.text
 
 
 def test_a_stranger_is_not_taken_for_a_peer() -> None:

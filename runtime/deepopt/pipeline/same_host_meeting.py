@@ -8,6 +8,7 @@ no other process is taken for a peer; the kernel says whose the process at the o
 from __future__ import annotations
 
 import json
+import logging
 import os
 import secrets
 import socket
@@ -20,8 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from deepopt.errors import TransportError
+from deepopt.pipeline.same_host_memory import new_slot
 from deepopt.pipeline.same_host_socket import limit_waits
 from deepopt.pipeline.transport import Store
+
+logger = logging.getLogger(__name__)
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _NETWORK = Path("/proc/self/ns/net")
@@ -103,10 +107,13 @@ class Meeting:
             name = f"deepopt-{secrets.token_hex(8)}"
             listener = self._adopt(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
             try:
+                _, descriptor = new_slot(0, number=0)  # some sandboxes refuse such memory
+                os.close(descriptor)
                 listener.bind(f"\0{name}")  # no file: gone with the process
                 listener.listen(self._num_lines * self._world_size)
                 self._listener = listener
-            except OSError:
+            except OSError as error:
+                logger.warning("no memory is shared with workers of this host: %s", error)
                 listener.close()
                 name = ""
         place = asdict(self._place) if self._place is not None else None
@@ -137,9 +144,10 @@ class Meeting:
         ]
         found: dict[int, list[socket.socket]] = {}
         for rank in (rank for rank in near if rank > self._rank):
-            lines = self._call(told[rank])
-            if lines is not None:
-                found[rank] = lines
+            try:
+                found[rank] = self._call(told[rank])
+            except OSError as error:
+                logger.warning("rank %d of this host goes by other sockets: %s", rank, error)
         store.set(f"same-host-reached/{self._rank}", json.dumps(sorted(found)))
         reached = [json.loads(text) for text in self._gather(store, "same-host-reached")]
         callers = [rank for rank in near if rank < self._rank and self._rank in reached[rank]]
@@ -155,8 +163,8 @@ class Meeting:
         found: list[bytes] = store.multi_get([f"{what}/{r}" for r in range(self._world_size)])
         return found
 
-    def _call(self, other: dict[str, Any]) -> list[socket.socket] | None:
-        """Connections to a worker; None where it cannot be reached. It need not listen yet."""
+    def _call(self, other: dict[str, Any]) -> list[socket.socket]:
+        """Connections to a worker, which need not be accepted yet; OSError where it cannot be reached."""
         lines = []
         try:
             for number in range(self._num_lines):
@@ -170,7 +178,7 @@ class Meeting:
         except OSError:
             for line in lines:
                 line.close()
-            return None
+            raise
         return lines
 
     def _answer(self, callers: Sequence[int]) -> dict[int, list[socket.socket]]:

@@ -5,6 +5,7 @@ What has no such way goes on the transport within: to other hosts, and between G
 
 from __future__ import annotations
 
+import logging
 import socket
 import threading
 from collections.abc import Iterable, Sequence
@@ -29,6 +30,8 @@ from deepopt.pipeline.transport import (
     TensorSpec,
     Transport,
 )
+
+logger = logging.getLogger(__name__)
 
 _EXCHANGE = len(Kind)  # the kind of the messages of an exchange: none of a channel's
 MOST_RANKS_OF_EXCHANGE = 16  # each sends to all others; gloo needs fewer messages
@@ -262,6 +265,9 @@ class SameHostTransport:
                 for words in rest:
                     self._links[rank] = link = HostLink(words, backlogs=self._backlogs)
                     self._open.append(link)
+        if found:
+            ranks = ", ".join(map(str, sorted(found)))
+            logger.info("ranks reached through shared memory: %s", ranks)
         self._exchanges_here = (
             self._is_on_cpu and len(found) == self.world_size - 1 < MOST_RANKS_OF_EXCHANGE
         )
