@@ -86,3 +86,10 @@ def not_a_module() -> int:
 def frozen() -> torch.nn.Module:
     """Nothing in it can be trained."""
     return sequential().requires_grad_(False)
+
+
+def half_frozen() -> torch.nn.Module:
+    """Of its first layer nothing is trained."""
+    model = sequential()
+    model[0].requires_grad_(False)
+    return model

@@ -19,6 +19,7 @@ from deepopt_cli.app import app
 MODEL = (
     "model.kwargs={num_blocks: 6, d_model: 32, num_heads: 2, expert_hidden: 16, num_experts: 4}"
 )
+HUGE = "num_blocks: 2, d_model: 65536, num_heads: 64"
 RATES = Rates(flops=1e9, bytes_per_s=1e18)  # arithmetic alone counts
 
 
@@ -131,3 +132,19 @@ def test_what_cannot_be_counted_is_refused(
     assert result.exit_code == 1
     assert words in " ".join(result.output.split())
     assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        (f"{HUGE}, num_dense_layers: 2", "layer 1 alone takes 276.85 GB with one micro-batch"),
+        (HUGE, "17,293,770,752 parameters it is not run on this CPU with random values"),
+    ],
+)
+def test_a_layer_larger_than_the_memory_here_is_counted_or_refused(
+    tmp_path: Path, kwargs: str, words: str
+) -> None:
+    options = ["--devices", "2xA100", "--set", f"model.kwargs={{{kwargs}}}"]
+    result = CliRunner().invoke(app, ["profile", "-o", str(tmp_path / "plan.yaml"), *options])
+    assert result.exit_code == 1
+    assert " ".join(result.output.split()).count(words) == 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from deepopt.config import JobConfig
+from deepopt.config import JobConfig, PrecisionConfig
 from deepopt.convert import build_chain, build_layers, describe
 from deepopt.errors import InputError
 
@@ -92,6 +92,24 @@ def test_the_seed_changes_the_values() -> None:
     (a,), _ = build_layers(job, [0], device=CPU)
     (b,), _ = build_layers(other, [0], device=CPU)
     assert not torch.equal(*(next(iter(x.parameters.values())) for x in (a, b)))
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        make_job(num_blocks=1, d_model=2**16, num_heads=64),  # 275 GB
+        make_job("support.models:Tied"),
+        make_job("support.models:half_frozen").model_copy(
+            update={"precision": PrecisionConfig(dtype="bfloat16")}
+        ),
+    ],
+    ids=["initialises layer by layer", "recorded, tied", "frozen, bfloat16"],
+)
+def test_layers_without_memory_are_built_without_any(job: JobConfig) -> None:
+    indices = range(len(describe(job).layers))
+    layers, _ = build_layers(job, indices, device=torch.device("meta"))
+    for layer in layers:
+        assert all(p.is_meta for p in [*layer.parameters.values(), *layer.frozen.values()])
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -54,6 +56,27 @@ def test_a_device_that_is_gone_or_broken_is_not_the_workers_own_error(
 def test_what_the_model_does_wrong_is_its_own_error_on_any_device(error: Exception) -> None:
     assert kind_of(error) == "error"
     assert kind_of(error, is_set_up=False) == "setup"
+
+
+def _allocate_too_much() -> None:
+    torch.empty(2**60, dtype=torch.uint8)
+
+
+def _multiply_other_shapes() -> None:
+    torch.ones(2, 3) @ torch.ones(2, 3)
+
+
+@pytest.mark.parametrize(
+    ("does", "told"), [(_allocate_too_much, True), (_multiply_other_shapes, False)]
+)
+def test_who_runs_out_of_memory_is_told_what_takes_less(
+    does: Callable[[], None], told: bool
+) -> None:
+    with pytest.raises(RuntimeError) as caught:
+        does()
+    failure = describe_failure(caught.value, beat=BEAT, is_set_up=True, standing=None)
+    assert failure.exit_code == 5
+    assert ("training.microbatch_size" in failure.remedy) is told
 
 
 def test_a_broken_link_is_a_peers() -> None:

@@ -84,7 +84,8 @@ def build_layers(
     Args:
         job: model, seed and precision.
         indices: which layers of the chain.
-        device: where they shall live.
+        device: where they shall live; `meta`: no value is made, so that a layer may be larger than this
+            host's memory.
 
     Returns:
         The layers in the order asked for, and the loss. Tied weights are parameters of their
@@ -96,7 +97,10 @@ def build_layers(
     meta = build_chain(job, device="meta")
     if fp8_weights(meta.model):
         check_device(device)
-    if getattr(meta.model, "deepopt_layerwise_init", False):
+    if device.type == "meta":
+        chain = meta
+        modules = {i: own_module(meta, i) for i in indices}
+    elif getattr(meta.model, "deepopt_layerwise_init", False):
         chain = meta
         modules = {i: _initialise(meta, i, job.training.seed, device) for i in indices}
         for i in indices:
@@ -279,7 +283,8 @@ def _make_layer(chain: Chain, index: int, module: torch.nn.Module, job: JobConfi
     if job.precision.dtype == "bfloat16":
         for local, parameter in module.named_parameters():
             if not parameter.requires_grad and parameter.dtype.itemsize > 2:
-                frozen[layer.names[local]] = parameter.detach().cpu()
+                value = parameter.detach()
+                frozen[layer.names[local]] = value if value.is_meta else value.cpu()
             # Buffers keep their type: tables of angles need it.
             parameter.data = parameter.data.to(torch.bfloat16)
     parameters = {layer.names[local]: p for local, p in module.named_parameters()}

@@ -305,8 +305,15 @@ def _count_one(
             )
             return replace(trial, outputs=outputs), failed is not None
     text = str(failed).partition(". ")[0]
+    size = sum(p.numel for p in shapes)
+    too_large = (
+        f"; with its {size:,} parameters it is not run on this CPU with random values, as layers of up to "
+        f"{MOST_PARAMETERS:,} are"
+        if size > MOST_PARAMETERS
+        else ""
+    )
     raise PlanError(
-        f"layer {name} cannot be counted without values: {type(failed).__name__}: {text}",
+        f"layer {name} cannot be counted without values: {type(failed).__name__}: {text}{too_large}",
         remedy="measure it on a device: deepopt profile without --devices",
     ) from failed
 

@@ -36,7 +36,7 @@ def describe_failure(
         message, remedy, exit_code = error.message, error.remedy, error.exit_code
     else:
         message, exit_code = f"{type(error).__name__}: {error}", 5
-        if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        if _is_out_of_memory(error):
             remedy = (
                 "set pipeline.recompute to full, lower training.microbatch_size, "
                 "or use more workers"
@@ -54,3 +54,9 @@ def describe_failure(
         host=socket.gethostname(),
         standing=standing,
     )
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # torch has a class for it on GPUs alone; its allocator on CPUs raises a RuntimeError with these words.
+    on_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return on_cpu or isinstance(error, torch.OutOfMemoryError | MemoryError)
