@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from deepopt.cluster import forked_worker
-from deepopt.cluster.fork_server import load
+from deepopt.cluster.fork_server import load, open_gpus
 from deepopt.cluster.forked_worker import (
     FOLDER_VARIABLE,
     SOCKET_NAME,
@@ -196,6 +196,14 @@ def test_the_server_of_a_host_has_torch_and_ray_and_ends_with_who_started_it(
     _wait_for_end(pid, pidfd)
     os.close(pidfd)
     assert {"torch", "ray", "deepopt.worker.stage_worker", "deepopt.head.actor"} <= set(loaded)
+
+
+def test_a_process_that_has_opened_a_gpu_is_known(tmp_path: Path) -> None:
+    targets = ["/dev/null", "pipe:[7]", "/dev/nvidia0", "/dev/nvidiactl", "/home/dev/nvidia"]
+    for number, target in enumerate(targets):
+        (tmp_path / str(number)).symlink_to(target)
+    assert open_gpus(tmp_path) == ["/dev/nvidia0", "/dev/nvidiactl"]
+    assert open_gpus() == []
 
 
 def test_a_process_with_threads_is_not_served_from() -> None:

@@ -52,6 +52,7 @@ _NO_JOB = "f" * 8  # as Ray writes it; a worker without a job takes that of its 
 LOG_NAME = "fork-server.log"
 REAP_AFTER_S = 0.5  # who watches a process by a pidfd may want to read how it ended
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_GPU_FILES = ("/dev/nvidia", "/dev/kfd", "/dev/dri/")  # CUDA, ROCm
 _BACKLOG = 128
 _MANY_BYTES = 4096
 REQUEST_TIMEOUT_S = 5.0  # for the parts of a request to follow each other
@@ -209,12 +210,26 @@ def load(modules: Sequence[str]) -> None:
     threads = len(list(Path("/proc/self/task").iterdir()))
     if threads > 1:
         raise RuntimeError(f"{threads} threads run after the imports")
-    torch: Any = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        raise RuntimeError("a GPU is in use after the imports")
+    if devices := open_gpus():
+        raise RuntimeError(f"{devices[0]} is open after the imports")
     # Collections need not look at what is imported, and would copy its pages.
     gc.collect()
     gc.freeze()
+
+
+def open_gpus(descriptors: Path = Path("/proc/self/fd")) -> list[str]:
+    """GPUs that this process has opened: who only counts them has, and CUDA works in no fork of it.
+
+    Args:
+        descriptors: folder of links to what is open.
+    """
+    found = []
+    for link in descriptors.iterdir():
+        with suppress(OSError):  # that of the folder itself is closed by now
+            name = str(link.readlink())
+            if name.startswith(_GPU_FILES):
+                found.append(name)
+    return sorted(found)
 
 
 def _end_with(parent: int) -> None:
