@@ -9,6 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from deepopt.convert.loss import default_loss
 from deepopt.errors import PlanError
 from deepopt.pipeline.stage import Layer
 from deepopt.planner.hardware import ACCELERATORS
@@ -45,6 +46,34 @@ def test_a_matrix_costs_the_same_product_three_times() -> None:
 
 def test_inputs_without_gradient_cost_none() -> None:
     assert count_layer(linear(), inputs(requires_grad=False), rates=RATES).input_s == 0
+
+
+class Answers(torch.nn.Module):
+    """The last layer of a model that returns its logits by name, as those of `transformers` do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(32, 64, bias=False, device="meta")
+
+    def forward(self, x: torch.Tensor) -> tuple[dict[str, torch.Tensor]]:
+        return ({"logits": self.linear(x)},)
+
+
+def test_the_loss_of_logits_that_have_a_name_is_counted() -> None:
+    module = Answers()
+    layer = Layer(
+        index=0, name="head", module=module, parameters=dict(module.named_parameters())
+    )
+    targets = torch.empty(8, dtype=torch.long, device="meta")
+    trial = count_layer(
+        layer, inputs(requires_grad=True), rates=RATES, loss=default_loss, targets=targets
+    )
+    assert [out.shape for out in trial.outputs] == [torch.Size([])]
+    assert trial.weight_s == pytest.approx(linear_trial_s(), rel=0.01)
+
+
+def linear_trial_s() -> float:
+    return count_layer(linear(), inputs(requires_grad=True), rates=RATES).weight_s
 
 
 def test_traffic_counts_where_it_takes_longer_and_views_move_nothing() -> None:

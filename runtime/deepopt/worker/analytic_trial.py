@@ -180,9 +180,9 @@ def count_layer(
     hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
     with OperationCounter(rates) as forward, hooks:
         result = layer.module(*leaves)
-        if loss is not None and targets is not None:
-            result = loss(result, targets)
         outputs: Tensors = (result,) if isinstance(result, torch.Tensor) else tuple(result)
+        if loss is not None and targets is not None:  # of what the model returns, as in a step
+            outputs = (loss(outputs[0], targets),)
     roots = [out for out in outputs if out.requires_grad]
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
     trained = [*layer.trainable.values()]
