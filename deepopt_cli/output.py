@@ -7,6 +7,7 @@ lies. This module needs nothing but the standard library and typer, so that `--h
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import math
@@ -26,6 +27,15 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE, as shells have it
 EXIT_ERROR = 1
 TRACEBACK_VARIABLE = "DEEPOPT_TRACEBACK"
+# What to do about a file that cannot be read or written, where a command has no better words.
+FILE_REMEDIES = {
+    errno.ENOENT: "check the path: the file, or the folder it shall be in, is not there",
+    errno.EACCES: "check who may read and write there, or name another path",
+    errno.EROFS: "name a path on a disk that can be written",
+    errno.ENOSPC: "make room on that disk, or name a path on another one",
+    errno.EISDIR: "name a file, not a folder",
+    errno.ENOTDIR: "check the path: a part of it is a file, not a folder",
+}
 
 
 def say(text: str = "") -> None:
@@ -116,7 +126,8 @@ def _report(error: Exception) -> int:
         show_error(message, remedy=getattr(error, "remedy", ""))
         return exit_code
     if isinstance(error, OSError) and error.filename is not None:
-        show_error(f"{error.filename}: {error.strerror}")
+        remedy = FILE_REMEDIES.get(error.errno or 0, "")
+        show_error(f"{error.filename}: {error.strerror}", remedy=remedy)
         return EXIT_ERROR
     if isinstance(error, ImportError) and (error.name or "").split(".")[0] == "deepopt":
         from deepopt_cli.distributions import explain_shadow

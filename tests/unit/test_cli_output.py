@@ -95,7 +95,10 @@ def test_a_refused_file_is_named_without_a_traceback(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert run_failing(PermissionError(13, "Permission denied", "/root/x")) == 1
-    assert capsys.readouterr().err == "error: /root/x: Permission denied\n"
+    assert capsys.readouterr().err == (
+        "error: /root/x: Permission denied\n\n"
+        "hint: check who may read and write there, or name another path\n"
+    )
 
 
 def test_a_bug_is_one_line_and_its_traceback_is_kept_in_a_file(

@@ -58,9 +58,30 @@ def test_new_weights_of_a_known_name_differ_and_its_configuration_can_be_changed
         ({"config": {"model_type": "gpt22"}}, "knows no 'gpt22'"),
         ({"name": "/no/such/folder"}, "cannot load '/no/such/folder'"),
         ({"config": SMALL, "auto_class": "AutoModelForChess"}, "has no 'AutoModelForChess'"),
+        ({"config": {**SMALL, "n_layers": 2}}, "GPT2Config has no 'n_layers'"),
     ],
 )
 def test_what_does_not_exist_is_named(arguments: dict[str, Any], message: str) -> None:
     assert transformers_models.VOCABULARY
     with pytest.raises(InputError, match=message):
         build(**arguments)
+
+
+def test_a_misspelt_entry_is_found_where_the_rest_comes_from_a_name(tmp_path: Path) -> None:
+    build(config=SMALL).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="GPT2Config has no 'n_heads'") as caught:
+        build(name=str(tmp_path), config={"n_heads": 1}, pretrained=False)
+    assert caught.value.remedy == "did you mean n_head?"
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"hidden_size": 32},  # another name of n_embd
+        {"rope_theta": 1e4},  # of older versions, in others
+        {"output_attentions": False},  # a property
+        {"attn_pdrop": 0.0, "torch_dtype": "float32", "my_own_note": "kept"},
+    ],
+)
+def test_entries_that_are_no_slip_are_left_to_the_library(entries: dict[str, Any]) -> None:
+    assert build(config={**SMALL, **entries}) is not None

@@ -9,12 +9,16 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from deepopt.errors import InputError
+
+_MISSPELT = 0.85  # likeness: one wrong letter in six
 
 
 def build(
@@ -71,9 +75,11 @@ def build(
 def _settings(transformers: Any, name: str | None, changes: dict[str, Any]) -> Any:
     if name is not None:
         try:
-            return transformers.AutoConfig.from_pretrained(name, **changes)
+            found = transformers.AutoConfig.from_pretrained(name, **changes)
         except (OSError, ValueError) as error:
             raise _not_found(name, error) from error
+        _refuse_misspelt(changes, kind=type(found))
+        return found
     model_type = changes.pop("model_type", None)
     if model_type is None:
         raise InputError(
@@ -81,12 +87,39 @@ def _settings(transformers: Any, name: str | None, changes: dict[str, Any]) -> A
             remedy="set name: gpt2, or config: {model_type: llama, ...}",
         )
     try:
-        return transformers.AutoConfig.for_model(model_type, **changes)
+        made = transformers.AutoConfig.for_model(model_type, **changes)
     except ValueError as error:
         raise InputError(
             f"model.kwargs.config.model_type: transformers knows no {model_type!r}",
             remedy="for example gpt2, llama, mixtral, qwen3_moe, t5 or bert",
         ) from error
+    _refuse_misspelt(changes, kind=type(made))
+    return made
+
+
+def _refuse_misspelt(changes: Mapping[str, Any], *, kind: Any) -> None:
+    """Find entries that are nearly those of a configuration: the library takes any, and says nothing.
+
+    Those like none of them are left alone: older names that the library still translates are among them.
+
+    Args:
+        changes: entries that the user gave.
+        kind: class of the configuration.
+
+    Raises:
+        InputError: one is misspelt.
+    """
+    default = kind()
+    known = {*vars(default), *kind.attribute_map, *inspect.signature(kind.__init__).parameters}
+    for name in changes:
+        if name in known or hasattr(default, name):
+            continue
+        close = difflib.get_close_matches(name, known, n=1, cutoff=_MISSPELT)
+        if close:
+            raise InputError(
+                f"model.kwargs.config: {kind.__name__} has no {name!r}",
+                remedy=f"did you mean {close[0]}?",
+            )
 
 
 def _not_found(name: str, error: Exception) -> InputError:

@@ -50,7 +50,10 @@ def read_order(path: Path) -> Order:
             remedy="give an order in torch's CSV format: one line per rank, 0F0,0F1,0B0,..",
         ) from None
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
+        raise InputError(
+            f"cannot read {path}: {error.strerror}",
+            remedy=f"check the path; deepopt schedule show --csv {path} writes an order",
+        ) from None
     if path.suffix in (".yaml", ".yml"):
         raise InputError(
             f"{path} is a YAML file, not an order in torch's CSV format",
