@@ -314,6 +314,31 @@ def test_the_job_grows_between_two_steps_by_the_plan_that_it_began_with(
     assert len(head.status["faults"]) == 1  # it is no fault
 
 
+def test_a_stop_that_comes_when_workers_have_agreed_to_leave_is_one_with_a_checkpoint(
+    open_head: Open,
+) -> None:
+    head = shrunk(open_head())
+    head.ready()
+    head.steps(4, 5)
+    head.controller.handle(PlaceFound(place=1, is_there=True))
+    head.wait(8.0, beating=[0, 1])
+    head.controller.request_stop()
+    for rank in (0, 1):
+        word = standing(head, rank, version=6)
+        head.controller.handle(
+            RunEnded(sender=head.sender(rank), step=6, reason="left", standing=word)
+        )
+    head.controller.tick()
+    assert (head.group.places, head.group.kept) == ((0, 2), {0: 0, 1: 1})
+    assert {a.start_step for a in head.group.assignments} == {6}
+    head.ready()
+    assert head.group.calls.count(("stop",)) == 2
+    for rank in (0, 1):
+        head.controller.handle(RunEnded(sender=head.sender(rank), step=7, reason="stopped"))
+    head.controller.tick()
+    assert (head.status["state"], head.status["exit_code"]) == ("stopped", 0)
+
+
 def test_a_place_that_goes_while_the_job_grows_makes_it_shrink_again(open_head: Open) -> None:
     head = shrunk(open_head())
     head.ready()

@@ -61,12 +61,16 @@ class Growth:
             record.group.request_leave()
 
     def form(self, generation: Generation) -> None:
-        """Form the larger group, of workers that have left theirs after the same step.
+        """Form the larger group, of workers that have left theirs after the same step; the same one where the
+        job stops, which it does after a step of it.
 
         Args:
             generation: that they have left.
         """
         record = self._record
+        if record.state is JobState.STOPPING:  # asked to after they had agreed to leave
+            self._former.form(reason="asked to stop", before=generation)
+            return
         there = sorted({*record.places, *self._found_s})
         reason = f"grew to {len(there)} workers"
         try:

@@ -165,8 +165,9 @@ class Hearing:
         )
         if not self._has_the_data(generation, message):
             return
+        stopping = self._record.state is JobState.STOPPING and generation.ready_s is None
         starting = self._record.state in (JobState.STARTING, JobState.RECOVERING)
-        if generation.is_ready and starting and not generation.failures:
+        if generation.is_ready and (starting or stopping) and not generation.failures:
             now_s = generation.ready_s = self._record.clock.monotonic_s()
             generation.liveness.begin_steps(now_s=now_s)
             if (fault := self._record.faults.open) is not None:
@@ -174,7 +175,10 @@ class Hearing:
                 fault.restore_s = max(
                     m.ready.setup_s.get("load", 0.0) for m in generation.members if m.ready
                 )
-            self._record.move(JobState.RUNNING)
+            if starting:
+                self._record.move(JobState.RUNNING)
+            else:  # its workers' processes may be new ones
+                self._record.group.request_stop()
 
     def _has_the_data(self, generation: Generation, message: WorkerReady) -> bool:
         """Whether a worker reads the data that the others and the checkpoint know; else fail."""
