@@ -164,7 +164,7 @@ def test_a_checkpoint_is_committed_when_all_writers_have_spoken(open_head: Open)
 def test_a_long_launch_forgets_steps_long_past_and_still_counts_their_tokens(
     open_head: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(account, "STEPS_KEPT", 3)
+    monkeypatch.setattr(account, "COUNTS_KEPT", 3)
     head = open_head().start().ready().steps(1, 6).checkpoint(6).end(6)
     head.exported()
     found = head.store.newest_verified()

@@ -6,7 +6,7 @@ from deepopt.clock import utc_now
 from deepopt.head.commits import Committed, NotCommitted
 from deepopt.head.generation import Generation
 from deepopt.head.journal import replay
-from deepopt.head.measures import RECENT_STEPS, STEPS_KEPT, figures_of, metrics_line
+from deepopt.head.measures import COUNTS_KEPT, RECENT_STEPS, figures_of, metrics_line
 from deepopt.head.prediction_report import prediction_error
 from deepopt.head.record import JobRecord
 from deepopt.telemetry import events
@@ -106,4 +106,4 @@ class Account:
         before = seen.get(step - 1)
         seen[step] = None if before is None else before + tokens
         # Nobody goes back so far but to a checkpoint, which has its own count.
-        seen.pop(step - STEPS_KEPT, None)
+        seen.pop(step - COUNTS_KEPT, None)

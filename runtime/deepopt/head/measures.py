@@ -16,6 +16,7 @@ RECENT_STEPS = (
     1_000  # whose median is told while the job runs: it is found anew after each step
 )
 STEPS_KEPT = 10_000  # of a long launch, for its closing report
+COUNTS_KEPT = 100_000  # steps whose tokens are known: a checkpoint that is being written is of one of them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
