@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from deepopt.cluster.group import AgentGone
+from deepopt.cluster.group import AgentGone, WorkerUp
 from deepopt.cluster.node_agent import ProcessEnded
 from deepopt.cluster.process_look import ProcessLook
 from deepopt.config import JobConfig
@@ -513,6 +513,34 @@ def test_recovery_does_not_wait_for_the_agents_word_and_the_report_takes_it(
     (fault,) = head.status["faults"]
     assert fault["outcome"] == "recovered"
     assert fault["culprit"]["message"] == "its process was killed by SIGKILL"
+
+
+def test_an_agents_word_that_comes_when_the_recovery_is_over_still_names_the_signal(
+    open_head: Open,
+) -> None:
+    head = open_head().start().ready().steps(1, 2)
+    head.fails(0, kind="peer")
+    head.dies(1, "its process is gone: killed, or out of memory")
+    head.controller.tick()
+    head.ready().steps(3, 3)
+    head.wait(0.5)
+    (fault,) = head.status["faults"]
+    assert fault["outcome"] == "recovered"
+    old_pid = fault["culprit"]["pid"]
+    for assignment in head.group.assignments:  # the new processes have ids of their own
+        rank = assignment.sender.rank
+        head.controller.handle(
+            WorkerUp(
+                generation=assignment.sender.generation, rank=rank, pid=200 + rank, host="alpha"
+            )
+        )
+    word = ProcessEnded(host="alpha", pid=old_pid, how="killed by SIGKILL")
+    head.controller.handle(word)
+    (named,) = head.status["faults"]
+    assert named["culprit"]["message"] == "its process was killed by SIGKILL"
+    assert {**named, "culprit": 0, "times_s": 0} == {**fault, "culprit": 0, "times_s": 0}
+    (journaled,) = replay(head.journal.entries).faults.values()
+    assert journaled == named
 
 
 def test_a_job_that_ends_waits_a_moment_for_the_agents_word(open_head: Open) -> None:

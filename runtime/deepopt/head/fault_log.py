@@ -6,6 +6,7 @@ seconds on the head's monotonic clock; the date is for people.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,7 @@ from deepopt.planner.plan import Plan
 from deepopt.worker.messages import Failure
 
 FAULTS_SHOWN = 50  # of a long run, the newest
+FAULTS_NAMED_LATE = 4  # that are over, and whose processes' ends may still be told of
 VICTIMS_SHOWN = 16  # of a fault; a large group's would fill status file and journal
 TRACEBACK_CHARACTERS = 4000  # of the end of a traceback, which says what happened
 
@@ -75,7 +77,7 @@ class FaultRecord:
         """Whether it is known whose fault it was."""
         return self.blame is not None or self.cause == Cause.HEAD
 
-    def name_exit(self, pid: int, *, host: str, words: str, at_s: float) -> None:
+    def name_exit(self, pid: int, *, host: str, words: str, at_s: float) -> bool:
         """Take an agent's word on how a process ended that was judged before it came.
 
         Args:
@@ -83,9 +85,13 @@ class FaultRecord:
             host: where it was.
             words: `process_look.exit_words`.
             at_s: when the agent saw it.
+
+        Returns:
+            Whether the process is one of this fault.
         """
-        if self.blame is None:
-            return
+        failures = () if self.blame is None else (self.blame.culprit, *self.blame.victims)
+        if self.blame is None or all((f.pid, f.host) != (pid, host) for f in failures):
+            return False
         culprit = self.blame.culprit
         if culprit.kind == "death" and (culprit.pid, culprit.host) == (pid, host):
             self.since_s = min(self.since_s, at_s)
@@ -98,6 +104,7 @@ class FaultRecord:
             culprit=named(self.blame.culprit),
             victims=tuple(named(victim) for victim in self.blame.victims),
         )
+        return True
 
     def times_s(self) -> dict[str, float]:
         """Seconds by part, those that are over; `total` from the first sign to the end."""
@@ -164,6 +171,7 @@ class FaultLog:
 
     def __init__(self, earlier: list[dict[str, Any]] | None = None) -> None:
         self._closed = list(earlier or ())
+        self._lately = deque[FaultRecord](maxlen=FAULTS_NAMED_LATE)  # closed ones
         self._count = max((int(fault["number"]) for fault in self._closed), default=0)
         self.open: FaultRecord | None = None
 
@@ -218,10 +226,41 @@ class FaultLog:
         if record is None:
             return None
         record.outcome = outcome
+        record.plan = record.plan or plan
         closed = record.to_json(plan)
         self._closed.append(closed)
+        self._lately.append(record)
         del self._closed[:-FAULTS_SHOWN]
         return closed
+
+    def name_exit(
+        self, pid: int, *, host: str, words: str, at_s: float
+    ) -> dict[str, Any] | None:
+        """Take an agent's word that comes when its group has been replaced, or even when the fault is over: a
+        busy host's agent may be slower than a recovery.
+
+        Args:
+            pid: of the process.
+            host: where it was.
+            words: `process_look.exit_words`.
+            at_s: when the agent saw it.
+
+        Returns:
+            A fault that is over and reads otherwise now, as JSON.
+        """
+        if self.open is not None and self.open.name_exit(
+            pid, host=host, words=words, at_s=at_s
+        ):
+            return None
+        for record in self._lately:
+            if record.name_exit(pid, host=host, words=words, at_s=at_s):
+                told = record.to_json(None)
+                self._closed = [
+                    told if fault["number"] == told["number"] else fault
+                    for fault in self._closed
+                ]
+                return told
+        return None
 
     def to_json(self, plan: Plan | None) -> list[dict[str, Any]]:
         """All faults that are shown, the newest last."""

@@ -71,9 +71,13 @@ class Hearing:
                 failure = generation.members[rank].failure
                 if fault is not None and failure is not None and failure.kind == "death":
                     fault.since_s = min(fault.since_s, at_s)  # told of by Ray before
-            elif fault is not None:
-                # Ray's word came first, and recovery did not wait for this one.
-                fault.name_exit(event.pid, host=event.host, words=event.how, at_s=at_s)
+            else:  # Ray's word came first, and recovery did not wait for this one
+                told = self._record.faults.name_exit(
+                    event.pid, host=event.host, words=event.how, at_s=at_s
+                )
+                if told is not None:
+                    self._record.note("recovered", fault=told)
+                    self._record.show(force=True)
             return
         ranks = {
             pid: rank
