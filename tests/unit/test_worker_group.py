@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -17,6 +18,7 @@ from deepopt.cluster.slots import Slot, Slots
 from deepopt.cluster.worker_group import RayWorkerGroup
 from deepopt.job_file import load_job
 from deepopt.run_directory import RunDirectory
+from deepopt.worker.adopted import Whereabouts
 from deepopt.worker.messages import Assignment
 
 
@@ -114,6 +116,21 @@ def test_the_end_of_a_worker_that_once_was_a_spare_is_told(
     spare.die()
     gone = [event for event in told if isinstance(event, WorkerGone)]
     assert [(event.generation, event.rank) for event in gone] == [(1, 0)]
+
+
+def test_the_end_of_a_process_of_this_host_is_named_without_its_agent(
+    group: RayWorkerGroup, told: list[HeadEvent]
+) -> None:
+    group.prepare(1, places=[0])
+    with subprocess.Popen(["sleep", "100"]) as process:
+        (actor,) = StartingActor.made
+        found = Whereabouts(pid=process.pid, host="here", node_id="0")
+        actor.calls[0].outcome.set_result(found)
+        group.launch(cast("list[Assignment]", [None]))
+        process.kill()
+        actor.die()
+    gone = [event for event in told if isinstance(event, WorkerGone)]
+    assert [event.reason for event in gone] == ["its process was killed by SIGKILL"]
 
 
 def test_spares_that_cannot_even_start_are_not_tried_again_and_again(

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import fcntl
 import os
+import select
 import signal
 import struct
+import weakref
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,6 +127,34 @@ def exit_status(pid: int, *, pidfd: int) -> int | None:
             (status,) = struct.unpack_from("=i", request, _PIDFD_INFO_BYTES - 4)
             return int(status)
     return None
+
+
+class ExitLook:
+    """How a process of this host ends; made while it lives.
+
+    Args:
+        pid: its process id.
+
+    Raises:
+        OSError: there is no such process.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._pidfd = os.pidfd_open(pid)
+        weakref.finalize(self, os.close, self._pidfd)
+
+    def words(self, *, timeout_s: float) -> str:
+        """How it ended, for people; empty where it has not, or the kernel does not say.
+
+        Args:
+            timeout_s: how long to wait for its end at most.
+        """
+        poll = select.poll()
+        poll.register(self._pidfd, select.POLLIN)
+        if not poll.poll(timeout_s * 1000):
+            return ""
+        return exit_words(exit_status(self._pid, pidfd=self._pidfd), out_of_memory=False)
 
 
 def exit_words(status: int | None, *, out_of_memory: bool) -> str:

@@ -349,7 +349,8 @@ class RayWorkerGroup:
         if isinstance(error, ActorUnschedulableError):
             self._tell_gone(members, rank, how="", no_place=True)
         elif isinstance(error, RayActorError):
-            self._tell_gone(members, rank, how="")
+            # Its host's agent says more, and may not be there yet, or be slower than Ray.
+            self._tell_gone(members, rank, how=members.workers[rank].exit_words())
         else:
             self._tell_gone(members, rank, how=f"error: {str(error).strip().splitlines()[-1]}")
 

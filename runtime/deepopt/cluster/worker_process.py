@@ -9,17 +9,20 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from ray.exceptions import RayError
 
 import ray
+from deepopt.cluster.process_look import ExitLook
 from deepopt.cluster.process_table import Process, find_process
 from deepopt.worker.adopted import Whereabouts
 
 logger = logging.getLogger(__name__)
 
+_END_TIMEOUT_S = 0.1  # for a process to end that has closed its connections
 _AGENT_TIMEOUT_S = 5.0  # for an agent's answer; its host may be gone
 
 
@@ -35,6 +38,7 @@ class WorkerProcess:
         host: name of its host.
         node_id: Ray's id of that host.
         process: by which its end is seen; on the head's host only.
+        exit: says how it ended; there, too.
         agent: handle of its host's agent, once that watches it.
         ended: its actor is gone, says Ray.
         warm: it waits and has everything ready.
@@ -49,6 +53,7 @@ class WorkerProcess:
     host: str = ""
     node_id: str = ""
     process: Process | None = None
+    exit: ExitLook | None = None
     agent: Any = None
     ended: bool = False
     warm: bool = False
@@ -65,6 +70,8 @@ class WorkerProcess:
         self.host, self.node_id = found.host, found.node_id
         if found.node_id == head_node_id:
             self.process = find_process(found.pid)
+            with suppress(OSError):  # it has ended already
+                self.exit = ExitLook(found.pid)
         self.pid = found.pid  # last: it says that the others are there
 
     def kill(self) -> None:
@@ -74,6 +81,10 @@ class WorkerProcess:
         if self.process is not None:  # the agent may be gone
             self.process.send(signal.SIGKILL)
         ray.kill(self.actor, no_restart=True)
+
+    def exit_words(self) -> str:
+        """How it ended, for people; empty where this host does not know."""
+        return "" if self.exit is None else self.exit.words(timeout_s=_END_TIMEOUT_S)
 
     def is_gone(self) -> bool:
         """Whether there is no such process any more."""
