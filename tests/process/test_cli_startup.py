@@ -35,8 +35,12 @@ def test_nothing_heavy_is_loaded_with_the_app() -> None:
 
 def test_a_worker_loads_neither_triton_nor_a_compiler_before_it_needs_them() -> None:
     unused = ("triton", "torch._dynamo", "torch._inductor", "tensorboard", "transformers")
+    unused += ("sympy",)
     script = (
-        "import sys, deepopt.worker.stage_worker\n"
+        "import sys, torch, deepopt.worker.stage_worker\n"
+        "from deepopt.config import JobConfig\n"
+        "from deepopt.convert import build_layers\n"
+        "build_layers(JobConfig(), [0, 1], device=torch.device('cpu'))\n"
         f"print([m for m in {unused!r} if m in sys.modules])"
     )
     loaded = subprocess.run(

@@ -7,6 +7,7 @@ import torch
 
 from deepopt.config import JobConfig, PrecisionConfig
 from deepopt.convert import build_chain, build_layers, describe
+from deepopt.convert.build import with_empty_memory
 from deepopt.errors import InputError
 
 CPU = torch.device("cpu")
@@ -50,6 +51,31 @@ def test_layerwise_values_do_not_depend_on_what_else_is_built() -> None:
         (alone,), _ = build_layers(job, [index], device=CPU)
         for name, parameter in alone.parameters.items():
             assert torch.equal(parameter, together[index].parameters[name]), name
+
+
+def test_empty_memory_is_laid_out_as_torch_lays_it_out() -> None:
+    def make() -> torch.nn.Module:
+        torch.manual_seed(0)
+        parts = (
+            torch.nn.BatchNorm1d(4),
+            torch.nn.Conv2d(2, 2, 3),
+            torch.nn.Linear(3, 4).bfloat16(),
+        )
+        module = torch.nn.Sequential(*parts).to(memory_format=torch.channels_last)
+        module.spread = torch.nn.Parameter(torch.ones(1, 3).expand(2, 3), requires_grad=False)
+        return module.to("meta")
+
+    ours, torchs = with_empty_memory(make()), make().to_empty(device="cpu")
+    for name, expected in torchs.state_dict(keep_vars=True).items():
+        found = ours.state_dict(keep_vars=True)[name]
+        assert type(found) is type(expected), name
+        assert found.device == CPU
+        assert (found.dtype, found.shape, found.stride(), found.requires_grad) == (
+            expected.dtype,
+            expected.shape,
+            expected.stride(),
+            expected.requires_grad,
+        ), name
 
 
 def test_tied_weights_start_equal_and_are_parameters_of_their_own() -> None:

@@ -41,9 +41,16 @@ from deepopt.cluster.forked_worker import (
 logger = logging.getLogger(__name__)
 
 # What heads and workers import; what cannot be imported here is told of by the process that needs it.
-WITHOUT_RAY = ("torch.distributed", "deepopt.worker.stage_worker", "deepopt.head.controller")
+WITHOUT_RAY = (
+    "torch.distributed",
+    "torch.utils._device",
+    "deepopt.worker.stage_worker",
+    "deepopt.models.moe_transformer",
+    "deepopt.head.controller",
+)
 WITH_RAY = (
     "ray._private.node",
+    "ray._common.usage.usage_lib",
     "deepopt.worker.actor",
     "deepopt.head.actor",
     "deepopt.cluster.worker_group",
@@ -181,9 +188,9 @@ def become(request: Request) -> None:
     os.environ.clear()
     os.environ.update(request.environment)
     os.chdir(request.folder)
-    numpy: Any = sys.modules.get("numpy")
-    if numpy is not None:  # Python's own generator sees to itself
-        numpy.random.seed()
+    numbers: Any = sys.modules.get("numpy.random")
+    if numbers is not None:  # Python's own generator sees to itself
+        numbers.seed()
     script = Path(request.arguments[0])
     main_module = types.ModuleType("__main__")
     main_module.__dict__.update(__file__=str(script), __builtins__=__builtins__)
@@ -200,13 +207,16 @@ def _reap() -> None:
 
 
 def load(modules: Sequence[str]) -> None:
-    """Import modules.
+    """Import modules, as far as they are there.
 
     Raises:
         RuntimeError: this process must not be forked any more.
     """
     for name in modules:
-        importlib.import_module(name)
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            logger.warning("%s cannot be imported: %s", name, error)
     threads = len(list(Path("/proc/self/task").iterdir()))
     if threads > 1:
         raise RuntimeError(f"{threads} threads run after the imports")
