@@ -31,6 +31,7 @@ def main() -> None:
             use_gpus=False,
             temp_dir=str(temp_dir),
             object_store_bytes=80 * ray_node.MIB,
+            is_shared=True,
         )
     )
     environment = {

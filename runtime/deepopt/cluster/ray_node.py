@@ -1,9 +1,9 @@
 """Starts the Ray processes of this host as children of the calling process, and ends them.
 
 The only module that leans on Ray's insides: `ray.init(address="local")` and `ray start` also start
-a dashboard server, a log monitor and an autoscaler, which cost two seconds of a start on a small
-machine and which a private cluster has no use for. What runs here is the GCS (on the head host) and
-the raylet with its two agents. The caller adopts orphans (`process_table.become_subreaper`), so
+a dashboard server, a log monitor, an autoscaler and two agents a host, which cost three seconds of a start
+on a small machine and which a private cluster has no use for. What runs here is the GCS (on the head host)
+and the raylet. The caller adopts orphans (`process_table.become_subreaper`), so
 that ending its descendants ends everything.
 
 Ray must not have been imported before `prepare_environment`.
@@ -16,6 +16,7 @@ import secrets
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,19 @@ _KEEP_MEMORY = {
     "MALLOC_TOP_PAD_": str(64 << 20),
 }
 
+# What a raylet starts beside itself, and the ports that it waits to be told of: one samples its host
+# for a dashboard, one builds environments of workers that ask for some.
+ENVIRONMENTS = "runtime_env_agent"
+AGENTS = {
+    "dashboard_agent": (
+        "metrics_agent_port",
+        "metrics_export_port",
+        "dashboard_agent_listen_port",
+    ),
+    ENVIRONMENTS: ("runtime_env_agent_port",),
+}
+NO_PORT = -1  # as an agent of Ray's says it
+
 # Settings of another Ray that a private one must not take over.
 _FOREIGN = (
     "RAY_ADDRESS",
@@ -81,6 +95,7 @@ class NodeRequest:
         use_gpus: whether a worker takes a GPU; otherwise it takes a CPU slot.
         temp_dir: short folder of this cluster alone.
         object_store_bytes: shared memory for Ray's objects.
+        is_shared: whether others may join it, with environments of their own for their workers.
     """
 
     node_ip: str
@@ -89,6 +104,7 @@ class NodeRequest:
     use_gpus: bool
     temp_dir: str
     object_store_bytes: int
+    is_shared: bool = False
 
 
 def make_temp_dir() -> Path:
@@ -171,9 +187,8 @@ def start_node(request: NodeRequest) -> Any:
         no_monitor=True,
         setup_worker_path=forked_worker.__file__,
     )
-    kind = _without_dashboard(Node) if request.gcs_address is None else Node
     try:
-        return kind(
+        return _lean(Node, is_shared=request.is_shared)(
             params,
             head=request.gcs_address is None,
             shutdown_at_exit=False,
@@ -187,12 +202,56 @@ def start_node(request: NodeRequest) -> Any:
         ) from error
 
 
-def _without_dashboard(node: Any) -> Any:
-    class QuietNode(node):  # type: ignore[misc]
+def _lean(node: Any, *, is_shared: bool) -> Any:
+    """Ray's class of a node, without processes that a private cluster has no use for."""
+
+    class LeanNode(node):  # type: ignore[misc]
         def start_api_server(self, **_: Any) -> None:
             """Nobody asks it anything; it would take a second of a start."""
 
-    return QuietNode
+        def start_raylet(self, *arguments: Any, **options: Any) -> None:
+            """Start the raylet without its agents, which take more CPU time than a worker."""
+            from ray._private import services
+
+            start = services.start_ray_process
+            names = [name for name in AGENTS if not (is_shared and name == ENVIRONMENTS)]
+            services.start_ray_process = lambda command, *others, **more: start(
+                without_agents(command, names=names), *others, **more
+            )
+            try:
+                super().start_raylet(*arguments, **options)
+            finally:
+                services.start_ray_process = start
+            _tell_ports_of_agents(self, names)
+
+    return LeanNode
+
+
+def without_agents(command: Sequence[str], *, names: Sequence[str]) -> list[str]:
+    """The command of a raylet with agents that do nothing: it ends where one of them does.
+
+    Args:
+        command: program and arguments.
+        names: of the agents.
+    """
+    options = tuple(f"--{name}_command=" for name in names)
+    nothing = shutil.which("sleep")
+    if nothing is None:
+        return list(command)
+    return [
+        f"{word.partition('=')[0]}={nothing} infinity" if word.startswith(options) else word
+        for word in command
+    ]
+
+
+def _tell_ports_of_agents(node: Any, names: Sequence[str]) -> None:
+    """Say, where the raylet waits for it, that the agents listen nowhere."""
+    from ray import _raylet
+
+    persist_port: Any = _raylet.persist_port  # type: ignore[attr-defined]
+    for name in names:
+        for port in AGENTS[name]:
+            persist_port(node.get_session_dir_path(), node.node_id, port, NO_PORT)
 
 
 def remove_temp_dir(path: Path, *, timeout_s: float = REMOVE_TIMEOUT_S) -> bool:
