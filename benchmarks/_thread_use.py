@@ -22,9 +22,11 @@ _ROLES = {
     "raylet/raylet": "raylet",
     "gcs_server": "gcs",
     "deepopt.head.supervisor": "supervisor",
+    "deepopt.cluster.fork_server": "fork server",
     "deepopt launch": "command line",
     "ray/_private/runtime_env": "Ray's own agents",
     "ray/dashboard/agent": "Ray's own agents",
+    "sleep infinity": "Ray's own agents",
     "ray::": "Ray's idle workers",
 }
 # torchrun names its script, too: it is known by the program.

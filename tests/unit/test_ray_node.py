@@ -1,4 +1,4 @@
-"""The folder of a private Ray: made, removed; no Ray is started."""
+"""The folder of a private Ray, made and removed, and its raylet's command; no Ray is started."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from deepopt.cluster.ray_node import remove_temp_dir
+from deepopt.cluster.ray_node import remove_temp_dir, without_agents
 
 remove_tree = shutil.rmtree
 
@@ -41,3 +41,18 @@ def test_a_folder_that_comes_back_for_ever_is_told_of(
 def test_a_folder_of_another_name_is_left_alone(tmp_path: Path) -> None:
     assert remove_temp_dir(tmp_path)
     assert tmp_path.exists()
+
+
+def test_a_raylet_starts_nothing_in_place_of_the_agents_that_nobody_asks() -> None:
+    agents = [
+        "--dashboard_agent_command=python agent.py --port=1",
+        "--runtime_env_agent_command=python main.py --port=2",
+    ]
+    command = ["raylet", "--temp_dir=/tmp/x", *agents]
+    nothing = f"{shutil.which('sleep')} infinity"
+    assert without_agents(command, names=["dashboard_agent", "runtime_env_agent"]) == [
+        *command[:2],
+        f"--dashboard_agent_command={nothing}",
+        f"--runtime_env_agent_command={nothing}",
+    ]
+    assert without_agents(command, names=["dashboard_agent"])[3] == agents[1]
