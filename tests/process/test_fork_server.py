@@ -18,10 +18,9 @@ from typing import Any
 import pytest
 
 from deepopt.cluster import forked_worker
-from deepopt.cluster.fork_server import load, open_gpus
+from deepopt.cluster.fork_server import load, open_gpus, start_fork_server
 from deepopt.cluster.forked_worker import (
-    FOLDER_VARIABLE,
-    SOCKET_NAME,
+    SOCKET_VARIABLE,
     Request,
     forked_arguments,
     receive_request,
@@ -29,6 +28,7 @@ from deepopt.cluster.forked_worker import (
 )
 
 TIMEOUT_S = 60.0
+SOCKET = "fork.sock"
 SERVER = """
 import socket, sys
 from functools import partial
@@ -54,10 +54,10 @@ sys.argv = [a for a in sys.argv[1:] if not a.startswith("--")]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 OWNER = """
-import sys
+import os, sys
 from pathlib import Path
-from deepopt.cluster.fork_server import start_fork_server
-print(start_fork_server(Path(sys.argv[1])).pid, flush=True)
+from deepopt.cluster.fork_server import SOCKET_VARIABLE, start_fork_server
+print(start_fork_server(Path(sys.argv[1])).pid, os.environ[SOCKET_VARIABLE], flush=True)
 sys.stdin.read()
 """
 
@@ -76,7 +76,7 @@ def worker(tmp_path: Path) -> Path:
 def server(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A server that loads little."""
     with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(tmp_path / SOCKET_NAME))
+        listener.bind(str(tmp_path / SOCKET))
         listener.listen()
         number = listener.fileno()
         process = subprocess.Popen(
@@ -91,14 +91,14 @@ def _environment(**more: str) -> dict[str, str]:
     return {**os.environ, "RAY_JOB_ID": "01", "RAY_RAYLET_PID": "1", **more}
 
 
-def _start(folder: Path, worker: Path, *words: str, **more: str) -> Any:
+def _start(path: Path, worker: Path, *words: str, **more: str) -> Any:
     """Start a worker as a raylet does; what it says."""
     ended = subprocess.run(
         [
             *(sys.executable, forked_worker.__file__, str(worker), *words),
             *("--serialized-runtime-env-context={}", "--language=PYTHON"),
         ],
-        env=_environment(**{FOLDER_VARIABLE: str(folder)}, **more),
+        env=_environment(**{SOCKET_VARIABLE: str(path)}, **more),
         cwd=worker.parent,
         stdout=subprocess.PIPE,
         timeout=TIMEOUT_S,
@@ -114,7 +114,7 @@ def _wait_for_end(pid: int, pidfd: int) -> None:
 def test_a_forked_worker_is_what_a_new_process_would_be(
     server: subprocess.Popen[bytes], tmp_path: Path, worker: Path
 ) -> None:
-    told = _start(tmp_path, worker, "0", "a b", MARK="mine")
+    told = _start(tmp_path / SOCKET, worker, "0", "a b", MARK="mine")
     assert told["forked"]
     assert told["server"] == server.pid
     assert told["arguments"] == ["0", "a b"]
@@ -129,7 +129,7 @@ def test_a_forked_worker_is_what_a_new_process_would_be(
 def test_forked_workers_draw_random_numbers_of_their_own(
     server: subprocess.Popen[bytes], tmp_path: Path, worker: Path
 ) -> None:
-    one, other = (_start(tmp_path, worker, "0") for _ in range(2))
+    one, other = (_start(tmp_path / SOCKET, worker, "0") for _ in range(2))
     assert one["forked"]
     assert other["forked"]
     assert not set(one["numbers"]) & set(other["numbers"])
@@ -138,16 +138,16 @@ def test_forked_workers_draw_random_numbers_of_their_own(
 def test_jobs_may_differ_and_what_is_read_at_a_start_may_not(
     server: subprocess.Popen[bytes], tmp_path: Path, worker: Path
 ) -> None:
-    assert _start(tmp_path, worker, "0")["forked"]
-    assert _start(tmp_path, worker, "0", RAY_JOB_ID="02")["forked"]
-    assert not _start(tmp_path, worker, "0", RAY_RAYLET_PID="2")["forked"]
-    assert not _start(tmp_path, worker, "0", MALLOC_TOP_PAD_="1")["forked"]
+    assert _start(tmp_path / SOCKET, worker, "0")["forked"]
+    assert _start(tmp_path / SOCKET, worker, "0", RAY_JOB_ID="02")["forked"]
+    assert not _start(tmp_path / SOCKET, worker, "0", RAY_RAYLET_PID="2")["forked"]
+    assert not _start(tmp_path / SOCKET, worker, "0", MALLOC_TOP_PAD_="1")["forked"]
 
 
 def test_without_a_server_a_worker_starts_as_ray_starts_it(
     tmp_path: Path, worker: Path
 ) -> None:
-    assert not _start(tmp_path, worker, "0")["forked"]
+    assert not _start(tmp_path / SOCKET, worker, "0")["forked"]
 
 
 def test_a_worker_that_nobody_waits_for_any_more_does_not_begin(
@@ -157,7 +157,7 @@ def test_a_worker_that_nobody_waits_for_any_more_does_not_begin(
     request = Request(arguments=[str(worker)], environment=_environment(), folder=str(tmp_path))
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(TIMEOUT_S)
-        connection.connect(str(tmp_path / SOCKET_NAME))
+        connection.connect(str(tmp_path / SOCKET))
         send_request(connection, request)
         pid = int(connection.recv(16))
         pidfd = os.pidfd_open(pid)
@@ -174,9 +174,9 @@ def test_a_request_that_is_none_is_dropped_and_the_server_goes_on(
     server: subprocess.Popen[bytes], tmp_path: Path, worker: Path
 ) -> None:
     with socket.socket(socket.AF_UNIX) as connection:
-        connection.connect(str(tmp_path / SOCKET_NAME))
+        connection.connect(str(tmp_path / SOCKET))
         connection.sendall(b"nonsense")
-    assert _start(tmp_path, worker, "0")["forked"]
+    assert _start(tmp_path / SOCKET, worker, "0")["forked"]
 
 
 def test_the_server_of_a_host_has_torch_and_ray_and_ends_with_who_started_it(
@@ -189,9 +189,10 @@ def test_the_server_of_a_host_has_torch_and_ray_and_ends_with_who_started_it(
         stdout=subprocess.PIPE,
     ) as owner:
         assert owner.stdout is not None
-        pid = int(owner.stdout.readline())
+        number, path = owner.stdout.readline().decode().split()
+        pid = int(number)
         pidfd = os.pidfd_open(pid)
-        loaded = _start(tmp_path, worker)
+        loaded = _start(Path(path), worker)
         owner.send_signal(signal.SIGKILL)
     _wait_for_end(pid, pidfd)
     os.close(pidfd)
@@ -204,6 +205,14 @@ def test_a_process_that_has_opened_a_gpu_is_known(tmp_path: Path) -> None:
         (tmp_path / str(number)).symlink_to(target)
     assert open_gpus(tmp_path) == ["/dev/nvidia0", "/dev/nvidiactl"]
     assert open_gpus() == []
+
+
+def test_a_folder_that_cannot_hold_a_socket_costs_the_server_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(SOCKET_VARIABLE, "of another cluster")
+    assert start_fork_server(tmp_path / "is-not-there") is None
+    assert SOCKET_VARIABLE not in os.environ
 
 
 def test_a_process_with_threads_is_not_served_from() -> None:

@@ -29,10 +29,9 @@ from pathlib import Path
 from typing import Any
 
 from deepopt.cluster.forked_worker import (
-    FOLDER_VARIABLE,
     GO,
     JOB_VARIABLE,
-    SOCKET_NAME,
+    SOCKET_VARIABLE,
     Request,
     receive_request,
     start_settings,
@@ -65,30 +64,40 @@ _MANY_BYTES = 4096
 REQUEST_TIMEOUT_S = 5.0  # for the parts of a request to follow each other
 
 
-def start_fork_server(folder: Path) -> subprocess.Popen[bytes]:
+def start_fork_server(folder: Path) -> subprocess.Popen[bytes] | None:
     """Start the server as a child of the calling process, and end it with that.
 
     It can be asked at once; it answers when it has imported everything.
 
     Args:
         folder: of this cluster alone; for its socket and its log.
+
+    Returns:
+        Its process; None where it cannot be started, and workers start without it.
     """
-    listener = socket.socket(socket.AF_UNIX)
-    with listener, (folder / LOG_NAME).open("ab") as log:
-        listener.bind(str(folder / SOCKET_NAME))
-        listener.listen(_BACKLOG)
-        os.environ[FOLDER_VARIABLE] = str(folder)  # for what the raylet starts
-        # -P: what lies in the current folder is none of its modules.
-        return subprocess.Popen(
-            [
-                *(sys.executable, "-P", "-m", "deepopt.cluster.fork_server"),
-                *(str(listener.fileno()), str(os.getpid())),
-            ],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            pass_fds=(listener.fileno(),),
-        )
+    os.environ.pop(SOCKET_VARIABLE, None)  # of another cluster
+    # Hosts may share the folder.
+    path = folder / f"fork-{os.getpid()}.sock"
+    try:
+        with socket.socket(socket.AF_UNIX) as listener, (folder / LOG_NAME).open("ab") as log:
+            listener.bind(str(path))
+            listener.listen(_BACKLOG)
+            # -P: what lies in the current folder is none of its modules.
+            process = subprocess.Popen(
+                [
+                    *(sys.executable, "-P", "-m", "deepopt.cluster.fork_server"),
+                    *(str(listener.fileno()), str(os.getpid())),
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=(listener.fileno(),),
+            )
+    except OSError as error:
+        logger.warning("workers start without a fork server: %s", error)
+        return None
+    os.environ[SOCKET_VARIABLE] = str(path)  # for what the raylet starts
+    return process
 
 
 class ForkServer:

@@ -13,8 +13,7 @@ import socket
 import sys
 from pathlib import Path
 
-SOCKET_NAME = "fork.sock"
-FOLDER_VARIABLE = "DEEPOPT_FORK_FOLDER"  # where the socket of this host's server is
+SOCKET_VARIABLE = "DEEPOPT_FORK_SOCKET"  # where this host's server is asked
 GO = b"go"
 ANSWER_TIMEOUT_S = (
     20.0  # Ray gives a worker a minute; this leaves time to start it without the server
@@ -122,11 +121,11 @@ def forked_arguments(arguments: list[str]) -> list[str] | None:
     return own if own and own[0].endswith(".py") else None
 
 
-def ask(folder: str, arguments: list[str]) -> bool:
+def ask(path: str, arguments: list[str]) -> bool:
     """Have the server fork a worker.
 
     Args:
-        folder: of its socket.
+        path: of its socket.
         arguments: script and arguments.
 
     Returns:
@@ -136,7 +135,7 @@ def ask(folder: str, arguments: list[str]) -> bool:
     try:
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(ANSWER_TIMEOUT_S)
-            connection.connect(f"{folder}/{SOCKET_NAME}")
+            connection.connect(path)
             send_request(connection, request)
             if not connection.recv(16):  # its process id
                 return False
@@ -148,9 +147,9 @@ def ask(folder: str, arguments: list[str]) -> bool:
 
 def main() -> None:
     """The process's entry."""
-    arguments, folder = sys.argv[1:], os.environ.get(FOLDER_VARIABLE)
+    arguments, path = sys.argv[1:], os.environ.get(SOCKET_VARIABLE)
     worker = forked_arguments(arguments)
-    if folder and worker is not None and ask(folder, worker):
+    if path and worker is not None and ask(path, worker):
         return
     # Ray's own set-up lies beside its worker.
     script = next(argument for argument in arguments if not argument.startswith("-"))
