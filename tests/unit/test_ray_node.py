@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from deepopt.cluster.ray_node import remove_temp_dir, without_agents
+from deepopt.cluster.ray_node import IDLE_AGENT, remove_temp_dir, without_agents
 
 remove_tree = shutil.rmtree
 
@@ -49,10 +51,18 @@ def test_a_raylet_starts_nothing_in_place_of_the_agents_that_nobody_asks() -> No
         "--runtime_env_agent_command=python main.py --port=2",
     ]
     command = ["raylet", "--temp_dir=/tmp/x", *agents]
-    nothing = f"{shutil.which('sleep')} infinity"
     assert without_agents(command, names=["dashboard_agent", "runtime_env_agent"]) == [
         *command[:2],
-        f"--dashboard_agent_command={nothing}",
-        f"--runtime_env_agent_command={nothing}",
+        f"--dashboard_agent_command={IDLE_AGENT}",
+        f"--runtime_env_agent_command={IDLE_AGENT}",
     ]
     assert without_agents(command, names=["dashboard_agent"])[3] == agents[1]
+
+
+def test_what_stands_for_an_agent_lives_with_options_that_a_raylet_adds() -> None:
+    with subprocess.Popen([*shlex.split(IDLE_AGENT), "--disable-metrics-collection"]) as idle:
+        try:
+            with pytest.raises(subprocess.TimeoutExpired):
+                idle.wait(timeout=0.5)
+        finally:
+            idle.kill()

@@ -71,6 +71,8 @@ AGENTS = {
     ),
     ENVIRONMENTS: ("runtime_env_agent_port",),
 }
+# A shell, because the raylet adds options of its own, which it ignores.
+IDLE_AGENT = '/bin/sh -c "exec sleep infinity" idle-agent'
 NO_PORT = -1  # as an agent of Ray's says it
 
 # Settings of another Ray that a private one must not take over.
@@ -235,11 +237,8 @@ def without_agents(command: Sequence[str], *, names: Sequence[str]) -> list[str]
         names: of the agents.
     """
     options = tuple(f"--{name}_command=" for name in names)
-    nothing = shutil.which("sleep")
-    if nothing is None:
-        return list(command)
     return [
-        f"{word.partition('=')[0]}={nothing} infinity" if word.startswith(options) else word
+        f"{word.partition('=')[0]}={IDLE_AGENT}" if word.startswith(options) else word
         for word in command
     ]
 
