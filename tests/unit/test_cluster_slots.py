@@ -54,3 +54,16 @@ def test_the_head_s_host_is_named_by_an_address_that_the_others_reach(
     assert head_address(here=["10.0.0.5"], others=["10.0.0.6"]) == "10.0.0.5"
     for here in ([], ["127.0.0.1"], ["127.0.1.1"]):
         assert head_address(here=here, others=["10.0.0.6", "10.0.0.7"]) == "to 10.0.0.6"
+
+
+@pytest.mark.parametrize(
+    ("what", "remedy"),
+    [
+        ("GPUs", "add hosts with free GPUs, or set worker.device to cpu"),
+        ("CPU slots", "add hosts with free slots"),
+    ],
+)
+def test_where_there_is_nothing_the_remedy_is_of_its_kind(what: str, remedy: str) -> None:
+    with pytest.raises(ClusterError) as caught:
+        check_slots(wanted=1, found={"a": 0}, what=what)
+    assert caught.value.remedy == remedy

@@ -59,7 +59,13 @@ def check_slots(*, wanted: int, found: Mapping[str, int], what: str) -> None:
         hosts = ", ".join(f"{host}: {slots}" for host, slots in found.items())
         raise ClusterError(
             f"asked for {wanted} workers, found {total} {what} on {len(found)} host(s) ({hosts})",
-            remedy=f"lower --workers to {total}, or add hosts or slots"
-            if total
-            else "add hosts with free slots",
+            remedy=_remedy(total, what=what),
         )
+
+
+def _remedy(total: int, *, what: str) -> str:
+    if total:
+        return f"lower --workers to {total}, or add hosts or slots"
+    if what == "GPUs":
+        return "add hosts with free GPUs, or set worker.device to cpu"
+    return "add hosts with free slots"
