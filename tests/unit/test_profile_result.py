@@ -54,6 +54,19 @@ def test_cpu_workers_of_one_host_share_a_speed() -> None:
     assert factors([*cpus, elsewhere]) == (1.0, 1.0, 1.0, 2.0)
 
 
+def test_cpu_workers_that_the_job_slows_have_a_factor_of_their_own() -> None:
+    slowed = {**rank_result(factor=1.6, device="cpu"), "slowed": 1.5}
+    plain = [rank_result(factor=f, device="cpu") for f in (1.0, 1.2)]
+    results = [plain[0], slowed, plain[1], slowed]
+    assert factors(results) == pytest.approx((1.0, 1.6 / 1.1, 1.0, 1.6 / 1.1), rel=1e-3)
+    assert [d.slowed for d in hardware_section(results, shared_cores=2).devices] == [
+        1.0,
+        1.5,
+        1.0,
+        1.5,
+    ]
+
+
 def test_layers_of_one_kind_refer_to_the_first_and_the_ends_fetch_the_batch() -> None:
     layers = layer_sections([rank_result()], job=JOB, skeleton=SKELETON)
     assert [layer.like for layer in layers] == [None, None, "blocks.0"]

@@ -32,7 +32,8 @@ class EmulationConfig(Section):
     rank_factor: tuple[Positive, ...] = Field(
         default=(),
         description="Multiplies the time of each rank of a pipeline: 1.6 is a device that is "
-        "1.6 times slower; empty: all 1.",
+        "1.6 times slower; empty: all 1. Real workers on CPUs with one thread compute on after each "
+        "operation until it has taken so many times its CPU time (at least 1).",
     )
     latency_ms: Figure = Field(
         default=0.0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -84,12 +85,31 @@ def use_plan_file(
 
 
 def _costs_here(plan_file: PlanFile, *, job: JobConfig) -> LayerCosts:
-    costs = plan_file.costs()
     if job.worker.device != "emulated":
-        return costs
+        return as_slowed(plan_file, factors=job.emulation.rank_factor).costs()
+    costs = plan_file.costs()
     # Emulated devices are as fast as this job says, whatever those were that the plan was made for.
     stated = emulated_costs(job, num_layers=costs.num_layers)
     return replace(costs, rank_factor=stated.rank_factor)
+
+
+def as_slowed(plan_file: PlanFile, *, factors: Sequence[float]) -> PlanFile:
+    """A plan file with devices as fast as a job says, whatever those were slowed by that it was made for.
+
+    Args:
+        plan_file: says what its devices were slowed by.
+        factors: `emulation.rank_factor` of the job, of real workers; empty: none is slowed.
+    """
+    hardware = plan_file.hardware
+    ranks = plan_file.pipeline.ranks
+    now = [factors[one.rank % ranks] if factors else 1.0 for one in hardware.devices]
+    devices = tuple(
+        one.model_copy(update={"factor": one.factor * own / one.slowed, "slowed": own})
+        for one, own in zip(hardware.devices, now, strict=True)
+    )
+    return plan_file.model_copy(
+        update={"hardware": hardware.model_copy(update={"devices": devices})}
+    )
 
 
 def _devices_here(job: JobConfig) -> tuple[DeviceSection, ...] | None:

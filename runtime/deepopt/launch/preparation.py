@@ -148,6 +148,7 @@ def resolved(job: JobConfig) -> JobConfig:
     """
     from deepopt.planner.decide import resolve_groups
 
+    _check_factors(job)
     return _updated(
         job,
         {
@@ -218,7 +219,8 @@ def prepare(
             skeleton,
             num_workers=num_workers,
             plan_id=plan_id,
-            costs=_known_costs(job, skeleton, num_workers=num_workers, run=run),
+            costs=_known_costs(job, skeleton, num_workers=num_workers, run=run)
+            or _estimated_costs(job, skeleton),
             cores=cores,
             given=_given_order(job),
             known=None if run is None else known_orders(run.schedules),
@@ -278,6 +280,39 @@ def count_workers(job: JobConfig) -> int:
     return CPU_WORKERS
 
 
+def _check_factors(job: JobConfig) -> None:
+    """Refuse to slow workers that cannot be slowed."""
+    factors, worker, cluster = job.emulation.rank_factor, job.worker, job.cluster
+    if not factors or worker.device == "emulated":
+        return
+    on_cpus = worker.device == "cpu"
+    if worker.device == "auto" and cluster.address is None and cluster.hostfile is None:
+        import torch
+
+        on_cpus = not torch.cuda.is_available()
+    ranks = count_workers(job) // job.parallel.data
+    if not on_cpus:
+        raise InputError(
+            f"emulation.rank_factor slows workers on CPUs, and worker.device is {worker.device}",
+            remedy="set worker.device to cpu or emulated, or leave the factors out",
+        )
+    if worker.threads > 1:
+        raise InputError(
+            f"emulation.rank_factor slows workers of one thread, and worker.threads is {worker.threads}",
+            remedy="set worker.threads to 1, or worker.device to emulated",
+        )
+    if min(factors) < 1:
+        raise InputError(
+            f"emulation.rank_factor has {min(factors):g}, and a real worker cannot be faster than it is",
+            remedy="give factors of at least 1, or set worker.device to emulated",
+        )
+    if len(factors) != ranks:
+        raise InputError(
+            f"emulation.rank_factor has {len(factors)} figures, a pipeline has {ranks} ranks",
+            remedy="give one figure for each rank, or none",
+        )
+
+
 def _updated(job: JobConfig, update: dict[str, dict[str, Any]]) -> JobConfig:
     sections = {
         name: getattr(job, name).model_copy(update=fields) for name, fields in update.items()
@@ -332,7 +367,7 @@ def _known_costs(
         from deepopt.telemetry.files import read_json
 
         report = read_json(run.report)
-        found = measured_costs(
+        found = measured_costs(  # slowed workers have their factors in their times
             report.get("op_times_s", {}).values(),
             plan=Plan.from_json(read_json(run.plan)),
             prior=estimated_costs(job, skeleton),
@@ -354,7 +389,17 @@ def _known_costs(
         found = calibrate(
             job, skeleton, batches=build_batch_source(job, run_dir=None), device=device
         )
-    return None if found is None else _with_messages(found, job=job, num_workers=num_workers)
+    if found is None:
+        return None
+    found = replace(found, rank_factor=job.emulation.rank_factor)  # tried on what is not slowed
+    return _with_messages(found, job=job, num_workers=num_workers)
+
+
+def _estimated_costs(job: JobConfig, skeleton: ModelSkeleton) -> LayerCosts:
+    """What the layers cost in proportion, on workers that the job may slow."""
+    from deepopt.planner.estimate import estimated_costs
+
+    return replace(estimated_costs(job, skeleton), rank_factor=job.emulation.rank_factor)
 
 
 def _on_this_host(

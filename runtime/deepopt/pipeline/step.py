@@ -27,6 +27,7 @@ from deepopt.pipeline.executor import Batches, Executor
 from deepopt.pipeline.layer_updates import LayerUpdates
 from deepopt.pipeline.reduction import Bucket, Reducer, channels
 from deepopt.pipeline.reporters import RoutersByReporter, TrainableParameters
+from deepopt.pipeline.slowed_cpu import SlowedCpu, slow_factor
 from deepopt.pipeline.spans import SpanRecorder, total
 from deepopt.pipeline.stage import Layer, Loss
 from deepopt.pipeline.stage_build import (
@@ -116,7 +117,11 @@ class PipelineStep:
         if job.worker.device == "emulated":
             emulation = Emulation(job, plan=plan, rank=rank, program=program)
             self.overruns = emulation.device.overruns
-        self._spans = SpanRecorder(device) if emulation is None else emulation.device
+        factor = slow_factor(job, pipeline_rank=pipeline_rank, device=device)
+        slowed = SlowedCpu(factor) if factor > 1 else None
+        self._spans = (
+            emulation.device if emulation is not None else slowed or SpanRecorder(device)
+        )
         # An emulated device is told what W takes: there is nothing to find out.
         defer = emulation is None and any(action.op is Op.W for action in program)
         trainable = TrainableParameters(plan, skeleton)
@@ -163,7 +168,9 @@ class PipelineStep:
             self._stages,
             optimizers=self.optimizers,
             tied_names=trainable.tied_names,
-            on_device=nullcontext if emulation is None else emulation.device.updates,
+            on_device=emulation.device.updates
+            if emulation is not None
+            else (slowed.updates if slowed is not None else nullcontext),
         )
         self._exchange = Exchange(
             job=job,

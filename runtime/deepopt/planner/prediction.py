@@ -256,7 +256,10 @@ def _exchanged(
         held = fmean(len(plan.held_stages(rank)) for rank in range(plan.pipeline_size))
         # Where cores are shared, sums between copies cost what they compute, not what they wait.
         names = ("agree_cpu_s", "update_cpu_s", *(("reduce_cpu_s",) if shared else ()))
-        once_s = fmean(sum(parts.get(name, 0.0) for name in names) for parts in run.parts_s)
+        once_s = fmean(
+            sum(parts.get(name, 0.0) for name in names) / factors[rank % plan.pipeline_size]
+            for rank, parts in enumerate(run.parts_s)
+        )
         table = replace(table, update_s=(once_s / held,) * plan.num_stages)
         yield "norms and optimizer" + (", sums of gradients" if shared else ""), table
     if not shared:

@@ -60,6 +60,9 @@ class DeviceSection(Section):
     factor: Positive = Field(
         default=1.0, description="Time that it takes for the same work, in times of rank 0."
     )
+    slowed: Positive = Field(
+        default=1.0, description="`emulation.rank_factor` that a real worker was slowed by."
+    )
 
 
 class LinkSection(Section):

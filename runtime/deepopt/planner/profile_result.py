@@ -95,7 +95,8 @@ def check_versions(results: Sequence[Result]) -> None:
 def factors(results: Sequence[Result]) -> tuple[float, ...]:
     """How many times as long as rank 0 each device takes for all layers; 1 where they scatter.
 
-    CPU workers of one host share its cores: their differences are scatter, whatever they are.
+    CPU workers of one host share its cores: their differences are scatter, whatever they are, unless the
+    job slows some of them.
 
     Args:
         results: by rank.
@@ -126,6 +127,7 @@ def hardware_section(results: Sequence[Result], *, shared_cores: int | None) -> 
             cores=result["device"]["cores"],
             memory_mb=_megabytes(result["device"]["memory_bytes"]),
             factor=factor,
+            slowed=result.get("slowed", 1.0),
         )
         for rank, (result, factor) in enumerate(zip(results, factors(results), strict=True))
     )
@@ -231,7 +233,9 @@ def deviations(results: Sequence[Result], skeleton: ModelSkeleton) -> dict[str, 
 def _device_key(rank: int, result: Result) -> object:
     """What is one device, as far as speed goes."""
     device = result["device"]
-    return device["host"] if device["device"] == "cpu" else rank
+    if device["device"] != "cpu":
+        return rank
+    return device["host"], result.get("slowed", 1.0)
 
 
 def _total_s(result: Result) -> float:

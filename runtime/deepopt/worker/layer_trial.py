@@ -22,6 +22,7 @@ from deepopt.config import JobConfig
 from deepopt.pipeline.emulated_clock import sharpen_timer, wait_until
 from deepopt.pipeline.gradients import StageGradients
 from deepopt.pipeline.optimizer import LayerOptimizer
+from deepopt.pipeline.slowed_cpu import use_up
 from deepopt.pipeline.stage import Layer, Loss, Stage, Tensors
 from deepopt.pipeline.update_rule import make_rule
 from deepopt.worker.message_trial import OTHER_DATA_BYTES
@@ -56,6 +57,24 @@ class ThreadClock:
         began = time.thread_time()
         result = work()
         return time.thread_time() - began, result
+
+
+class SlowedClock(ThreadClock):
+    """CPU time of the calling thread on a worker that the job slows.
+
+    Args:
+        factor: how many times as long everything takes.
+    """
+
+    def __init__(self, factor: float) -> None:
+        self._factor = factor
+
+    def measure(self, what: str, work: Callable[[], T]) -> tuple[float, T]:
+        """Run some work and use up what a slower processor would; `what` does not matter."""
+        began_ns = time.thread_time_ns()
+        result = work()
+        use_up(began_ns, factor=self._factor)
+        return (time.thread_time_ns() - began_ns) * 1e-9, result
 
 
 class PausedClock(ThreadClock):

@@ -32,6 +32,7 @@ from deepopt.datasets.batch_source import build_batch_source
 from deepopt.datasets.samples import model_inputs
 from deepopt.errors import DeepoptError, TransportError
 from deepopt.pipeline.emulated_transport import EmulatedTransport
+from deepopt.pipeline.slowed_cpu import slow_factor
 from deepopt.pipeline.stage import Tensors
 from deepopt.pipeline.transport import Channel, Kind, Transport
 from deepopt.planner.emulated_costs import emulated_costs
@@ -49,6 +50,7 @@ from deepopt.worker.layer_trial import (
     Clock,
     EmulatedClock,
     LayerTrial,
+    SlowedClock,
     cpu_threads,
     num_bytes,
     real_clock,
@@ -172,7 +174,11 @@ class ProfileWorker:
         job, rank = self._job, self._sender.rank
         identity = identify(job, self._device)
         hosts = self._hosts(identity.host)
-        result: dict[str, Any] = {"device": identity.to_json(), "links": {}}
+        result: dict[str, Any] = {
+            "device": identity.to_json(),
+            "slowed": self._slowed(),
+            "links": {},
+        }
         try:
             with cpu_threads(job.worker.threads):
                 mine = turns_of(
@@ -312,7 +318,13 @@ class ProfileWorker:
     def _clock(self, num_layers: int) -> tuple[LayerCosts | None, Clock]:
         if self._job.worker.device == "emulated":
             return emulated_costs(self._job, num_layers=num_layers), EmulatedClock()
+        if (factor := self._slowed()) > 1:
+            return None, SlowedClock(factor)
         return None, real_clock(self._device, threads=self._job.worker.threads)
+
+    def _slowed(self) -> float:
+        rank = self._sender.rank % self._assignment.plan.pipeline_size
+        return slow_factor(self._job, pipeline_rank=rank, device=self._device)
 
     def _emulated_seconds(self, costs: LayerCosts, index: int) -> dict[str, float]:
         pipeline_rank = self._sender.rank % self._assignment.plan.pipeline_size
