@@ -13,6 +13,7 @@ from deepopt.cluster.group import PlaceFound, WorkerGone, WorkerUp
 from deepopt.config import FaultsConfig, JobConfig
 from deepopt.head.journal import read_journal, replay
 from deepopt.head.resize import bad_places, grows_now, layouts, plan_for
+from deepopt.planner.layer_costs import LayerCosts
 from deepopt.planner.plan import Plan
 from deepopt.telemetry.files import read_json
 from deepopt.worker.messages import RunEnded, Standing
@@ -101,6 +102,40 @@ def test_a_plan_for_fewer_keeps_the_gradient_groups_and_ignores_what_was_for_mor
         ).plan
         assert (plan.world_size, plan.num_groups, plan.plan_id) == (available, 4, 7)
         assert plan.num_microbatches == 8
+
+
+def test_costs_that_name_single_ranks_do_not_keep_a_job_from_shrinking() -> None:
+    wanted = make_plan(pipeline_size=3)
+    costs = LayerCosts(
+        forward_s=(1.0,) * 4,
+        input_s=(1.0,) * 4,
+        weight_s=(1.0,) * 4,
+        activation_bytes=(1.0,) * 4,
+        state_bytes=(10.0,) * 4,
+        rank_factor=(1.0, 2.0, 1.0),
+        memory_bytes=(90.0, 60.0, 90.0),
+        host_of=(0, 0, 1),
+        inter_host_latency_s=0.5,
+        source="measured",
+    )
+    planned = plan_for(
+        JobConfig.model_validate({"pipeline": {"placement": "line", "schedule": "1f1b"}}),
+        make_skeleton(),
+        wanted=wanted,
+        available=2,
+        plan_id=2,
+        costs=costs,
+        cores=None,
+        known=None,
+    )
+    assert planned.plan.world_size == 2
+    assert planned.costs.memory_bytes == (
+        60.0,
+        60.0,
+    )  # of the smallest: nobody knows who is left
+    assert planned.costs.latency_s == 0.5
+    assert costs.names_ranks(3)
+    assert not costs.names_ranks(2)
 
 
 # --- the controller ----------------------------------------------------------------------

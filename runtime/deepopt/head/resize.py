@@ -133,6 +133,10 @@ def plan_for(
     as_asked = {"boundaries": None, "schedule": schedule}
     free = {**as_asked, "schedule": _AUTO, "placement": _AUTO}
     for num_workers, data in layouts(available, data=wanted.data_size):
+        ranks = num_workers // data
+        fitting = costs
+        if costs is not None and not costs.names_ranks(ranks):
+            fitting = costs.on_any_ranks(ranks)
         for pipeline in (as_asked, free):
             asked = job.model_copy(
                 update={
@@ -149,7 +153,7 @@ def plan_for(
                     skeleton,
                     num_workers=num_workers,
                     plan_id=plan_id,
-                    costs=costs,
+                    costs=fitting,
                     cores=cores,
                     effort=SEARCH_EFFORT,
                     known=known,

@@ -207,6 +207,33 @@ class LayerCosts:
         }
         return replace(self, **changed)
 
+    def on_any_ranks(self, count: int) -> LayerCosts:
+        """The same layers on another number of these ranks, whichever they are: with one speed, the memory of
+        the smallest, and routes as they are between hosts where there are several.
+
+        Args:
+            count: of the ranks.
+        """
+        apart = len(set(self.host_of)) > 1
+        return replace(
+            self,
+            rank_factor=(),
+            memory_bytes=(min(self.memory_bytes),) * count if self.memory_bytes else (),
+            host_of=(),
+            latency_s=self.inter_host_latency_s if apart else self.latency_s,
+            bytes_per_s=self.inter_host_bytes_per_s if apart else self.bytes_per_s,
+            inter_host_latency_s=0.0,
+            inter_host_bytes_per_s=None,
+        )
+
+    def names_ranks(self, count: int) -> bool:
+        """Whether what is known of single ranks is of so many, or nothing is.
+
+        Args:
+            count: of the ranks.
+        """
+        return all(len(getattr(self, name)) in (0, count) for name in _PER_RANK)
+
     @property
     def knows_memory(self) -> bool:
         """Whether both the sizes of activations and the memory of ranks are known."""
