@@ -182,7 +182,9 @@ def test_a_request_that_is_none_is_dropped_and_the_server_goes_on(
 def test_the_server_of_a_host_has_torch_and_ray_and_ends_with_who_started_it(
     tmp_path: Path, worker: Path
 ) -> None:
-    worker.write_text("import json, sys; print(json.dumps(sorted(sys.modules)), flush=True)")
+    worker.write_text(
+        "import gc, json, sys; print(json.dumps([gc.isenabled(), sorted(sys.modules)]), flush=True)"
+    )
     with subprocess.Popen(
         [sys.executable, "-c", OWNER, str(tmp_path)],
         stdin=subprocess.PIPE,
@@ -192,10 +194,11 @@ def test_the_server_of_a_host_has_torch_and_ray_and_ends_with_who_started_it(
         number, path = owner.stdout.readline().decode().split()
         pid = int(number)
         pidfd = os.pidfd_open(pid)
-        loaded = _start(Path(path), worker)
+        collects, loaded = _start(Path(path), worker)
         owner.send_signal(signal.SIGKILL)
     _wait_for_end(pid, pidfd)
     os.close(pidfd)
+    assert collects  # the server does not, while it imports
     assert {"torch", "ray", "deepopt.worker.stage_worker", "deepopt.head.actor"} <= set(loaded)
 
 
