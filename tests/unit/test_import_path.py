@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import sys
 from collections.abc import Iterator
@@ -11,7 +12,12 @@ from typing import Any
 import pytest
 
 from deepopt.errors import InputError
-from deepopt.import_path import describe_raise, import_object, is_import_path
+from deepopt.import_path import (
+    describe_raise,
+    import_object,
+    is_import_path,
+    without_collections,
+)
 
 
 @pytest.fixture
@@ -142,3 +148,23 @@ def test_a_call_that_does_not_fit_names_no_line_of_the_caller() -> None:
     words = describe_raise(caught.value)
     assert "unexpected keyword argument 'dept'" in words
     assert ".py:" not in words
+
+
+def test_collections_go_on_after_an_import_that_fails_and_stay_off_where_they_were() -> None:
+    def fail() -> None:
+        with without_collections():
+            assert not gc.isenabled()
+            raise ImportError
+
+    was_on = gc.isenabled()
+    try:
+        gc.enable()
+        with pytest.raises(ImportError):
+            fail()
+        assert gc.isenabled()
+        gc.disable()
+        with without_collections():
+            pass
+        assert not gc.isenabled()
+    finally:
+        (gc.enable if was_on else gc.disable)()

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from deepopt.config import JobConfig
 from deepopt.errors import ClusterError, InputError, ScheduleError
+from deepopt.import_path import without_collections
 from deepopt.planner.decide import FILE
 from deepopt.planner.host_cores import places_shared
 from deepopt.planner.plan import Plan
@@ -184,16 +185,17 @@ def prepare(
 
         _check_data(with_evaluation_data(job), field="evaluation")
 
-    from deepopt.convert import describe
-    from deepopt.convert.vocabulary import check_vocabulary
-    from deepopt.launch.batch_choice import with_microbatches
-    from deepopt.pipeline.stage_experts import layers_with_routers
-    from deepopt.pipeline.update_rule import make_rule
-    from deepopt.planner.decide import make_plan
-    from deepopt.planner.orders import known_orders
-    from deepopt.planner.prediction import predict
-    from deepopt.schedule.simulate import simulate
-    from deepopt.schedule.verify import verify
+    with without_collections():  # of torch, above all
+        from deepopt.convert import describe
+        from deepopt.convert.vocabulary import check_vocabulary
+        from deepopt.launch.batch_choice import with_microbatches
+        from deepopt.pipeline.stage_experts import layers_with_routers
+        from deepopt.pipeline.update_rule import make_rule
+        from deepopt.planner.decide import make_plan
+        from deepopt.planner.orders import known_orders
+        from deepopt.planner.prediction import predict
+        from deepopt.schedule.simulate import simulate
+        from deepopt.schedule.verify import verify
 
     make_rule(job.optimizer)  # its import paths lead somewhere
     check_vocabulary(job)
