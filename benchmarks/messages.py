@@ -23,6 +23,7 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 
 from deepopt.pipeline.process_group import ProcessGroupTransport
 from deepopt.pipeline.same_host_transport import SameHostTransport
+from deepopt.pipeline.shareable_memory import shareable_bytes
 from deepopt.pipeline.transport import Channel, Kind, Pending, TensorSpec, Transport
 from deepopt.worker.rendezvous import serve_store
 
@@ -96,7 +97,7 @@ def _work(rank: int, port: int, rounds: int, answers: Any) -> None:
             ways, rounds, lambda way, index, size=size: _ping_pong(way, size, index)
         )
     measured[f"exchange of {FIGURES} figures"] = _in_turns(ways, rounds, _exchange)
-    state = torch.ones(STATE_BYTES, dtype=torch.uint8)
+    state = shareable_bytes(STATE_BYTES).fill_(1)  # as copies of layers lie
     into = torch.empty_like(state)
     measured[f"state of {_name(STATE_BYTES)} both ways"] = _in_turns(
         ways, max(1, rounds // 5), lambda way, _: _copy_state(way, state, into)

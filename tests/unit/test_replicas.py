@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from deepopt.pipeline.shareable_memory import place_of
 from deepopt.planner.plan import Plan
 from deepopt.schedule.ir import PlacementKind
 from deepopt.worker.flat_state import FlatState, Layout
@@ -58,9 +59,11 @@ def test_a_flat_state_holds_any_shapes_and_types_bit_for_bit() -> None:
     layout = Layout.from_json(Layout.of(states).to_json())
     assert layout == Layout.of(states)
     assert layout.layers == ("a", "b")
-    flat = FlatState(layout)
+    flat = FlatState(layout, shareable=True)
+    assert place_of(flat.memory) is not None  # a peer of this host may read it
     flat.fill(states)
     other = FlatState(layout)
+    assert place_of(other.memory) is None
     other.memory.copy_(flat.memory)
     for layer, state in states.items():
         for key, tensor in state.items():

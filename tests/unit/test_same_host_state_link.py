@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch
 from deepopt.errors import TransportError
 from deepopt.pipeline.same_host_socket import WordSocket
 from deepopt.pipeline.same_host_state_link import PendingPiece, PendingSend, StateLink
+from deepopt.pipeline.shareable_memory import place_of, shareable_bytes
 
 TIMEOUT_S = 20.0
 BYTES = 3 << 20
@@ -95,6 +97,57 @@ def test_all_threads_that_wait_hear_of_the_end(
         ends[1].receive_into(0, torch.empty(1))
     with pytest.raises(TransportError, match="rank 1"):
         ends[0].send(0, torch.empty(1)).wait()
+
+
+def test_a_piece_of_shareable_memory_is_read_where_it_lies(
+    ends: tuple[StateLink, StateLink],
+) -> None:
+    memory = shareable_bytes(BYTES)
+    memory.copy_(torch.randint(256, (BYTES,), dtype=torch.uint8))
+    for first in range(0, BYTES, BYTES // 3):
+        piece = memory[first : first + BYTES // 3]
+        into = torch.empty_like(piece)
+        sent = in_thread(ends[0].send(0, piece))
+        sent.join(0.02)
+        assert sent.is_alive()  # it must not change before it was read
+        PendingPiece(ends[1], 0, into).wait()
+        sent.join(TIMEOUT_S)
+        assert not sent.is_alive()
+        assert torch.equal(into, piece)
+    assert ends[0]._outgoing.num_slots == 0
+    assert len(ends[0]._shown) == len(ends[1]._seen) == 1  # its descriptor went over once
+    floats = memory[64:1088].view(torch.float32)
+    arrived = torch.empty(256)
+    pending = ends[0].send(1, floats)
+    PendingPiece(ends[1], 1, arrived).wait()
+    pending.wait()
+    assert torch.equal(arrived.view(torch.uint8), floats.view(torch.uint8))
+
+
+def test_what_lies_between_lines_or_is_not_contiguous_is_copied(
+    ends: tuple[StateLink, StateLink],
+) -> None:
+    memory = shareable_bytes(4096).random_()
+    for piece in (memory[1:101], memory[::2][:100]):
+        pending = ends[0].send(0, piece)
+        into = torch.empty(100, dtype=torch.uint8)
+        PendingPiece(ends[1], 0, into).wait()
+        pending.wait()
+        assert torch.equal(into, piece)
+    assert not ends[1]._seen
+
+
+def test_shareable_memory_and_its_descriptor_go_with_its_last_tensor() -> None:
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    memory = shareable_bytes(4096).fill_(7)
+    assert place_of(memory[64:]) is not None
+    assert place_of(torch.empty(3)) is None
+    part = memory[100:]
+    del memory
+    assert place_of(part) is not None
+    assert part.unique().tolist() == [7]
+    del part
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 def test_a_piece_of_another_size_is_refused(ends: tuple[StateLink, StateLink]) -> None:

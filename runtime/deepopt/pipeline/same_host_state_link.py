@@ -1,7 +1,8 @@
 """Layers' states between two workers of one host: pieces of some MB, from any thread.
 
 As on a `HostLink` pieces pass through shared memory; but here a send is done only when its receiver has
-taken the piece, so that no more memory is in use than one side is ahead of the other.
+taken the piece, so that no more memory is in use than one side is ahead of the other. A piece of shareable
+memory is not copied into a slot: its receiver reads it where it lies.
 """
 
 from __future__ import annotations
@@ -14,18 +15,23 @@ import torch
 
 from deepopt.errors import TransportError
 from deepopt.pipeline.same_host_memory import (
+    ALIGNMENT_BYTES,
     IncomingSlots,
     OutgoingSlots,
     layout_of,
+    mapped,
     size_of,
 )
 from deepopt.pipeline.same_host_socket import Word, WordSocket
+from deepopt.pipeline.shareable_memory import Place, place_of
 
 _PIECE = 0  # lies in a slot
 _TAKEN = 1  # out of a slot
+_PLACED = 2  # lies where it was before; words say `slot` for the memory, and `kind` for its line there
+_READ = 3  # from there
 
 Key = tuple[int, int]
-"""What is said, and of which message (a piece) or slot (taken)."""
+"""What is said, and of which message (a piece, read) or slot (taken)."""
 
 
 class StateLink:
@@ -39,6 +45,8 @@ class StateLink:
         self._words = words
         self._outgoing = OutgoingSlots()
         self._incoming = IncomingSlots()
+        self._shown: set[int] = set()  # memories that the peer knows
+        self._seen: dict[int, memoryview] = {}  # those of the peer's
         self._changed = threading.Condition()  # of all below and above
         self._arrived: dict[Key, deque[Word]] = {}
         self._error: TransportError | None = None
@@ -46,7 +54,8 @@ class StateLink:
         self._is_closed = False
 
     def send(self, message: int, tensor: torch.Tensor) -> PendingSend:
-        """Copy a piece to where the peer finds it; what is returned waits until it was taken.
+        """Put a piece where the peer finds it; what is returned waits until it was taken. It must not change
+        before.
 
         Args:
             message: its number.
@@ -57,6 +66,9 @@ class StateLink:
         """
         layout = layout_of((tensor,))
         size = size_of(layout)
+        place = place_of(tensor) if tensor.is_contiguous() else None
+        if place is not None and not place.offset % ALIGNMENT_BYTES:
+            return self._show(message, place, size)
         with self._changed:
             self._check_open()
             try:
@@ -68,18 +80,30 @@ class StateLink:
             slot.views(layout).tensors[0].copy_(tensor.detach())
             word = Word(_PIECE, 0, message, slot.number, size)
             self._words.say(word, descriptor, wait=True)
-        return PendingSend(self, slot.number)
+        return PendingSend(self, (_TAKEN, slot.number))
 
-    def wait_until_taken(self, slot: int) -> None:
-        """Wait until the peer has taken what was sent in a slot.
+    def _show(self, message: int, place: Place, size_bytes: int) -> PendingSend:
+        """Tell the peer where a piece lies."""
+        word = Word(_PLACED, place.offset // ALIGNMENT_BYTES, message, place.number, size_bytes)
+        with self._changed:
+            self._check_open()
+            descriptor = None
+            if place.number not in self._shown:
+                descriptor = os.dup(place.descriptor)
+                self._shown.add(place.number)
+            self._words.say(word, descriptor, wait=True)
+        return PendingSend(self, (_READ, message))
+
+    def wait_until_taken(self, key: Key) -> None:
+        """Wait until the peer has taken a piece.
 
         Args:
-            slot: its number.
+            key: what it will say.
 
         Raises:
             TransportError: the peer is gone, or silent for too long.
         """
-        self._await(_TAKEN, slot)
+        self._await(key)
 
     def receive_into(self, message: int, tensor: torch.Tensor) -> None:
         """Wait for a piece and copy it out of its slot.
@@ -91,20 +115,29 @@ class StateLink:
         Raises:
             TransportError: the peer is gone, silent for too long, or sent something else.
         """
-        word = self._await(_PIECE, message)
+        word = self._await((_PIECE, message))
         layout = layout_of((tensor,))
         if word.size_bytes != size_of(layout):
             raise TransportError(
                 f"receive from rank {self._words.peer} failed: a piece takes {word.size_bytes} "
                 f"bytes, and its tensor {size_of(layout)}"
             )
-        with self._changed:
-            slot = self._incoming[word.slot]
-        tensor.detach().copy_(slot.views(layout).tensors[0])
-        slot.free()
+        if word.what == _PLACED:
+            with self._changed:
+                memory = self._seen[word.slot]
+            first = word.kind * ALIGNMENT_BYTES
+            part = memory[first : first + tensor.numel() * tensor.element_size()]
+            tensor.detach().view(-1).copy_(torch.frombuffer(part, dtype=tensor.dtype))
+            done = Word(_READ, 0, message, 0, 0)
+        else:
+            with self._changed:
+                slot = self._incoming[word.slot]
+            tensor.detach().copy_(slot.views(layout).tensors[0])
+            slot.free()
+            done = Word(_TAKEN, 0, 0, word.slot, 0)
         with self._changed:
             self._check_open()
-            self._words.say(Word(_TAKEN, 0, 0, word.slot, 0), wait=True)
+            self._words.say(done, wait=True)
 
     def interrupt(self) -> None:
         """End all waits, here and at the peer, now and later."""
@@ -127,9 +160,8 @@ class StateLink:
         if self._is_closed:
             raise TransportError(f"the link to rank {self._words.peer} was left")
 
-    def _await(self, what: int, number: int) -> Word:
+    def _await(self, key: Key) -> Word:
         """Wait for a word. Of several threads that wait, one listens for all."""
-        key = what, number
         with self._changed:
             while True:
                 waiting = self._arrived.get(key)
@@ -169,7 +201,10 @@ class StateLink:
         for word, descriptor in heard:
             if descriptor is not None:
                 try:
-                    self._incoming.add(word.slot, descriptor)
+                    if word.what == _PLACED:
+                        self._seen[word.slot] = mapped(descriptor)
+                    else:
+                        self._incoming.add(word.slot, descriptor)
                 except OSError as error:
                     self._error = TransportError(
                         f"receive from rank {self._words.peer} failed: no shared memory: {error}"
@@ -177,8 +212,9 @@ class StateLink:
                     return
                 finally:
                     os.close(descriptor)
-            number = word.message if word.what == _PIECE else word.slot
-            self._arrived.setdefault((word.what, number), deque()).append(word)
+            what = _PIECE if word.what == _PLACED else word.what
+            number = word.slot if what == _TAKEN else word.message
+            self._arrived.setdefault((what, number), deque()).append(word)
 
 
 class PendingSend:
@@ -186,16 +222,16 @@ class PendingSend:
 
     Args:
         link: that it was sent on.
-        slot: that it lies in.
+        key: what the peer says when it has taken it.
     """
 
-    def __init__(self, link: StateLink, slot: int) -> None:
+    def __init__(self, link: StateLink, key: Key) -> None:
         self._link = link
-        self._slot = slot
+        self._key = key
 
     def wait(self) -> None:
         """Block until the peer has taken it."""
-        self._link.wait_until_taken(self._slot)
+        self._link.wait_until_taken(self._key)
 
 
 class PendingPiece:

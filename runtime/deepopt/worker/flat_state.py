@@ -9,6 +9,8 @@ from typing import Any, Self
 
 import torch
 
+from deepopt.pipeline.shareable_memory import shareable_bytes
+
 _ALIGNMENT = 64  # bytes: a cache line and the widest vector load
 
 State = Mapping[str, torch.Tensor]
@@ -95,14 +97,20 @@ class FlatState:
     Args:
         layout: where their tensors lie.
         pinned: whether a GPU shall copy to it without waiting.
+        shareable: whether workers of this host shall read it where it lies; not with `pinned`.
 
     Attributes:
         states: views of the tensors, by layer and key of `LayerState`.
     """
 
-    def __init__(self, layout: Layout, *, pinned: bool = False) -> None:
+    def __init__(
+        self, layout: Layout, *, pinned: bool = False, shareable: bool = False
+    ) -> None:
         self.layout = layout
-        self.memory = torch.empty(layout.size_bytes, dtype=torch.uint8, pin_memory=pinned)
+        if shareable and not pinned:
+            self.memory = shareable_bytes(layout.size_bytes)
+        else:
+            self.memory = torch.empty(layout.size_bytes, dtype=torch.uint8, pin_memory=pinned)
         self.states: dict[str, dict[str, torch.Tensor]] = {}
         for region in layout.regions:
             part = self.memory[region.offset : region.offset + region.size_bytes]

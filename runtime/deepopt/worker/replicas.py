@@ -69,6 +69,7 @@ class ReplicaKeeper:
         sent: names of the layers of which a peer keeps a copy.
         device: where the layers are.
         share: of the time, that copies may take.
+        shareable: whether a peer on this host shall read the copies where they lie.
         clock: monotonic seconds.
     """
 
@@ -80,6 +81,7 @@ class ReplicaKeeper:
         sent: Sequence[str],
         device: torch.device,
         share: float,
+        shareable: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._transport = transport
@@ -87,6 +89,7 @@ class ReplicaKeeper:
         self._sent = tuple(sent)
         self._device = device
         self._pace = CopyPace(share=share)
+        self._shareable = shareable
         self._clock = clock
         rank, world_size = transport.rank, transport.world_size
         # Far away in the order of ranks, which is that of hosts: a host's death leaves one of two.
@@ -266,7 +269,11 @@ class ReplicaKeeper:
             oldest = min(kept)
             self._whole -= {oldest} if kept is self._ward else set()
             return kept.pop(oldest)
-        return FlatState(layout, pinned=self._device.type == "cuda")
+        return FlatState(
+            layout,
+            pinned=self._device.type == "cuda",
+            shareable=self._shareable and kept is self._own,
+        )
 
     def _mark(self, *, copying: bool, busy: bool | None = None) -> None:
         with self._changed:
