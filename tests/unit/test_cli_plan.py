@@ -146,7 +146,7 @@ def test_a_plan_for_other_devices_is_refused_with_the_difference(tmp_path: Path)
     [
         (("plan", "show", "none.yaml"), "plan file none.yaml cannot be read"),
         (("launch", "job.yaml", "--plan", "none.yaml"), "plan file none.yaml cannot be read"),
-        (("plan", "show", "job.yaml"), "job.yaml:1: format: "),
+        (("plan", "show", "job.yaml"), "job.yaml:1: this is no plan file"),
         (("profile", "job.yaml", "-o", "no/plan.yaml"), "--output no/plan.yaml"),
         (("profile", "job.yaml", "--workers", 9), "9 ranks need at least 9 layers"),
         (("profile", "job.yaml", "--set", "parallel.data=2", "--workers", 3), "3 workers"),
