@@ -7,6 +7,7 @@ their environment, which every descendant inherits. Linux only: it reads /proc.
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import time
@@ -116,7 +117,7 @@ class StartedCommand:
                 self._process.send_signal(signal.SIGINT)
                 self._wait_until_gone(_BETWEEN_INTERRUPTS_S)
         self._wait_until_gone(self._grace_s)
-        self._signal_all(signal.SIGKILL)
+        self._kill_all()
         self._wait_until_gone(self._grace_s)
         self._process.wait()
 
@@ -124,6 +125,18 @@ class StartedCommand:
         for pid in self._pids():
             with suppress(ProcessLookupError):  # it has just ended
                 os.kill(pid, number)
+
+    def _kill_all(self) -> None:
+        """Kill every process of the command and wait until it has ended: what it is found by goes before."""
+        deadline = time.monotonic() + self._grace_s
+        ends = []
+        for pid in self._pids():
+            with suppress(ProcessLookupError):  # it has just ended
+                ends.append(os.pidfd_open(pid))
+                signal.pidfd_send_signal(ends[-1], signal.SIGKILL)
+        for end in ends:
+            select.select([end], [], [], max(0.0, deadline - time.monotonic()))
+            os.close(end)
 
     def _wait_until_gone(self, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
