@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from deepopt.config import JobConfig
 from deepopt.pipeline.lone_transport import LoneTransport
 from deepopt.pipeline.process_group import ProcessGroupTransport
+from deepopt.pipeline.same_host_transport import SameHostTransport
 from deepopt.pipeline.transport import Channel, Transport
 from deepopt.planner.plan import Plan
 from deepopt.schedule.ir import PlacementKind, Schedule, place
@@ -40,9 +41,11 @@ SHAPES = [
 
 def narrow_plan(rank: int, transport: Transport, **arguments: Any) -> RankPlan:
     """A rank whose channels hold one message that nobody asked for yet."""
-    assert isinstance(transport, ProcessGroupTransport)
-    if "send" not in vars(transport):
-        send = transport.send
+    assert isinstance(transport, SameHostTransport)
+    sockets = transport._inner  # a send there ends when its receiver has asked for it
+    assert isinstance(sockets, ProcessGroupTransport)
+    if "send" not in vars(sockets):
+        send = sockets.send
         last: dict[Channel, deque[Any]] = {}
 
         def send_after_the_last(
@@ -51,10 +54,10 @@ def narrow_plan(rank: int, transport: Transport, **arguments: Any) -> RankPlan:
             for work, _ in last.get(channel, ()):
                 work.wait()
             send(channel, message, tensors)
-            last[channel], transport._sends = transport._sends, deque()
+            last[channel], sockets._sends = sockets._sends, deque()
 
-        transport.send = send_after_the_last  # type: ignore[method-assign]
-    return RankPlan(rank, transport, **arguments)
+        sockets.send = send_after_the_last  # type: ignore[method-assign]
+    return RankPlan(rank, sockets, **arguments)
 
 
 @pytest.fixture(scope="module")

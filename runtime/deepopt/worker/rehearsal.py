@@ -270,7 +270,7 @@ def _serve(
     while True:
         try:
             kind, name, argument = pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):  # its owner has ended
             break
         answer: object = None
         try:
