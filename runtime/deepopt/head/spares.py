@@ -5,8 +5,9 @@ from __future__ import annotations
 from deepopt.head.record import JobRecord
 from deepopt.head.state import JobState
 
-# A new process imports torch and the model: seconds of a CPU, on the host of a group that has its
-# recovery to finish. The next fault is rarely as near as the end of the step in work.
+# A new process imports the model and builds layers, without a fork server torch as well: up to
+# seconds of a CPU, on the host of a group that has its recovery to finish. The next fault is rarely
+# as near as the end of the step in work.
 SPARE_WAIT_S = 5.0
 
 
